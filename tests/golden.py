@@ -1,0 +1,33 @@
+"""The recorded vectors in tests/golden/: what the original PyTorch code computed (see tests/golden/README.md)."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file
+
+FOLDER = Path(__file__).parent / "golden"
+
+
+def cases(pattern: str) -> list[str]:
+    """Names of the recorded cases that match a glob pattern; never empty, so that a test over them cannot pass unseen."""
+    names = sorted(path.name for path in FOLDER.glob(pattern) if path.is_dir())
+    assert names, f"no golden case matches {pattern}"
+    return names
+
+
+def tensors(case: str, file: str = "io") -> dict[str, np.ndarray]:
+    """The arrays of one case: file is "io", "weights", "teacher_weights" or "sr_weights"."""
+    return load_file(FOLDER / case / f"{file}.safetensors")
+
+
+def meta(case: str) -> dict:
+    """Constructor arguments and provenance of one case."""
+    return json.loads((FOLDER / case / "meta.json").read_text())
+
+
+def relative_error(actual, expected) -> float:
+    """Largest absolute difference over the largest expected magnitude."""
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    assert actual.shape == expected.shape, (actual.shape, expected.shape)
+    return float(np.abs(actual - expected).max() / max(np.abs(expected).max(), 1e-30))
