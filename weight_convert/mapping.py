@@ -1,0 +1,270 @@
+"""Which PyTorch tensor is which Flax variable: one table per network, read in both directions.
+
+Every difference of layout between the two frameworks is a transposition, so a table row is a PyTorch name, a Flax path and
+the axes. `{i}` in a PyTorch name counts layers; where the Flax path has no `{i}`, the layers are stacked on a leading axis
+(`nn.scan`).
+"""
+
+from collections import Counter
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+
+class Rule(NamedTuple):
+    """One table row: PyTorch name, Flax path, and the transposition from PyTorch's axes to Flax's (None: same order)."""
+
+    source: str
+    target: str
+    axes: tuple[int, ...] | None = None
+
+
+class Entry(NamedTuple):
+    """One PyTorch tensor and its place: leaf `target` (or its slice `layer`), with the shape PyTorch gives the tensor."""
+
+    source: str
+    target: str
+    layer: int | None
+    axes: tuple[int, ...] | None
+    shape: tuple[int, ...]
+
+
+_LINEAR = (1, 0)  # (out, in) -> (in, out)
+_CONV1D = (2, 1, 0)  # (out, in, width) -> (width, in, out)
+_CONV2D = (2, 3, 1, 0)  # (out, in, height, width) -> (height, width, in, out)
+
+_MIXER = "layers.{i}.mixer"
+_STACKED_MIXER = "params/layers/mixer"
+
+
+def _direction(name: str, a_log: str, suffix: str) -> tuple[Rule, ...]:
+    """The rows of one scan direction of a Vim mixer; PyTorch marks the backward one by a suffix."""
+    target = f"{_STACKED_MIXER}/{name}"
+    return (
+        Rule(f"{_MIXER}.conv1d{suffix}.weight", f"{target}/conv/kernel", _CONV1D),
+        Rule(f"{_MIXER}.conv1d{suffix}.bias", f"{target}/conv/bias"),
+        Rule(f"{_MIXER}.x_proj{suffix}.weight", f"{target}/x_proj/kernel", _LINEAR),
+        Rule(f"{_MIXER}.dt_proj{suffix}.weight", f"{target}/dt_proj/kernel", _LINEAR),
+        Rule(f"{_MIXER}.dt_proj{suffix}.bias", f"{target}/dt_proj/bias"),
+        Rule(f"{_MIXER}.{a_log}", f"{target}/A_log"),
+        Rule(f"{_MIXER}.D{suffix}", f"{target}/D"),
+    )
+
+
+VIM = (
+    Rule("patch_embed.proj.weight", "params/patch_embed/kernel", _CONV2D),
+    Rule("patch_embed.proj.bias", "params/patch_embed/bias"),
+    Rule("cls_token", "params/class_token"),
+    Rule("cls_token_head", "params/class_token_head"),
+    Rule("cls_token_tail", "params/class_token_tail"),
+    Rule("pos_embed", "params/position_embedding"),
+    Rule("layers.{i}.norm.weight", "params/layers/norm/scale"),
+    Rule(f"{_MIXER}.in_proj.weight", f"{_STACKED_MIXER}/in_proj/kernel", _LINEAR),
+    *_direction("forward", "A_log", ""),
+    *_direction("backward", "A_b_log", "_b"),
+    Rule(f"{_MIXER}.out_proj.weight", f"{_STACKED_MIXER}/out_proj/kernel", _LINEAR),
+    Rule("norm_f.weight", "params/norm/scale"),
+    Rule("head.weight", "params/head/kernel", _LINEAR),
+    Rule("head.bias", "params/head/bias"),
+)
+
+
+def _batch_norm(source: str, target: str) -> tuple[Rule, ...]:
+    return (
+        Rule(f"{source}.weight", f"params/{target}/scale"),
+        Rule(f"{source}.bias", f"params/{target}/bias"),
+        Rule(f"{source}.running_mean", f"batch_stats/{target}/mean"),
+        Rule(f"{source}.running_var", f"batch_stats/{target}/var"),
+    )
+
+
+SRRESNET = (
+    Rule("conv1.0.weight", "params/conv_in/kernel", _CONV2D),
+    Rule("conv1.0.bias", "params/conv_in/bias"),
+    Rule("conv1.1.weight", "params/prelu_in/alpha"),
+    Rule("trunk.{i}.rcb.0.weight", "params/blocks/conv1/kernel", _CONV2D),
+    *_batch_norm("trunk.{i}.rcb.1", "blocks/norm1"),
+    Rule("trunk.{i}.rcb.2.weight", "params/blocks/prelu/alpha"),
+    Rule("trunk.{i}.rcb.3.weight", "params/blocks/conv2/kernel", _CONV2D),
+    *_batch_norm("trunk.{i}.rcb.4", "blocks/norm2"),
+    Rule("conv2.0.weight", "params/conv_mid/kernel", _CONV2D),
+    *_batch_norm("conv2.1", "norm_mid"),
+    Rule("upsampling.{i}.upsample_block.0.weight", "params/upsample_{i}/conv/kernel", _CONV2D),
+    Rule("upsampling.{i}.upsample_block.0.bias", "params/upsample_{i}/conv/bias"),
+    Rule("upsampling.{i}.upsample_block.2.weight", "params/upsample_{i}/prelu/alpha"),
+    Rule("conv3.weight", "params/conv_out/kernel", _CONV2D),
+    Rule("conv3.bias", "params/conv_out/bias"),
+)
+
+
+def _inside(part: str, rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
+    """The rows of a network that is one part of a larger one."""
+
+    def target(path: str) -> str:
+        collection, rest = path.split("/", 1)
+        return f"{collection}/{part}/{rest}"
+
+    return tuple(Rule(f"{part}.{rule.source}", target(rule.target), rule.axes) for rule in rules)
+
+
+TABLES = {"Vim": VIM, "SRResNet": SRRESNET, "SRVM": (*_inside("sr", SRRESNET), *_inside("classifier", VIM))}
+
+_UNSUPPORTED = {
+    "rope.freqs": "rotary position embeddings (the first release of Vim) are not supported",
+    "mixer.gamma": "layer scale is not supported",
+}
+
+
+def variable_shapes(model: nn.Module) -> dict[str, jax.ShapeDtypeStruct]:
+    """Path → shape and dtype of every leaf of `model.init`, computed without running the model."""
+    images = jax.ShapeDtypeStruct((1, *_image_size(model), 3), jnp.float32)
+    return flatten_dict(jax.eval_shape(model.init, jax.random.key(0), images), sep="/")
+
+
+def _image_size(model: nn.Module) -> tuple[int, int]:
+    size = getattr(model, "image_size", 16)  # a super-resolution network takes any size
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def plan(model: nn.Module, shapes: dict[str, Any] | None = None) -> list[Entry]:
+    """Every PyTorch tensor that `model` needs, with its place among the variables.
+
+    Args:
+      model: a Flax module of vimd_jax.models.
+      shapes: `variable_shapes(model)` where it is already known.
+
+    Raises:
+      ValueError: no table describes this kind of model, or the table leaves one of its variables without a source.
+    """
+    kind = type(model).__name__
+    if kind not in TABLES:
+        raise ValueError(f"model {kind} has no PyTorch counterpart here; convertible: {', '.join(TABLES)}")
+    shapes = variable_shapes(model) if shapes is None else shapes
+    entries = [entry for rule in TABLES[kind] for entry in _expand(rule, shapes)]
+    if uncovered := sorted(set(shapes) - {entry.target for entry in entries}):
+        raise ValueError(f"{kind}: no PyTorch name is known for {_listed(uncovered)}; options without a published form?")
+    return entries
+
+
+def _expand(rule: Rule, shapes: dict[str, Any]) -> list[Entry]:
+    """The entries of one table row; none where this model (its class tokens, its number of stages) lacks the variable."""
+    if "{i}" in rule.target:
+        numbered = [(i, rule.target.format(i=i)) for i in range(len(shapes))]
+        return [_entry(rule.source.format(i=i), path, None, rule.axes, shapes) for i, path in numbered if path in shapes]
+    if rule.target not in shapes:
+        return []
+    if "{i}" not in rule.source:
+        return [_entry(rule.source, rule.target, None, rule.axes, shapes)]
+    layers = range(shapes[rule.target].shape[0])
+    return [_entry(rule.source.format(i=i), rule.target, i, rule.axes, shapes) for i in layers]
+
+
+def _entry(source: str, path: str, layer: int | None, axes: tuple[int, ...] | None, shapes: dict[str, Any]) -> Entry:
+    shape = shapes[path].shape if layer is None else shapes[path].shape[1:]
+    if axes is not None:
+        shape = tuple(shape[axis] for axis in np.argsort(axes))
+    return Entry(source, path, layer, axes, tuple(shape))
+
+
+def step_counters(entries: list[Entry]) -> list[str]:
+    """PyTorch's `num_batches_tracked` of every batch norm: read by nothing at its fixed momentum, so Flax has none."""
+    ending = "running_mean"
+    return [e.source.removesuffix(ending) + "num_batches_tracked" for e in entries if e.source.endswith(ending)]
+
+
+def convert_state_dict(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """PyTorch weights as the variables of `model`, strictly: every tensor is used once, every variable is filled once.
+
+    Args:
+      state_dict: PyTorch name → array, of the original classes (`VisionMamba`, `SRResNet`). For SRVM-Net the two halves:
+        `{"sr": {...}, "classifier": {...}}`, or one flat dict with these prefixes. `num_batches_tracked` is ignored.
+      model: Vim, SRResNet or SRVM; its options decide the expected names and shapes.
+
+    Returns:
+      `{"params": ..., "batch_stats": ...}` as `model.init` would (`batch_stats` where the model has them). Floating-point
+      tensors of any width become the model's parameter dtype, float32.
+
+    Raises:
+      ValueError: missing or unexpected names, or wrong shapes or dtypes; one message lists them all.
+    """
+    shapes = variable_shapes(model)
+    leaves = fill(flat_state_dict(state_dict), plan(model, shapes), type(model).__name__)
+    return unflatten_dict({path: jnp.asarray(leaf, shapes[path].dtype) for path, leaf in leaves.items()}, sep="/")
+
+
+def flat_state_dict(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Joins the names of nested dicts by dots: `{"sr": {"conv3.bias": x}}` → `{"sr.conv3.bias": x}`."""
+    return flatten_dict(state_dict, sep=".")
+
+
+def fill(state_dict: dict[str, Any], entries: list[Entry], kind: str, flexible: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Path → float32 array, from a flat state dict; raises as `convert_state_dict` does.
+
+    Targets that start with one of `flexible` keep the shape that the state dict gives them.
+    """
+    _check(state_dict, entries, kind, flexible)
+    depth = Counter(entry.target for entry in entries)
+    leaves: dict[str, np.ndarray] = {}
+    for entry in entries:
+        tensor = np.asarray(state_dict[entry.source])
+        tensor = tensor if entry.axes is None else tensor.transpose(entry.axes)
+        if entry.layer is None:
+            leaves[entry.target] = np.array(tensor, np.float32, order="C")
+            continue
+        if entry.layer == 0:
+            leaves[entry.target] = np.empty((depth[entry.target], *tensor.shape), np.float32)
+        leaves[entry.target][entry.layer] = tensor
+    return leaves
+
+
+def _check(state_dict: dict[str, Any], entries: list[Entry], kind: str, flexible: tuple[str, ...]) -> None:
+    expected = {entry.source for entry in entries}
+    unexpected = sorted(set(state_dict) - expected - set(step_counters(entries)))
+    problems = []
+    if missing := sorted(expected - set(state_dict)):
+        problems.append(f"missing ({len(missing)}): {_listed(missing)}")
+    if unexpected:
+        problems.append(f"unexpected ({len(unexpected)}): {_listed(unexpected)}")
+    found = [entry for entry in entries if entry.source in state_dict]
+    wrong = [
+        f"{entry.source} is {tuple(np.shape(state_dict[entry.source]))}, expected {entry.shape}"
+        for entry in found
+        if np.shape(state_dict[entry.source]) != entry.shape and not entry.target.startswith(flexible or "\0")
+    ]
+    if wrong:
+        problems.append(f"wrong shape ({len(wrong)}): {_listed(wrong)}")
+    kinds = {entry.source: jnp.result_type(state_dict[entry.source]) for entry in found}
+    if wrong := [f"{name} is {dtype}" for name, dtype in kinds.items() if not jnp.issubdtype(dtype, jnp.floating)]:
+        problems.append(f"not real floating point ({len(wrong)}): {_listed(wrong)}")
+    problems += [reason for part, reason in _UNSUPPORTED.items() if any(part in name for name in unexpected)]
+    if problems:
+        raise ValueError(f"the weights do not fit {kind}: {'; '.join(problems)}")
+
+
+def _listed(names: list[str], most: int = 20) -> str:
+    return ", ".join(names[:most]) + (f", … and {len(names) - most} more" if len(names) > most else "")
+
+
+def export_state_dict(variables: dict[str, Any], model: nn.Module) -> dict[str, np.ndarray]:
+    """The variables under PyTorch's names and layouts: the inverse of `convert_state_dict`.
+
+    Args:
+      variables: as `model.init` returns them.
+      model: the module they belong to.
+
+    Returns:
+      PyTorch name → float32 array; `num_batches_tracked` is 0, since Flax does not count.
+    """
+    leaves = {path: np.asarray(leaf) for path, leaf in flatten_dict(variables, sep="/").items()}
+    entries = plan(model)
+    tensors: dict[str, np.ndarray] = {}
+    for entry in entries:
+        tensor = leaves[entry.target] if entry.layer is None else leaves[entry.target][entry.layer]
+        if entry.axes is not None:
+            tensor = tensor.transpose(np.argsort(entry.axes))
+        tensors[entry.source] = np.ascontiguousarray(tensor, np.float32)
+    return tensors | {name: np.zeros((), np.int64) for name in step_counters(entries)}
