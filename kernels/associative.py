@@ -1,0 +1,43 @@
+"""Selective scan by `lax.associative_scan`: logarithmic depth, at the price of every state in memory. Any backend."""
+
+import jax
+import jax.numpy as jnp
+
+
+def why_unavailable() -> str | None:
+    """Runs wherever JAX runs."""
+    return None
+
+
+def scan(u, delta, A, B, C, D, z, delta_bias, initial_state, *, delta_softplus, reverse) -> tuple[jax.Array, jax.Array]:
+    """See `kernels.selective_scan` for the contract. The gradient is JAX's own."""
+    dtype = u.dtype
+    u, delta, B, C = (x.astype(jnp.float32) for x in (u, delta, B, C))
+    delta = delta if delta_bias is None else delta + delta_bias
+    delta = softplus(delta) if delta_softplus else delta
+    decay = jnp.exp(delta[..., None] * A)
+    increment = (delta * u)[..., None] * _per_channel(B, u.shape[2])
+    if initial_state is not None:
+        first = -1 if reverse else 0
+        increment = increment.at[:, first].add(decay[:, first] * initial_state)
+    _, states = jax.lax.associative_scan(_compose, (decay, increment), reverse=reverse, axis=1)
+    y = jnp.sum(states * _per_channel(C, u.shape[2]), axis=-1)
+    y = y if D is None else y + D * u
+    y = y if z is None else y * jax.nn.silu(z.astype(jnp.float32))
+    return y.astype(dtype), states[:, 0 if reverse else -1]
+
+
+def softplus(x: jax.Array) -> jax.Array:
+    """log(1 + e^x), the identity above 20 as in the published kernels."""
+    return jnp.where(x > 20, x, jnp.log1p(jnp.exp(jnp.minimum(x, 20))))
+
+
+def _compose(earlier, later):
+    return earlier[0] * later[0], later[0] * earlier[1] + later[1]
+
+
+def _per_channel(x: jax.Array, channels: int) -> jax.Array:
+    """B or C -> something that broadcasts against (batch, length, channels, state)."""
+    if x.ndim == 2 or x.shape[2] == 1:
+        return x
+    return jnp.repeat(x, channels // x.shape[2], axis=2)
