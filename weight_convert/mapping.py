@@ -1,8 +1,8 @@
 """Which PyTorch tensor is which Flax variable: one table per network, read in both directions.
 
-Every difference of layout between the two frameworks is a transposition, so a table row is a PyTorch name, a Flax path and
-the axes. `{i}` in a PyTorch name counts layers; where the Flax path has no `{i}`, the layers are stacked on a leading axis
-(`nn.scan`).
+Every difference of layout between the two frameworks is a transposition, so a table row is a PyTorch name, a Flax path
+and the axes. `{i}` in a PyTorch name counts layers; where the Flax path has no `{i}`, the layers are stacked on a leading
+axis (`nn.scan`).
 """
 
 from collections import Counter
@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 
 class Rule(NamedTuple):
-    """One table row: PyTorch name, Flax path, and the transposition from PyTorch's axes to Flax's (None: same order)."""
+    """One table row; `axes` is the transposition from PyTorch's axes to Flax's (None: the same order)."""
 
     source: str
     target: str
@@ -24,7 +24,7 @@ class Rule(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """One PyTorch tensor and its place: leaf `target` (or its slice `layer`), with the shape PyTorch gives the tensor."""
+    """One PyTorch tensor, the shape it has there, and its place: the leaf `target`, or the slice `layer` of it."""
 
     source: str
     target: str
@@ -146,15 +146,15 @@ def plan(model: nn.Module, shapes: dict[str, Any] | None = None) -> list[Entry]:
     shapes = variable_shapes(model) if shapes is None else shapes
     entries = [entry for rule in TABLES[kind] for entry in _expand(rule, shapes)]
     if uncovered := sorted(set(shapes) - {entry.target for entry in entries}):
-        raise ValueError(f"{kind}: no PyTorch name is known for {_listed(uncovered)}; options without a published form?")
+        raise ValueError(f"no PyTorch name is known for {_listed(uncovered)} of {kind}, with the options it has")
     return entries
 
 
 def _expand(rule: Rule, shapes: dict[str, Any]) -> list[Entry]:
-    """The entries of one table row; none where this model (its class tokens, its number of stages) lacks the variable."""
+    """The entries of one table row; none where this model (by its class tokens, its stages) lacks the variable."""
     if "{i}" in rule.target:
-        numbered = [(i, rule.target.format(i=i)) for i in range(len(shapes))]
-        return [_entry(rule.source.format(i=i), path, None, rule.axes, shapes) for i, path in numbered if path in shapes]
+        numbered = [(rule.source.format(i=i), rule.target.format(i=i)) for i in range(len(shapes))]
+        return [_entry(source, path, None, rule.axes, shapes) for source, path in numbered if path in shapes]
     if rule.target not in shapes:
         return []
     if "{i}" not in rule.source:
@@ -180,13 +180,14 @@ def convert_state_dict(state_dict: dict[str, Any], model: nn.Module) -> dict[str
     """PyTorch weights as the variables of `model`, strictly: every tensor is used once, every variable is filled once.
 
     Args:
-      state_dict: PyTorch name → array, of the original classes (`VisionMamba`, `SRResNet`). For SRVM-Net the two halves:
-        `{"sr": {...}, "classifier": {...}}`, or one flat dict with these prefixes. `num_batches_tracked` is ignored.
+      state_dict: PyTorch name → array, of the original classes (`VisionMamba`, `SRResNet`). For SRVM-Net the two
+        halves: `{"sr": {...}, "classifier": {...}}`, or one flat dict with these prefixes. `num_batches_tracked` is
+        ignored.
       model: Vim, SRResNet or SRVM; its options decide the expected names and shapes.
 
     Returns:
-      `{"params": ..., "batch_stats": ...}` as `model.init` would (`batch_stats` where the model has them). Floating-point
-      tensors of any width become the model's parameter dtype, float32.
+      `{"params": ..., "batch_stats": ...}` as `model.init` would (`batch_stats` where the model has them), float32
+      whatever floating-point dtype the tensors have.
 
     Raises:
       ValueError: missing or unexpected names, or wrong shapes or dtypes; one message lists them all.
