@@ -1,0 +1,42 @@
+"""The networks of the recorded cases, built from the constructor arguments of the original classes."""
+
+import numpy as np
+
+from vimd_jax.models.srresnet import SRResNet
+from vimd_jax.models.vim import Vim
+
+
+def vim(constructor: dict, **overrides) -> Vim:
+    """The Vim that the original `VisionMamba(**constructor)` is."""
+    size = constructor["img_size"]
+    class_token = "middle" if constructor["use_middle_cls_token"] else "head"
+    if constructor.get("use_double_cls_token"):
+        class_token = "double"
+    if not constructor["if_cls_token"]:
+        class_token = None
+    divide = constructor.get("if_divide_out", constructor.get("if_devide_out"))
+    options = {
+        "num_classes": constructor["num_classes"],
+        "image_size": tuple(size) if isinstance(size, list) else size,
+        "patch_size": constructor["patch_size"],
+        "stride": constructor["stride"],
+        "embed_dim": constructor["embed_dim"],
+        "depth": constructor["depth"],
+        "state_size": constructor.get("d_state", 16),
+        "class_token": class_token,
+        "pool": constructor["final_pool_type"],
+        "merge": "mean" if divide else "sum",
+    }
+    return Vim(**(options | overrides))
+
+
+def srresnet(constructor: dict) -> SRResNet:
+    """The SRResNet that the original `SRResNet(**constructor)` is."""
+    return SRResNet(
+        scale=constructor["upscale_factor"], channels=constructor["channels"], num_blocks=constructor["num_rcb"]
+    )
+
+
+def nhwc(images: np.ndarray) -> np.ndarray:
+    """Recorded images, (batch, channels, height, width), in this project's layout."""
+    return np.moveaxis(images, 1, -1)

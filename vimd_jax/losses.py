@@ -1,0 +1,85 @@
+"""The terms of the multi-level distillation loss of ViMD (https://arxiv.org/abs/2411.17980, section on MKD), one function each.
+
+    L = L_CE + alpha L_LD + beta L_HSD
+
+Pure functions that return scalars, means over the batch, computed in float32.
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+
+def label_smoothing_cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
+    """L_CE: cross-entropy with labels that keep 1 - smoothing and spread the rest evenly over all classes.
+
+    Args:
+      logits: (batch, classes).
+      labels: (batch,) integers.
+      smoothing: in [0, 1); 0 is the plain cross-entropy.
+    """
+    log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32))
+    true = jnp.take_along_axis(log_probabilities, labels[:, None], axis=-1)[:, 0]
+    return -jnp.mean((1 - smoothing) * true + smoothing * log_probabilities.mean(axis=-1))
+
+
+def logits_distillation(student_logits: jax.Array, teacher_logits: jax.Array, temperature: float = 4.0) -> jax.Array:
+    """L_LD: KL(teacher ‖ student) of the class distributions softened by a temperature, times temperature².
+
+    The factor keeps the size of the gradient (Hinton et al., https://arxiv.org/abs/1503.02531, section 2). The paper prints
+    the divergence the other way round; this is the direction that its code computes.
+
+    Args:
+      student_logits: (batch, classes).
+      teacher_logits: (batch, classes).
+      temperature: divides both logits.
+    """
+    student = jax.nn.log_softmax(student_logits.astype(jnp.float32) / temperature)
+    teacher = jax.nn.log_softmax(teacher_logits.astype(jnp.float32) / temperature)
+    divergence = jnp.sum(jnp.exp(teacher) * (teacher - student), axis=-1)
+    return temperature**2 * jnp.mean(divergence)
+
+
+def hidden_state_distillation(
+    student_hidden: jax.Array,
+    teacher_hidden: jax.Array,
+    layers: Literal["all", "last"] | tuple[int, ...] = "all",
+    normalize: bool = False,
+) -> jax.Array:
+    """L_HSD: the sum over layers of the mean squared difference of hidden states.
+
+    Args:
+      student_hidden: (depth, batch, tokens, channels), `features["hidden_states"]`.
+      teacher_hidden: the same of the teacher.
+      layers: "all", "last", or the numbers of the layers to sum over, counted from 0.
+      normalize: scale every token to unit length first.
+
+    Raises:
+      ValueError: the shapes differ, or there is no such layer.
+    """
+    if student_hidden.shape != teacher_hidden.shape:
+        raise ValueError(
+            f"teacher_hidden: shape {teacher_hidden.shape} differs from the student's {student_hidden.shape}; "
+            "both networks need the same depth, width and number of tokens"
+        )
+    chosen = _layer_numbers(layers, len(student_hidden))
+    student, teacher = (hidden[chosen].astype(jnp.float32) for hidden in (student_hidden, teacher_hidden))
+    if normalize:
+        student, teacher = _unit_length(student), _unit_length(teacher)
+    return jnp.sum(jnp.mean(jnp.square(student - teacher), axis=(1, 2, 3)))
+
+
+def _layer_numbers(layers, depth: int) -> slice | jax.Array:
+    if layers == "all":
+        return slice(None)
+    if layers == "last":
+        return slice(depth - 1, None)
+    if isinstance(layers, str) or not layers or not all(0 <= layer < depth for layer in layers):
+        raise ValueError(f'layers: {layers!r}, expected "all", "last" or numbers from 0 to {depth - 1}')
+    return jnp.array(layers)
+
+
+def _unit_length(tokens: jax.Array) -> jax.Array:
+    squared = jnp.sum(jnp.square(tokens), axis=-1, keepdims=True)
+    return tokens * jax.lax.rsqrt(jnp.maximum(squared, 1e-24))

@@ -1,0 +1,75 @@
+"""Where class tokens stand in a sequence of patches, and position tables for another grid of patches."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+CLASS_TOKENS = ("middle", "head", "double", None)
+
+
+def class_token_positions(class_token: str | None, num_patches: int) -> tuple[int, ...]:
+    """Indices of the class tokens in the sequence: one in the "middle" or at the "head", "double" at both ends, or none."""
+    return {"middle": (num_patches // 2,), "head": (0,), "double": (0, num_patches + 1), None: ()}[class_token]
+
+
+def insert_tokens(patches: jax.Array, tokens: Sequence[jax.Array], positions: Sequence[int]) -> jax.Array:
+    """Puts tokens, each (batch, 1, dim), into patches (batch, num_patches, dim) so that token k ends up at positions[k]."""
+    pieces, start = [], 0
+    for k, (token, position) in enumerate(zip(tokens, positions)):
+        pieces += [patches[:, start : position - k], token]
+        start = position - k
+    return jnp.concatenate([*pieces, patches[:, start:]], axis=1)
+
+
+def resize_positions(
+    table: jax.Array, grid: tuple[int, int], new_grid: tuple[int, int], class_token: str | None
+) -> jax.Array:
+    """Position embeddings for another grid of patches; the rows of class tokens are kept and move to their new places.
+
+    Args:
+      table: (1, tokens, dim) in sequence order, for a grid of (rows, columns) patches.
+      grid: the grid that the table was made for.
+      new_grid: the grid wanted.
+      class_token: "middle", "head", "double" or None.
+
+    Returns:
+      (1, new tokens, dim) float32.
+    """
+    positions = class_token_positions(class_token, grid[0] * grid[1])
+    patches = jnp.delete(table, np.array(positions, int), axis=1, assume_unique_indices=True)
+    patches = jnp.einsum(
+        "yi,xj,bijc->byxc",
+        bicubic_matrix(grid[0], new_grid[0]),
+        bicubic_matrix(grid[1], new_grid[1]),
+        patches.reshape(table.shape[0], *grid, table.shape[2]),
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    num_patches = new_grid[0] * new_grid[1]
+    return insert_tokens(
+        patches.reshape(table.shape[0], num_patches, table.shape[2]),
+        [table[:, position, None] for position in positions],
+        class_token_positions(class_token, num_patches),
+    )
+
+
+def bicubic_matrix(size: int, new_size: int) -> np.ndarray:
+    """Bicubic interpolation of a row of samples as a (new_size, size) float32 matrix.
+
+    PyTorch's kernel: cubic convolution with a = -0.75, four taps around (i + 0.5) size / new_size - 0.5 also when shrinking
+    (no antialiasing), taps outside the row read its edge. `jax.image.resize` differs in all three.
+    """
+    centre = (np.arange(new_size) + 0.5) * size / new_size - 0.5
+    first = np.floor(centre).astype(int) - 1
+    matrix = np.zeros((new_size, size))
+    for tap in range(4):
+        index = first + tap
+        np.add.at(matrix, (np.arange(new_size), np.clip(index, 0, size - 1)), _cubic(np.abs(centre - index)))
+    return matrix.astype(np.float32)
+
+
+def _cubic(t: np.ndarray, a: float = -0.75) -> np.ndarray:
+    near = (a + 2) * t**3 - (a + 3) * t**2 + 1
+    far = a * (t**3 - 5 * t**2 + 8 * t - 4)
+    return np.where(t <= 1, near, far)

@@ -1,0 +1,59 @@
+"""SRVM-Net, the low-resolution classifier of ViMD (Chen et al., "Vision Mamba Distillation for Low-resolution Fine-grained
+Image Classification", IEEE SPL 2025, https://arxiv.org/abs/2411.17980, figure 1): enlarge, then classify.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from vimd_jax.models.srresnet import SRResNet
+from vimd_jax.models.vim import Vim
+
+
+class SRVM(nn.Module):
+    """A frozen super-resolution network followed by a classifier. Without the latter's teacher, also the plain student.
+
+    Attributes:
+      sr: the super-resolution network; None is the trivial alternative, bicubic interpolation to the classifier's
+        image_size, as Pillow's up to its rounding to bytes, clamped to [0, 1].
+      classifier: what reads the enlarged image.
+    """
+
+    sr: SRResNet | None
+    classifier: Vim
+
+    @nn.compact
+    def __call__(
+        self, images: jax.Array, *, train: bool = False, return_features: bool = False
+    ) -> jax.Array | tuple[jax.Array, dict[str, jax.Array]]:
+        """Class scores of low-resolution images.
+
+        Args:
+          images: (batch, height, width, 3) floats in [0, 1].
+          train: of the classifier; the super-resolution network always uses its running statistics and gets no gradient.
+          return_features: also return the features below.
+
+        Returns:
+          logits (batch, num_classes); with `return_features` the pair (logits, features): the classifier's features and
+          features["super_resolved"], the image that it saw.
+        """
+        if self.sr is None:
+            image = bicubic(images, self.classifier.image_size)
+        else:
+            image = self.sr(images)
+        image = jax.lax.stop_gradient(image)
+        output = self.classifier(image, train=train, return_features=return_features)
+        if not return_features:
+            return output
+        logits, features = output
+        return logits, features | {"super_resolved": image}
+
+
+def bicubic(images: jax.Array, size: int | tuple[int, int]) -> jax.Array:
+    """Enlarges images (batch, height, width, channels) to size, a side or (height, width), clamped to [0, 1].
+
+    The kernel is Pillow's and `jax.image`'s, with a = -0.5 and weights renormalised at the edges; PyTorch's has a = -0.75.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    resized = jax.image.resize(images, (images.shape[0], height, width, images.shape[3]), "bicubic")
+    return jnp.clip(resized, 0.0, 1.0)
