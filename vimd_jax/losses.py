@@ -1,4 +1,4 @@
-"""The terms of the multi-level distillation loss of ViMD (https://arxiv.org/abs/2411.17980, section on MKD), one function each.
+"""The terms of ViMD's multi-level distillation loss (https://arxiv.org/abs/2411.17980), one function each.
 
     L = L_CE + alpha L_LD + beta L_HSD
 
@@ -27,8 +27,8 @@ def label_smoothing_cross_entropy(logits: jax.Array, labels: jax.Array, smoothin
 def logits_distillation(student_logits: jax.Array, teacher_logits: jax.Array, temperature: float = 4.0) -> jax.Array:
     """L_LD: KL(teacher ‖ student) of the class distributions softened by a temperature, times temperature².
 
-    The factor keeps the size of the gradient (Hinton et al., https://arxiv.org/abs/1503.02531, section 2). The paper prints
-    the divergence the other way round; this is the direction that its code computes.
+    The factor keeps the size of the gradient (Hinton et al., https://arxiv.org/abs/1503.02531, section 2). The paper
+    prints the divergence the other way round; this is the direction that its code computes.
 
     Args:
       student_logits: (batch, classes).

@@ -1,7 +1,7 @@
 """The networks by name: `create_model("vim_tiny_stride8", num_classes=200)`.
 
-One module per network: vim.py (the classifier), srresnet.py (super-resolution), srvm.py (one after the other, the student of
-ViMD). A name is a builder with its defaults; another family is another few lines in `_BUILDERS`.
+One module per network: vim.py (the classifier), srresnet.py (super-resolution), srvm.py (one after the other, the
+student of ViMD). A name is a builder with its defaults; another family is another few lines in `_BUILDERS`.
 """
 
 import difflib
@@ -51,8 +51,8 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
 
     Args:
       name: one of `list_models()`.
-      **overrides: fields of the module that shall differ from the name's defaults; for srvm_* those of its classifier and
-        sr ("srresnet" or "bicubic"), scale, sr_channels, sr_num_blocks.
+      **overrides: fields of the module that shall differ from the name's defaults; for srvm_* those of its classifier
+        and sr ("srresnet" or "bicubic"), scale, sr_channels, sr_num_blocks.
 
     Raises:
       ValueError: no such network, override, or value.

@@ -10,12 +10,12 @@ CLASS_TOKENS = ("middle", "head", "double", None)
 
 
 def class_token_positions(class_token: str | None, num_patches: int) -> tuple[int, ...]:
-    """Indices of the class tokens in the sequence: one in the "middle" or at the "head", "double" at both ends, or none."""
+    """Indices of the class tokens in the sequence: in the "middle", at the "head", "double" at both ends, or none."""
     return {"middle": (num_patches // 2,), "head": (0,), "double": (0, num_patches + 1), None: ()}[class_token]
 
 
 def insert_tokens(patches: jax.Array, tokens: Sequence[jax.Array], positions: Sequence[int]) -> jax.Array:
-    """Puts tokens, each (batch, 1, dim), into patches (batch, num_patches, dim) so that token k ends up at positions[k]."""
+    """Puts tokens, each (batch, 1, dim), into patches (batch, patches, dim): token k ends up at positions[k]."""
     pieces, start = [], 0
     for k, (token, position) in enumerate(zip(tokens, positions)):
         pieces += [patches[:, start : position - k], token]
@@ -57,8 +57,8 @@ def resize_positions(
 def bicubic_matrix(size: int, new_size: int) -> np.ndarray:
     """Bicubic interpolation of a row of samples as a (new_size, size) float32 matrix.
 
-    PyTorch's kernel: cubic convolution with a = -0.75, four taps around (i + 0.5) size / new_size - 0.5 also when shrinking
-    (no antialiasing), taps outside the row read its edge. `jax.image.resize` differs in all three.
+    PyTorch's kernel: cubic convolution with a = -0.75, four taps around (i + 0.5) size / new_size - 0.5 also when
+    shrinking (no antialiasing), taps outside the row read its edge. `jax.image.resize` differs in all three.
     """
     centre = (np.arange(new_size) + 0.5) * size / new_size - 0.5
     first = np.floor(centre).astype(int) - 1

@@ -41,7 +41,8 @@ class SRResNet(nn.Module):
 
         Args:
           images: (batch, height, width, 3) floats in [0, 1].
-          train: normalise by the batch and update `batch_stats` (pass mutable=["batch_stats"]), not by the running averages.
+          train: normalise by the batch instead of the running averages, and update these: pass
+            mutable=["batch_stats"].
 
         Returns:
           (batch, scale * height, scale * width, 3) float32, clamped to [0, 1]; no gradient passes where it was clamped.
@@ -60,7 +61,7 @@ class SRResNet(nn.Module):
             variable_axes={"params": 0, "batch_stats": 0},
             split_rngs={"params": True},
             length=self.num_blocks,
-            # One compiled loop would be smaller, but XLA's CPU gradient of a convolution is 20 times slower inside a loop.
+            # Not a compiled loop: inside one, XLA's gradient of a convolution is 20 times slower on a CPU.
             unroll=self.num_blocks,
         )
         x, _ = blocks(self.channels, train, self.bn_axis_name, name="blocks")(shallow)
@@ -102,7 +103,7 @@ class Doubling(nn.Module):
 
 
 def pixel_shuffle(x: jax.Array) -> jax.Array:
-    """(batch, h, w, 4 c) to (batch, 2h, 2w, c); channel 4k + 2i + j becomes channel k at row i, column j, as in PyTorch."""
+    """(batch, h, w, 4c) to (batch, 2h, 2w, c); channel 4k + 2i + j goes to channel k, row i, column j, as in PyTorch."""
     batch, height, width, channels = x.shape
     x = x.reshape(batch, height, width, channels // 4, 2, 2)
     return x.transpose(0, 1, 4, 2, 5, 3).reshape(batch, 2 * height, 2 * width, channels // 4)

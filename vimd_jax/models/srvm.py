@@ -1,5 +1,5 @@
-"""SRVM-Net, the low-resolution classifier of ViMD (Chen et al., "Vision Mamba Distillation for Low-resolution Fine-grained
-Image Classification", IEEE SPL 2025, https://arxiv.org/abs/2411.17980, figure 1): enlarge, then classify.
+"""SRVM-Net, the student of ViMD: enlarge, then classify (Chen et al., "Vision Mamba Distillation for Low-resolution
+Fine-grained Image Classification", IEEE SPL 2025, https://arxiv.org/abs/2411.17980, figure 1).
 """
 
 import jax
@@ -11,11 +11,10 @@ from vimd_jax.models.vim import Vim
 
 
 class SRVM(nn.Module):
-    """A frozen super-resolution network followed by a classifier. Without the latter's teacher, also the plain student.
+    """A frozen super-resolution network followed by a classifier.
 
     Attributes:
-      sr: the super-resolution network; None is the trivial alternative, bicubic interpolation to the classifier's
-        image_size, as Pillow's up to its rounding to bytes, clamped to [0, 1].
+      sr: the super-resolution network; None is bicubic interpolation to the classifier's image_size.
       classifier: what reads the enlarged image.
     """
 
@@ -30,18 +29,15 @@ class SRVM(nn.Module):
 
         Args:
           images: (batch, height, width, 3) floats in [0, 1].
-          train: of the classifier; the super-resolution network always uses its running statistics and gets no gradient.
+          train: for the classifier; the super-resolution network always uses its running averages and gets no gradient.
           return_features: also return the features below.
 
         Returns:
           logits (batch, num_classes); with `return_features` the pair (logits, features): the classifier's features and
           features["super_resolved"], the image that it saw.
         """
-        if self.sr is None:
-            image = bicubic(images, self.classifier.image_size)
-        else:
-            image = self.sr(images)
-        image = jax.lax.stop_gradient(image)
+        enlarged = bicubic(images, self.classifier.image_size) if self.sr is None else self.sr(images)
+        image = jax.lax.stop_gradient(enlarged)
         output = self.classifier(image, train=train, return_features=return_features)
         if not return_features:
             return output
@@ -52,7 +48,7 @@ class SRVM(nn.Module):
 def bicubic(images: jax.Array, size: int | tuple[int, int]) -> jax.Array:
     """Enlarges images (batch, height, width, channels) to size, a side or (height, width), clamped to [0, 1].
 
-    The kernel is Pillow's and `jax.image`'s, with a = -0.5 and weights renormalised at the edges; PyTorch's has a = -0.75.
+    Pillow's kernel, without its rounding to bytes: a = -0.5, weights renormalised at the edges (PyTorch's a is -0.75).
     """
     height, width = (size, size) if isinstance(size, int) else size
     resized = jax.image.resize(images, (images.shape[0], height, width, images.shape[3]), "bicubic")

@@ -1,13 +1,13 @@
-"""Vim, the bidirectional state-space classifier (Zhu et al., "Vision Mamba: Efficient Visual Representation Learning with
-Bidirectional State Space Model", ICML 2024, https://arxiv.org/abs/2401.09417, algorithm 1).
+"""Vim, the bidirectional state-space classifier (Zhu et al., "Vision Mamba: Efficient Visual Representation Learning
+with Bidirectional State Space Model", ICML 2024, https://arxiv.org/abs/2401.09417, algorithm 1).
 
-Overlapping patches become a sequence with a class token in its middle; every layer adds to it what two selective scans, one
-from each end, make of it; the class token, normalised, goes to a linear head:
+Patches become a sequence with a class token in its middle; every layer adds to it what two selective scans, one from each
+end, make of it; the class token, normalised, goes to a linear head:
 
-    x_0 = tokens + positions        x_{j+1} = x_j + mixer_j(norm_j(x_j))        logits = head(norm(x_depth)[class token])
+    x_0 = tokens + positions      x_{j+1} = x_j + mixer_j(norm_j(x_j))      logits = head(norm(x_depth)[class token])
 
 The original carries (hidden, residual) pairs between blocks and adds them one block later; the single stream here is the
-same sum. Parameters, stream, norms, scan state and head are float32; `dtype` sets that of the convolutions and projections.
+same sum. Parameters, stream, norms, scan state and head are float32; `dtype` is that of convolutions and projections.
 """
 
 import math
@@ -35,16 +35,16 @@ class Vim(nn.Module):
 
     Attributes:
       num_classes: classes of the head.
-      image_size: side, or (height, width), in pixels, that the position table is made for. Other sizes are accepted: the
-        table is then resized.
+      image_size: side, or (height, width), in pixels, that the position table is made for. For images of another size
+        the table is resized.
       patch_size: side of a patch in pixels.
       stride: pixels from one patch to the next; below patch_size the patches overlap.
       embed_dim: channels of a token. The mixers work on twice as many.
       depth: number of layers.
       state_size: state of the scan per channel.
       class_token: "middle" of the sequence, at its "head", "double" (one at each end, averaged) or None.
-      pool: without a class token, what the head reads: the "mean" of the tokens, the "last" token, or every token, of whose
-        logits the "max" is taken.
+      pool: without a class token, what the head reads: the "mean" of the tokens, the "last" token, or every token, of
+        whose logits the "max" is taken.
       merge: "mean" or "sum" of the two scan directions.
       drop_path_rate: stochastic depth of the last layer while training; it grows linearly from 0 at the first.
       input_normalization: subtract ImageNet's mean and divide by its deviation first, as pretraining on ImageNet did.
@@ -108,7 +108,7 @@ class Vim(nn.Module):
 
         Returns:
           logits (batch, num_classes) float32; with `return_features` the pair (logits, features):
-          features["hidden_states"]: (depth, batch, tokens, embed_dim), the stream after each layer through the final norm;
+          features["hidden_states"]: (depth, batch, tokens, embed_dim), the stream after each layer, through `norm`;
           features["pre_logits"]: the head's input, (batch, embed_dim), or (batch, tokens, embed_dim) with pool "max".
 
         Raises:
@@ -160,7 +160,7 @@ class Vim(nn.Module):
             (self.patch_size, self.patch_size),
             strides=self.stride,
             padding="VALID",
-            # LeCun's deviation over that of a unit normal cut at ±2: the originals asked for the cut, but at ±2 absolute.
+            # LeCun's deviation over that of a unit normal cut at ±2; the originals corrected for a cut but made none.
             kernel_init=nn.initializers.normal(math.sqrt(1 / (3 * self.patch_size**2)) / 0.87962566),
             dtype=jnp.dtype(self.dtype),
             name="patch_embed",
@@ -225,8 +225,8 @@ class Mixer(nn.Module):
         ssm = {"delta_rank": math.ceil(dim / 16), "state_size": self.state_size, "dtype": self.dtype}
         ssm["scan_implementation"] = self.scan_implementation
         forward = SSM(reverse=False, delta_bias_init=inverse_softplus_of_steps, **ssm, name="forward")(x, z)
-        # The backward bias starts at 0, a step of 0.69 against 0.001 to 0.1 forward: an oversight of the original that its
-        # published weights were trained with.
+        # The backward bias starts at 0, a step of 0.69 against 0.001 to 0.1 forward: an oversight of the original, with
+        # which its published weights were trained.
         backward = SSM(reverse=True, delta_bias_init=nn.initializers.zeros, **ssm, name="backward")(x, z)
         merged = forward + backward
         if self.merge == "mean":

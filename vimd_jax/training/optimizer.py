@@ -12,9 +12,10 @@ from ml_collections import ConfigDict
 def create_schedule(config: ConfigDict, steps_per_epoch: int) -> optax.Schedule:
     """Learning rate of every step, counted from 0.
 
-    "cosine": per step, linearly from warmup_learning_rate to learning_rate, then along half a cosine to min_learning_rate.
-    "timm_epoch": the originals' (timm 0.4.12, stepped after each epoch with the number of the one just finished): constant
-    within an epoch, one epoch late, and the cosine's clock starts with the warm-up.
+    "cosine": per step, linearly from warmup_learning_rate to learning_rate, then along half a cosine to
+    min_learning_rate.
+    "timm_epoch": the originals' (timm 0.4.12, stepped after each epoch with the number of the one just finished):
+    constant within an epoch, one epoch late, and the cosine's clock starts with the warm-up.
 
     Args:
       config: name, learning_rate, min_learning_rate, warmup_learning_rate, warmup_epochs, num_epochs.
@@ -39,7 +40,7 @@ def _cosine(config: ConfigDict, steps_per_epoch: int) -> optax.Schedule:
     total = round(config.num_epochs * steps_per_epoch)
 
     def schedule(step):
-        rising = (step + 0.0) / max(warmup, 1)
+        rising = step / max(warmup, 1)
         falling = jnp.clip((step - warmup) / max(total - warmup, 1), 0.0, 1.0)
         peak, low, first = config.learning_rate, config.min_learning_rate, config.warmup_learning_rate
         decayed = low + (peak - low) * 0.5 * (1 + jnp.cos(jnp.pi * falling))
@@ -88,8 +89,8 @@ def create_optimizer(config: ConfigDict, params: Any, schedule: optax.Schedule) 
 def decay_mask(params: Any, decay_state_matrix: bool = True) -> Any:
     """True for the parameters that weight decay shrinks: kernels and, if asked, the state matrices A_log.
 
-    Exempt are biases, scales, slopes, D, class tokens and positions. Names decide, not ranks: a bias in a stack of layers
-    has two axes.
+    Exempt are biases, scales, slopes, D, class tokens and positions. Names decide, not ranks: a bias in a stack of
+    layers has two axes.
     """
     decayed = {"kernel", "A_log"} if decay_state_matrix else {"kernel"}
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in decayed, params)
