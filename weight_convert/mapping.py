@@ -1,8 +1,8 @@
 """Which PyTorch tensor is which Flax variable: one table per network, read in both directions.
 
-Every difference of layout between the two frameworks is a transposition, so a table row is a PyTorch name, a Flax path
-and the axes. `{i}` in a PyTorch name counts layers; where the Flax path has no `{i}`, the layers are stacked on a leading
-axis (`nn.scan`).
+Every difference of layout between the two frameworks is a transposition, so a table row is a PyTorch name, a Flax
+path and the axes. `{i}` in a PyTorch name counts layers; where the Flax path has no `{i}`, the layers are stacked on a
+leading axis (`nn.scan`).
 """
 
 from collections import Counter
@@ -27,10 +27,10 @@ class Entry(NamedTuple):
     """One PyTorch tensor, the shape it has there, and its place: the leaf `target`, or the slice `layer` of it."""
 
     source: str
+    shape: tuple[int, ...]
     target: str
     layer: int | None
     axes: tuple[int, ...] | None
-    shape: tuple[int, ...]
 
 
 _LINEAR = (1, 0)  # (out, in) -> (in, out)
@@ -119,23 +119,23 @@ _UNSUPPORTED = {
 }
 
 
+def input_images(model: nn.Module) -> jax.ShapeDtypeStruct:
+    """A batch of one image as `model.init` expects it."""
+    size = getattr(getattr(model, "classifier", model), "image_size", 16)  # super-resolution takes any size
+    height, width = (size, size) if isinstance(size, int) else size
+    return jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
+
+
 def variable_shapes(model: nn.Module) -> dict[str, jax.ShapeDtypeStruct]:
     """Path → shape and dtype of every leaf of `model.init`, computed without running the model."""
-    images = jax.ShapeDtypeStruct((1, *_image_size(model), 3), jnp.float32)
-    return flatten_dict(jax.eval_shape(model.init, jax.random.key(0), images), sep="/")
+    return flatten_dict(jax.eval_shape(model.init, jax.random.key(0), input_images(model)), sep="/")
 
 
-def _image_size(model: nn.Module) -> tuple[int, int]:
-    size = getattr(model, "image_size", 16)  # a super-resolution network takes any size
-    return (size, size) if isinstance(size, int) else tuple(size)
-
-
-def plan(model: nn.Module, shapes: dict[str, Any] | None = None) -> list[Entry]:
+def plan(model: nn.Module) -> list[Entry]:
     """Every PyTorch tensor that `model` needs, with its place among the variables.
 
     Args:
       model: a Flax module of vimd_jax.models.
-      shapes: `variable_shapes(model)` where it is already known.
 
     Raises:
       ValueError: no table describes this kind of model, or the table leaves one of its variables without a source.
@@ -143,7 +143,7 @@ def plan(model: nn.Module, shapes: dict[str, Any] | None = None) -> list[Entry]:
     kind = type(model).__name__
     if kind not in TABLES:
         raise ValueError(f"model {kind} has no PyTorch counterpart here; convertible: {', '.join(TABLES)}")
-    shapes = variable_shapes(model) if shapes is None else shapes
+    shapes = variable_shapes(model)
     entries = [entry for rule in TABLES[kind] for entry in _expand(rule, shapes)]
     if uncovered := sorted(set(shapes) - {entry.target for entry in entries}):
         raise ValueError(f"no PyTorch name is known for {_listed(uncovered)} of {kind}, with the options it has")
@@ -152,22 +152,21 @@ def plan(model: nn.Module, shapes: dict[str, Any] | None = None) -> list[Entry]:
 
 def _expand(rule: Rule, shapes: dict[str, Any]) -> list[Entry]:
     """The entries of one table row; none where this model (by its class tokens, its stages) lacks the variable."""
+
+    def entry(source: str, target: str, layer: int | None = None) -> Entry:
+        shape = shapes[target].shape[layer is not None :]
+        if rule.axes is not None:
+            shape = tuple(shape[axis] for axis in np.argsort(rule.axes))
+        return Entry(source, shape, target, layer, rule.axes)
+
     if "{i}" in rule.target:
         numbered = [(rule.source.format(i=i), rule.target.format(i=i)) for i in range(len(shapes))]
-        return [_entry(source, path, None, rule.axes, shapes) for source, path in numbered if path in shapes]
+        return [entry(source, target) for source, target in numbered if target in shapes]
     if rule.target not in shapes:
         return []
     if "{i}" not in rule.source:
-        return [_entry(rule.source, rule.target, None, rule.axes, shapes)]
-    layers = range(shapes[rule.target].shape[0])
-    return [_entry(rule.source.format(i=i), rule.target, i, rule.axes, shapes) for i in layers]
-
-
-def _entry(source: str, path: str, layer: int | None, axes: tuple[int, ...] | None, shapes: dict[str, Any]) -> Entry:
-    shape = shapes[path].shape if layer is None else shapes[path].shape[1:]
-    if axes is not None:
-        shape = tuple(shape[axis] for axis in np.argsort(axes))
-    return Entry(source, path, layer, axes, tuple(shape))
+        return [entry(rule.source, rule.target)]
+    return [entry(rule.source.format(i=i), rule.target, i) for i in range(shapes[rule.target].shape[0])]
 
 
 def step_counters(entries: list[Entry]) -> list[str]:
@@ -192,9 +191,12 @@ def convert_state_dict(state_dict: dict[str, Any], model: nn.Module) -> dict[str
     Raises:
       ValueError: missing or unexpected names, or wrong shapes or dtypes; one message lists them all.
     """
-    shapes = variable_shapes(model)
-    leaves = fill(flat_state_dict(state_dict), plan(model, shapes), type(model).__name__)
-    return unflatten_dict({path: jnp.asarray(leaf, shapes[path].dtype) for path, leaf in leaves.items()}, sep="/")
+    return nested(fill(state_dict, model))
+
+
+def nested(leaves: dict[str, Any]) -> dict[str, Any]:
+    """Path → leaf as a tree of JAX arrays."""
+    return unflatten_dict({path: jnp.asarray(leaf) for path, leaf in leaves.items()}, sep="/")
 
 
 def flat_state_dict(state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -202,13 +204,12 @@ def flat_state_dict(state_dict: dict[str, Any]) -> dict[str, Any]:
     return flatten_dict(state_dict, sep=".")
 
 
-def fill(state_dict: dict[str, Any], entries: list[Entry], kind: str, flexible: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Path → float32 array, from a flat state dict; raises as `convert_state_dict` does.
-
-    Targets that start with one of `flexible` keep the shape that the state dict gives them.
-    """
-    _check(state_dict, entries, kind, flexible)
-    depth = Counter(entry.target for entry in entries)
+def fill(state_dict: dict[str, Any], model: nn.Module, flexible: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
+    """`convert_state_dict` to path → array; paths that end with one of `flexible` keep the shape they come with."""
+    state_dict = flat_state_dict(state_dict)
+    entries = plan(model)
+    _check(state_dict, entries, type(model).__name__, flexible)
+    layers = Counter(entry.target for entry in entries)
     leaves: dict[str, np.ndarray] = {}
     for entry in entries:
         tensor = np.asarray(state_dict[entry.source])
@@ -217,31 +218,30 @@ def fill(state_dict: dict[str, Any], entries: list[Entry], kind: str, flexible: 
             leaves[entry.target] = np.array(tensor, np.float32, order="C")
             continue
         if entry.layer == 0:
-            leaves[entry.target] = np.empty((depth[entry.target], *tensor.shape), np.float32)
+            leaves[entry.target] = np.empty((layers[entry.target], *tensor.shape), np.float32)
         leaves[entry.target][entry.layer] = tensor
     return leaves
 
 
 def _check(state_dict: dict[str, Any], entries: list[Entry], kind: str, flexible: tuple[str, ...]) -> None:
     expected = {entry.source for entry in entries}
-    unexpected = sorted(set(state_dict) - expected - set(step_counters(entries)))
-    problems = []
-    if missing := sorted(expected - set(state_dict)):
-        problems.append(f"missing ({len(missing)}): {_listed(missing)}")
-    if unexpected:
-        problems.append(f"unexpected ({len(unexpected)}): {_listed(unexpected)}")
-    found = [entry for entry in entries if entry.source in state_dict]
-    wrong = [
-        f"{entry.source} is {tuple(np.shape(state_dict[entry.source]))}, expected {entry.shape}"
-        for entry in found
-        if np.shape(state_dict[entry.source]) != entry.shape and not entry.target.startswith(flexible or "\0")
-    ]
-    if wrong:
-        problems.append(f"wrong shape ({len(wrong)}): {_listed(wrong)}")
-    kinds = {entry.source: jnp.result_type(state_dict[entry.source]) for entry in found}
-    if wrong := [f"{name} is {dtype}" for name, dtype in kinds.items() if not jnp.issubdtype(dtype, jnp.floating)]:
-        problems.append(f"not real floating point ({len(wrong)}): {_listed(wrong)}")
-    problems += [reason for part, reason in _UNSUPPORTED.items() if any(part in name for name in unexpected)]
+    found = [(entry, np.asarray(state_dict[entry.source])) for entry in entries if entry.source in state_dict]
+    differences = {
+        "missing": sorted(expected - set(state_dict)),
+        "unexpected": sorted(set(state_dict) - expected - set(step_counters(entries))),
+        "wrong shape": [
+            f"{entry.source} is {tensor.shape}, expected {entry.shape}"
+            for entry, tensor in found
+            if tensor.shape != entry.shape and not (entry.target.endswith(flexible) and tensor.ndim == len(entry.shape))
+        ],
+        "not floating point": [
+            f"{entry.source} is {tensor.dtype}"
+            for entry, tensor in found
+            if not jnp.issubdtype(tensor.dtype, jnp.floating)
+        ],
+    }
+    problems = [f"{what} ({len(names)}): {_listed(names)}" for what, names in differences.items() if names]
+    problems += [why for part, why in _UNSUPPORTED.items() if any(part in name for name in differences["unexpected"])]
     if problems:
         raise ValueError(f"the weights do not fit {kind}: {'; '.join(problems)}")
 

@@ -109,8 +109,8 @@ def _look_up(names: dict[str, Any], name: str) -> Any:
     if name not in names:
         module, _, attribute = name.rpartition(" ")
         raise PickleError(
-            f"asks for {module}.{attribute}; only tensors, containers, numbers, strings and argparse.Namespace are read, "
-            "and nothing was executed"
+            f"asks for {module}.{attribute}; only tensors, containers, numbers, strings and argparse.Namespace are "
+            "read, and nothing was executed"
         )
     return names[name]
 

@@ -1,7 +1,7 @@
 """Reads PyTorch checkpoints without PyTorch and without running anything that the file asks for.
 
-A `.pth` file is an uncompressed zip archive: `data.pkl`, a pickle that describes the objects, and one entry per storage,
-the raw numbers behind the tensors. The pickle is read as data (`safe_pickle`), with the handful of names in the tables
+A `.pth` file is an uncompressed zip archive: `data.pkl`, a pickle that describes the objects, and an entry for every
+storage, the raw numbers behind the tensors. The pickle is read as data (`safe_pickle`), with the names in the tables
 below; a storage is read when a tensor that was asked for needs it.
 """
 
@@ -36,16 +36,16 @@ def load_torch_checkpoint(path: str | Path, *, key: str | None = None) -> dict[s
 
     Args:
       path: `.pth`, `.pt`, `.pth.tar` in PyTorch's zip format (1.6 and later), or `.safetensors`.
-      key: which entry of the checkpoint, e.g. "model_ema". None takes "model" or "state_dict" where the file has one, and
-        otherwise the file itself. A `.safetensors` file has no entries.
+      key: which entry of the checkpoint, e.g. "model_ema". None takes "model" or "state_dict" where the file has one,
+        and otherwise the file itself. A `.safetensors` file has no entries.
 
     Returns:
       Name → read-only array in the stored dtype (bfloat16 as `ml_dtypes.bfloat16`). Containers inside the state dict
       are flattened, their names joined by dots; what is not a tensor is left out. Tensors that shared memory still do.
 
     Raises:
-      CheckpointError: not such a file, damaged, in the legacy format, without `key`, or asking for anything but tensors,
-        containers, numbers, strings and `argparse.Namespace`.
+      CheckpointError: not such a file, damaged, in the legacy format, without `key`, or asking for anything but
+        tensors, containers, numbers, strings and `argparse.Namespace`.
     """
     path = Path(path)
     with _errors_naming(path):
@@ -125,7 +125,7 @@ class _Archive:
         roots = [entry.filename.removesuffix("data.pkl") for entry in entries if entry.filename.endswith("data.pkl")]
         if len({entry.filename for entry in entries}) < len(entries) or len(roots) != 1:
             raise CheckpointError("not a PyTorch checkpoint (the archive needs one data.pkl, and no name twice)")
-        # PyTorch stores without compression, so entries that claim more bytes than the file has are an attack or damage.
+        # PyTorch never compresses, so entries that claim more bytes than the file has are an attack or damage.
         if any(e.compress_type != zipfile.ZIP_STORED or e.compress_size != e.file_size for e in entries):
             raise CheckpointError("compressed entries, which PyTorch never writes")
         if sum(entry.file_size for entry in entries) > file_size:

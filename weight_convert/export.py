@@ -1,0 +1,57 @@
+"""A converted checkpoint back to PyTorch: names and layouts of the original classes, as .safetensors.
+
+    python -m weight_convert.export --checkpoint DIR --output X.safetensors
+
+In PyTorch: `model.load_state_dict(safetensors.torch.load_file("X.safetensors"))`.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from weight_convert.checkpoint import load_converted
+from weight_convert.mapping import export_state_dict
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m weight_convert.export", description=__doc__.split("\n")[0])
+    parser.add_argument("--checkpoint", required=True, type=Path, help="directory that weight_convert.convert wrote")
+    parser.add_argument("--output", required=True, type=Path, help=".safetensors file to write")
+    parser.add_argument("--part", choices=("sr", "classifier"), help="srvm_* only: this half, under its own names")
+    flags = parser.parse_args(arguments)
+    try:
+        _export(flags.checkpoint, flags.output, flags.part)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _export(checkpoint: Path, output: Path, part: str | None) -> None:
+    if output.suffix != ".safetensors":
+        raise ValueError(f"output: {output} must end in .safetensors")
+    model, variables, provenance = load_converted(checkpoint)
+    counters = provenance.get("num_batches_tracked", {})
+    tensors = export_state_dict(variables, model) | {name: np.array(count) for name, count in counters.items()}
+    if part is not None:
+        tensors = {name.removeprefix(f"{part}."): x for name, x in tensors.items() if name.startswith(f"{part}.")}
+        if not tensors:
+            raise ValueError(f"part: {checkpoint} holds {provenance['model']}, which has no part {part!r}")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    scratch = output.with_name(f".{output.name}.{os.getpid()}")
+    try:
+        save_file(tensors, scratch, metadata={"format": "pt"})
+        scratch.replace(output)
+    finally:
+        scratch.unlink(missing_ok=True)
+    print(f"{len(tensors)} tensors written to {output}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

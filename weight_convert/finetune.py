@@ -1,0 +1,118 @@
+"""Fitting pretrained weights to a new task: another number of classes, another grid of patches."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.traverse_util import flatten_dict
+
+from vimd_jax.models.position import class_token_positions, resize_positions
+from weight_convert.mapping import input_images, variable_shapes
+
+MODES = ("correct", "reference")
+
+_HEAD = ("/head/kernel", "/head/bias")
+_POSITIONS = "/position_embedding"
+FLEXIBLE = (*_HEAD, _POSITIONS)  # the leaves whose shapes `fit` can change
+
+
+def resize_position_embedding(
+    table: jax.Array,
+    new_grid: int | tuple[int, int],
+    mode: str = "correct",
+    *,
+    grid: tuple[int, int] | None = None,
+    class_token: str | None = "middle",
+) -> jax.Array:
+    """Position embeddings for another grid of patches, by PyTorch's bicubic interpolation.
+
+    Args:
+      table: (1, tokens, dim), in sequence order, class tokens included.
+      new_grid: (rows, columns) of patches wanted, or the side of a square.
+      mode: "correct" keeps the class token's row and resizes those of the patches. "reference" does as the published
+        code of Vim and ViMD: it takes the first row for the class token's wherever that stands, so that with one in the
+        middle half the patches get their neighbour's row and the class token one of the grid.
+      grid: (rows, columns) that the table is for; None means a square.
+      class_token: where class tokens stand: "middle", "head", "double" (both ends) or None.
+
+    Returns:
+      (1, new tokens, dim) float32.
+
+    Raises:
+      ValueError: an unknown mode, or a table that does not hold the grid.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode: {mode!r} is unknown, choose one of {MODES}")
+    if mode == "reference" and class_token == "double":
+        raise ValueError("mode: 'reference' is not defined for class_token 'double'; use 'correct'")
+    num_patches = table.shape[1] - len(class_token_positions(class_token, 0))
+    if grid is None:
+        grid = (math.isqrt(max(num_patches, 0)),) * 2
+    if table.ndim != 3 or math.prod(grid) != num_patches:
+        raise ValueError(
+            f"table: shape {table.shape} with class_token {class_token!r} does not hold {grid[0]}×{grid[1]} patches; "
+            "name the grid it was made for"
+        )
+    new_grid = (new_grid, new_grid) if isinstance(new_grid, int) else tuple(new_grid)
+    kept = "head" if mode == "reference" and class_token == "middle" else class_token
+    return resize_positions(jnp.asarray(table, jnp.float32), grid, new_grid, kept)
+
+
+def fit(
+    leaves: dict[str, Any], model: nn.Module, *, grid: tuple[int, int] | None = None, mode: str = "correct"
+) -> tuple[dict[str, Any], list[str]]:
+    """Makes the head and the position embedding fit `model`, where only the classes or the grid differ.
+
+    Args:
+      leaves: path → array, every variable of the model, with the source's shapes.
+      model: the network to fit.
+      grid: the grid of the source's positions; None means a square.
+      mode: as in `resize_position_embedding`.
+
+    Returns:
+      The leaves in the model's shapes, and one line for each change made. A new head starts as the model starts it.
+
+    Raises:
+      ValueError: shapes that neither another number of classes nor another grid explains.
+    """
+    shapes = variable_shapes(model)
+    different = [path for path in shapes if leaves[path].shape != shapes[path].shape]
+    heads = [path for path in different if path.endswith(_HEAD) and leaves[path].shape[:-1] == shapes[path].shape[:-1]]
+    classifier = getattr(model, "classifier", model)
+    regrid = grid is not None and grid != getattr(classifier, "grid", grid)
+    tables = [
+        path
+        for path in shapes
+        if path.endswith(_POSITIONS)
+        and (path in different or regrid)
+        and leaves[path].shape[2] == shapes[path].shape[2]
+    ]
+    if rest := sorted(set(different) - {*heads, *tables}):
+        found = ", ".join(f"{path} is {leaves[path].shape}, expected {shapes[path].shape}" for path in rest[:20])
+        raise ValueError(f"the weights do not fit {type(model).__name__}: wrong shape ({len(rest)}): {found}")
+
+    leaves, notes = dict(leaves), []
+    if heads:
+        old, new = leaves[heads[0]].shape[-1], shapes[heads[0]].shape[-1]
+        leaves |= _initial_values(model, heads)
+        notes.append(f"the head is initialised anew and needs training: {old} classes in the checkpoint, {new} wanted")
+    for path in tables:
+        old = leaves[path].shape[1]
+        leaves[path] = resize_position_embedding(
+            leaves[path], classifier.grid, mode, grid=grid, class_token=classifier.class_token
+        )
+        notes.append(f"the position embedding is resized from {old} to {leaves[path].shape[1]} tokens (mode {mode})")
+    return leaves, notes
+
+
+def _initial_values(model: nn.Module, paths: list[str]) -> dict[str, jax.Array]:
+    """What `model.init` gives these leaves; jit drops the forward pass, on which they do not depend."""
+
+    def init(key: jax.Array) -> dict[str, jax.Array]:
+        images = input_images(model)
+        leaves = flatten_dict(model.init(key, jnp.zeros(images.shape, images.dtype)), sep="/")
+        return {path: leaves[path] for path in paths}
+
+    return jax.jit(init)(jax.random.key(0))
