@@ -1,0 +1,18 @@
+"""ViMD teacher (HRVM-Net): Stanford Dogs (120 breeds, 12,000 training and 8,580 test pictures).
+
+Paper       Vision Mamba Distillation for Low-resolution Fine-grained Image Classification, IEEE SPL 2025
+Command     python -m vimd_jax.train --config configs/teacher_dogs.py --workdir workdir/teacher_dogs \\
+              --config.teacher.init=vim_t_midclstok_ft_78p3acc.pth
+Data        TFDS (`pip install vimd-jax[tfds]`), or a folder: --config.dataset.directory=DIR
+Network     Vim-tiny, stride 8, 224 pixels
+Published   not published
+Measured    not yet
+"""
+
+from configs import recipes
+
+
+def get_config(recipe: str = "paper"):
+    config = recipes.teacher(recipe)
+    config.dataset.name = "dogs"
+    return config

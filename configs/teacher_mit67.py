@@ -1,0 +1,18 @@
+"""ViMD teacher (HRVM-Net): MIT Indoor 67 (67 kinds of rooms, 5,360 training and 1,340 test pictures).
+
+Paper       Vision Mamba Distillation for Low-resolution Fine-grained Image Classification, IEEE SPL 2025
+Command     python -m vimd_jax.train --config configs/teacher_mit67.py --workdir workdir/teacher_mit67 \\
+              --config.dataset.directory=DIR --config.teacher.init=vim_t_midclstok_ft_78p3acc.pth
+Data        a folder: --config.dataset.directory=DIR
+Network     Vim-tiny, stride 8, 224 pixels
+Published   not published
+Measured    not yet
+"""
+
+from configs import recipes
+
+
+def get_config(recipe: str = "paper"):
+    config = recipes.teacher(recipe)
+    config.dataset.name = "mit67"
+    return config

@@ -1,0 +1,201 @@
+"""Whole runs: three stages in a row, interruption, wrong requests, and the programs that use what comes out."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from tiny import tiny_config
+
+from vimd_jax import evaluate, predict, train
+from vimd_jax.data import DatasetError, load_source
+from vimd_jax.training import checkpoints, workdirs
+from vimd_jax.training.metrics import TrainingError, read_metrics
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with finished runs "sr", "teacher" and "student"."""
+    folder = tmp_path_factory.mktemp("runs")
+    train.train(tiny_config("sr"), folder / "sr")
+    train.train(tiny_config("teacher"), folder / "teacher")
+    train.train(student_config(folder), folder / "student")
+    return folder
+
+
+def student_config(folder: Path, **changes):
+    return tiny_config("student", sr__init=str(folder / "sr"), teacher__init=str(folder / "teacher"), **changes)
+
+
+def final_state(workdir: Path):
+    manager = checkpoints.open_folder(workdir / "checkpoints")
+    return manager.restore(manager.latest_step()).state
+
+
+@pytest.mark.parametrize("stage", ["sr", "teacher", "student"])
+def test_a_finished_run_leaves_what_it_promises(trained, stage):
+    workdir = trained / stage
+    lines = read_metrics(workdir)
+    assert [line["step"] for line in lines if line["split"] == "train"] == list(range(1, 7))
+    assert {line["split"] for line in lines} == {"train", "validation", "test"}
+    for name in ("curves.png", "panel.png"):
+        assert (workdir / name).read_bytes().startswith(b"\x89PNG")
+    assert any((workdir / "tensorboard").iterdir())
+    test = [line["metrics"] for line in lines if line["split"] == "test"]
+    assert len(test) == 1 and test[0]["count"] == 10
+
+
+def test_student_metrics_name_every_term(trained):
+    metrics = read_metrics(trained / "student")[0]["metrics"]
+    weighted = metrics["cross_entropy"] + 1.0 * metrics["logits"] + 20.0 * metrics["hidden"]
+    assert metrics["loss"] == pytest.approx(weighted, rel=1e-5)
+
+
+def test_the_student_keeps_its_sr_network_frozen(trained):
+    _, sr = checkpoints.load_best(trained / "sr")
+    _, student = checkpoints.load_best(trained / "student")
+    same = jax.tree.map(np.array_equal, sr["params"], student["params"]["sr"])
+    assert all(jax.tree.leaves(same))
+
+
+def test_running_again_changes_nothing(trained):
+    before = final_state(trained / "teacher"), read_metrics(trained / "teacher")
+    train.train(tiny_config("teacher"), trained / "teacher")
+    after = final_state(trained / "teacher"), read_metrics(trained / "teacher")
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, before[0], after[0])))
+    assert before[1] == after[1]
+
+
+def test_an_interrupted_run_continues_to_the_same_bits(trained, tmp_path, monkeypatch):
+    config = student_config(trained)
+    for stop_at in (2, 3, 5):  # mid-epoch, at the end of an epoch, mid-epoch again
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+            patch.setattr(train, "train_batches", _sigterm_after(stop_at, train.train_batches))
+            train.train(config, tmp_path / "run")
+        assert stopped.value.code == 0
+        assert int(final_state(tmp_path / "run")["step"]) == stop_at
+    train.train(config, tmp_path / "run")
+    whole, pieces = final_state(trained / "student"), final_state(tmp_path / "run")
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, whole, pieces)))
+    losses = [[x["metrics"]["loss"] for x in read_metrics(d)] for d in (trained / "student", tmp_path / "run")]
+    assert losses[0] == losses[1]
+
+
+def _sigterm_after(step, train_batches):
+    def wrapped(*args, start_step, **kwargs):
+        for number, batch in enumerate(train_batches(*args, start_step=start_step, **kwargs), start_step + 1):
+            if number == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    return wrapped
+
+
+def test_a_non_finite_loss_stops_and_names_step_and_pictures(tmp_path):
+    config = tiny_config("teacher", schedule__learning_rate=1e30, schedule__warmup_learning_rate=1e30)
+    with pytest.raises(TrainingError, match=r"not finite at step \d+ .*Pictures of the batch: .*synthetic"):
+        train.train(config, tmp_path)
+
+
+def test_averaged_weights_are_evaluated_and_saved(tmp_path):
+    config = tiny_config("teacher", ema_decay=0.5)
+    train.train(config, tmp_path)
+    state, (_, best) = final_state(tmp_path), checkpoints.load_best(tmp_path)
+    if read_metrics(tmp_path)[-1]["metrics"]["best_step"] == int(state["step"]):
+        assert np.array_equal(state["ema_params"]["head"]["kernel"], best["params"]["head"]["kernel"])
+    assert not np.array_equal(state["ema_params"]["head"]["kernel"], state["params"]["head"]["kernel"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Wrong requests
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dataset__low_resolution": 9}, "config.dataset.low_resolution"),
+        ({"batch_size": 0}, "config.batch_size"),
+        ({"dataset__name": "folder", "dataset__directory": "/nowhere"}, "config.dataset.directory"),
+        ({"dataset__name": "bird"}, "bird"),
+        ({"teacher__dtype": "float8"}, "config.teacher.dtype"),
+        ({"teacher__init": "/nowhere"}, "/nowhere"),
+        ({"selection": "vote"}, "vote"),
+    ],
+)
+def test_wrong_requests_are_refused(tmp_path, changes, message):
+    with pytest.raises((ValueError, OSError, DatasetError), match=message):
+        train.train(tiny_config("teacher", **changes), tmp_path)
+
+
+def test_a_student_needs_trained_networks(tmp_path, trained):
+    with pytest.raises(ValueError, match="config.sr.init is empty"):
+        train.train(tiny_config("student"), tmp_path / "a")
+    with pytest.raises(ValueError, match="classes"):
+        train.train(student_config(trained, dataset__synthetic_classes=5), tmp_path / "b")
+
+
+def test_a_workdir_belongs_to_one_config(trained):
+    with pytest.raises(ValueError, match=r"config.schedule.num_epochs was 2, is 3"):
+        train.train(tiny_config("teacher", schedule__num_epochs=3), trained / "teacher")
+
+
+@pytest.mark.parametrize("flag", ["--config.dataset.nmae=cub", "--config.batch_size=many"])
+def test_a_misspelt_or_mistyped_field_ends_the_program(tmp_path, flag):
+    command = [
+        sys.executable,
+        "-m",
+        "vimd_jax.train",
+        "--config=configs/quickstart.py:baseline",
+        f"--workdir={tmp_path}",
+        flag,
+    ]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert flag.split("=")[0].rsplit(".", 1)[1] in result.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluate and predict
+
+
+@pytest.mark.parametrize("stage", ["teacher", "student"])
+def test_evaluate_agrees_with_the_training_log(trained, stage):
+    config, workdir = workdirs.read_config(trained / stage), trained / stage
+    scores = evaluate.evaluate_run(config, workdir, "test", workdir)
+    logged = read_metrics(workdir)[-1]["metrics"]
+    assert scores.summary() == pytest.approx({name: logged[name] for name in scores.summary()})
+    rows = list(csv.reader((workdir / "test_per_class.csv").open()))
+    assert sum(int(row[2]) for row in rows[1:]) == round(logged["top1"] / 100 * 10)
+    confusion = np.array([row[1:] for row in csv.reader((workdir / "test_confusion.csv").open())][1:], int)
+    assert confusion.sum() == 10
+
+
+def test_predict_labels_files_and_folders(trained, tmp_path, capsys):
+    source = load_source(tiny_config("student").dataset, "test", seed=0)
+    source.read(0).resize((8, 8)).save(tmp_path / "small.png")
+    source.read(1).resize((50, 40)).save(tmp_path / "large.png")
+    classifier = predict.load_classifier(trained / "student")
+    paths = predict.find_pictures([tmp_path])
+    labelled = dict(predict.predict(classifier, paths, 2, downsample=False))
+    assert [path.name for path in labelled] == ["small.png"]
+    assert "large.png: 50x40 pixels" in capsys.readouterr().err
+    labelled = dict(predict.predict(classifier, paths, 2, downsample=True))
+    assert len(labelled) == 2
+    np.testing.assert_allclose([p.sum() for p in labelled.values()], 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["table", "json", "csv"])
+def test_predict_writes_every_format(form, capsys):
+    predict.write([{"file": "a.png", "labels": [{"class": "owl", "probability": 0.75}]}], form)
+    out = capsys.readouterr().out
+    assert "a.png" in out and "owl" in out
+    if form == "json":
+        assert json.loads(out)[0]["labels"][0]["probability"] == 0.75

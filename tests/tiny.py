@@ -1,0 +1,37 @@
+"""The smallest run that is still a whole run: seconds a stage, drawn pictures, a Vim of two layers."""
+
+from ml_collections import ConfigDict
+
+from vimd_jax.config import default_config
+
+
+def tiny_config(stage: str, **changes) -> ConfigDict:
+    """A config of one stage; `changes` are dotted fields with `__` for the dot, as in schedule__num_epochs=1."""
+    config = default_config(stage)
+    config.batch_size = 8
+    config.eval_batch_size = 8
+    config.log_every_steps = 1
+    config.dataset.name = "synthetic"
+    config.dataset.synthetic_classes = 4
+    config.dataset.synthetic_train_size = 27
+    config.dataset.synthetic_test_size = 10
+    config.dataset.high_resolution = 32
+    config.dataset.low_resolution = 8
+    config.sr.channels = 4
+    config.sr.num_blocks = 1
+    for classifier in (config.teacher, config.student):
+        classifier.name = "vim_tiny"
+        classifier.embed_dim = 16
+        classifier.depth = 2
+        classifier.patch_size = 8
+        classifier.stride = 8
+    config.schedule.learning_rate = 1e-3
+    config.schedule.warmup_epochs = 1
+    config.schedule.num_epochs = 2
+    config.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
+    return config
+
+
+def get_config(stage: str) -> ConfigDict:
+    """For the command line: `--config tests/tiny.py:teacher`."""
+    return tiny_config(stage)

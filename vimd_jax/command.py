@@ -1,0 +1,47 @@
+"""What the command-line programs share: errors that a person can read, and a polite end on SIGTERM."""
+
+import contextlib
+import logging
+import signal
+import sys
+from collections.abc import Iterator
+
+from absl import logging as absl_logging
+
+from vimd_jax.data import DatasetError
+from vimd_jax.training.metrics import TrainingError
+
+log = logging.getLogger(__name__)
+
+
+def show_log() -> None:
+    """Sends this project's log to stderr, one plain line with the time for each message."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
+    for name in ("vimd_jax", "kernels", "weight_convert"):
+        logger = logging.getLogger(name)
+        logger.addHandler(handler)
+        logger.setLevel(logging.DEBUG if absl_logging.get_verbosity() >= absl_logging.DEBUG else logging.INFO)
+        logger.propagate = False
+
+
+@contextlib.contextmanager
+def readable_errors() -> Iterator[None]:
+    """Turns an error of the request into one line on stderr and exit status 1; `--verbosity=1` adds the traceback."""
+    try:
+        yield
+    except (ValueError, OSError, DatasetError, TrainingError) as error:
+        log.debug("The error came from:", exc_info=True)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(1)
+
+
+class StopRequest:
+    """Remembers SIGTERM, so that a run can finish its step, save and leave."""
+
+    def __init__(self):
+        self.requested = False
+        signal.signal(signal.SIGTERM, self._remember)
+
+    def _remember(self, *_: object) -> None:
+        self.requested = True

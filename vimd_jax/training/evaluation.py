@@ -1,0 +1,99 @@
+"""How good a network is: sums over all pictures of a split, and the scores they give."""
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+from ml_collections import ConfigDict
+
+from vimd_jax.data import eval_batches, eval_view, low_resolution_view
+from vimd_jax.data.sources import Source
+from vimd_jax.training import parallel, plots, steps
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """Sums over the pictures of a split, each counted once, and what follows from them."""
+
+    sums: dict[str, np.ndarray]
+
+    @property
+    def score(self) -> float:
+        """What the best checkpoint has most of: top-1 accuracy in percent, or PSNR in dB."""
+        return self.summary()["top1" if "confusion" in self.sums else "psnr"]
+
+    def summary(self) -> dict[str, float]:
+        """Top-1 and top-5 accuracy in percent and cross-entropy, or PSNR in dB beside that of bicubic up-sampling."""
+        count = float(self.sums["count"])
+        means = {name: float(value) / count for name, value in self.sums.items() if name not in ("count", "confusion")}
+        if "confusion" in self.sums:
+            means["top5"] *= 100
+            means = {"top1": 100 * float(np.trace(self.sums["confusion"])) / count, **means}
+        return {**means, "count": count}
+
+    def per_class(self) -> np.ndarray:
+        """Accuracy of each class in percent (classes,); nan for a class without pictures."""
+        confusion = self.sums["confusion"]
+        with np.errstate(invalid="ignore"):
+            return 100 * np.diag(confusion) / confusion.sum(axis=1)
+
+
+def evaluate(eval_step: Callable, variables: Any, source: Source, config: ConfigDict, title: str) -> Scores:
+    """Runs `eval_step` with replicated variables over a source and logs the scores in one line.
+
+    Raises:
+      ValueError: no picture could be read.
+    """
+    batches = eval_batches(
+        source, config.dataset, batch_size=config.eval_batch_size,
+        process_index=jax.process_index(), process_count=jax.process_count(),
+    )  # fmt: skip
+    total, skipped = None, 0
+    for batch in batches:
+        skipped += int(batch["skipped"].sum())
+        sums = jax.tree.map(np.float64, parallel.fetch(eval_step(variables, parallel.shard(batch))))
+        total = sums if total is None else jax.tree.map(np.add, total, sums)
+    if total is None or total["count"] == 0:
+        raise ValueError(f"There is no picture to evaluate in {title}: check config.dataset.")
+    scores = Scores(total)
+    text = ", ".join(f"{name} {value:.2f}" for name, value in scores.summary().items() if name != "count")
+    unread = f" ({skipped} unreadable left out)" if skipped else ""
+    log.info("%s: %s on %d pictures%s", title, text, total["count"], unread)
+    return scores
+
+
+def save_panel(
+    config: ConfigDict, network: nn.Module, variables: Any, source: Source, path: Path, rows: int = 6
+) -> None:
+    """Draws pictures spread over a source: low, restored and high resolution, and what the network says of them."""
+    records = np.linspace(0, len(source) - 1, rows).round().astype(int)
+    views = [eval_view(source.read(int(i)), config.dataset.high_resolution) for i in records]
+    high = np.stack([np.asarray(view) for view in views])
+    low = np.stack([np.asarray(low_resolution_view(view, config.dataset.low_resolution)) for view in views])
+    columns = {"low resolution": low, "high resolution": high}
+    if config.stage == "sr":
+        columns["super-resolved"] = jax.jit(network.apply)(variables, steps.unit(low))
+        captions = [""] * rows
+    else:
+        pictures = steps.unit(high if config.stage == "teacher" else low)
+        logits, features = jax.jit(partial(network.apply, return_features=True))(variables, pictures)
+        if config.stage == "student":
+            columns["super-resolved"] = features["super_resolved"]
+        captions = [_caption(source, int(i), p) for i, p in zip(records, jax.nn.softmax(logits))]
+    order = [name for name in ("low resolution", "super-resolved", "high resolution") if name in columns]
+    plots.save_panel({name: np.asarray(columns[name]) for name in order}, captions, path)
+
+
+def _caption(source: Source, record: int, probabilities: jax.Array) -> str:
+    said, is_ = int(np.argmax(probabilities)), int(source.labels[record])
+    names = source.class_names
+    verdict = "right" if said == is_ else f"is {names[is_]}"
+    return f"{names[said]} ({100 * float(probabilities[said]):.0f} %), {verdict}"

@@ -1,0 +1,146 @@
+"""What a run says about itself: lines to read, metrics.jsonl, TensorBoard events."""
+
+import contextlib
+import json
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tensorboardX import SummaryWriter
+
+log = logging.getLogger(__name__)
+
+
+class TrainingError(Exception):
+    """A run that cannot go on; the message says why and what to do."""
+
+
+class MetricWriter:
+    """Appends to workdir/metrics.jsonl, one object a line, and to TensorBoard events in workdir/tensorboard.
+
+    What an interrupted run wrote after `resumed_step` is dropped first, since those steps are run again.
+    """
+
+    def __init__(self, workdir: Path, steps_per_epoch: int, resumed_step: int):
+        self._path = workdir / "metrics.jsonl"
+        self._steps_per_epoch = steps_per_epoch
+        self._speaks = jax.process_index() == 0  # of several hosts, the first one writes
+        if not self._speaks:
+            return
+        kept = [line for line in read_metrics(workdir) if line["step"] <= resumed_step and line["split"] != "test"]
+        self._path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=resumed_step + 1)
+
+    def write(self, step: int, split: str, metrics: dict[str, float]) -> None:
+        """Records the metrics of a split ("train", "validation", "test") after `step` steps."""
+        if not self._speaks:
+            return
+        epoch = round(step / self._steps_per_epoch, 3)
+        with self._path.open("a") as file:
+            file.write(json.dumps({"step": step, "epoch": epoch, "split": split, "metrics": metrics}) + "\n")
+        for name, value in metrics.items():
+            self._events.add_scalar(f"{split}/{name}", value, step)
+        self._events.flush()
+
+    def close(self) -> None:
+        """Ends the event file."""
+        if self._speaks:
+            self._events.close()
+
+
+def read_metrics(workdir: Path) -> list[dict[str, Any]]:
+    """The lines of workdir/metrics.jsonl; a last line that a kill cut short is left out."""
+    path, lines = workdir / "metrics.jsonl", []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+class Progress:
+    """Averages metrics between two lines of the log and watches that they stay finite.
+
+    The metrics of a step are read one step later, so that the devices work on while the host looks.
+    """
+
+    def __init__(self, total_steps: int, steps_per_epoch: int, batch_size: int):
+        self._total_steps, self._steps_per_epoch, self._batch_size = total_steps, steps_per_epoch, batch_size
+        self._pending: tuple[int, Any, list[str]] | None = None
+        self.skipped = 0
+        self._restart_window()
+
+    def add(self, step: int, metrics: Any, names: list[str], skipped: int, input_wait: float) -> None:
+        """Takes the (unread) metrics of a step, the file names of its batch, and the seconds it waited for them.
+
+        Raises:
+          TrainingError: the step before this one had a loss that is not finite.
+        """
+        self.flush()
+        self._pending = step, metrics, names
+        self.skipped += skipped
+        self._input_wait += input_wait
+
+    def flush(self) -> None:
+        """Reads the metrics that are still on the devices; raises TrainingError if they are not finite."""
+        if self._pending is None:
+            return
+        step, metrics, names = self._pending
+        self._pending = None
+        values = {name: float(value.addressable_data(0)[0]) for name, value in metrics.items()}
+        if not all(np.isfinite(value) for value in values.values()):
+            terms = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+            raise TrainingError(
+                f"The loss is not finite at step {step} ({terms}). Pictures of the batch: {', '.join(names)}. The last "
+                "checkpoint is intact; a lower config.schedule.learning_rate or a config.optimizer.clip_norm may help."
+            )
+        self._window.append(values)
+
+    def summary(self, step: int, learning_rate: float) -> dict[str, float]:
+        """Means since the last summary; also says them in one line of the log."""
+        self.flush()
+        means = {name: float(np.mean([values[name] for values in self._window])) for name in self._window[0]}
+        seconds = time.perf_counter() - self._start
+        pace = seconds / len(self._window)
+        means |= {
+            "learning_rate": learning_rate,
+            "images_per_second": self._batch_size / pace,
+            "input_wait": self._input_wait / seconds,
+        }
+        terms = ", ".join(
+            f"{name} {means[name]:.4f}" for name in self._window[0] if name not in ("loss", "gradient_norm")
+        )
+        log.info(
+            "epoch %.2f  step %d/%d  loss %.4f (%s)  lr %.2e  %.0f img/s  input wait %.0f %%  %s left%s",
+            step / self._steps_per_epoch, step, self._total_steps, means["loss"], terms, learning_rate,
+            means["images_per_second"], 100 * means["input_wait"], duration(pace * (self._total_steps - step)),
+            f"  {self.skipped} unreadable pictures replaced" if self.skipped else "",
+        )  # fmt: skip
+        self._restart_window()
+        return means
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """A context whose time does not count as training time (an evaluation, say)."""
+        began = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - began
+
+    def _restart_window(self) -> None:
+        self._window: list[dict[str, float]] = []
+        self._input_wait = 0.0
+        self._start = time.perf_counter()
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: "45 s", "3 min 20 s", "5 h 12 min"."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    minutes, seconds = divmod(seconds, 60)
+    return f"{minutes} min {seconds} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

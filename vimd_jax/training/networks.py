@@ -1,0 +1,166 @@
+"""The networks that a config asks for, and the weights that they start from."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
+from ml_collections import ConfigDict
+
+from vimd_jax.models import create_model
+from vimd_jax.models.srvm import SRVM
+from vimd_jax.training import checkpoints, workdirs
+from vimd_jax.training.parallel import AXIS
+from weight_convert import load_pretrained
+from weight_convert.finetune import fit
+
+log = logging.getLogger(__name__)
+
+
+_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+_OVERRIDES = ("embed_dim", "depth", "patch_size", "stride", "state_size", "class_token", "pool", "merge")
+
+
+def check_resolutions(config: ConfigDict) -> None:
+    """Raises ValueError unless the SR network turns the low resolution into the high one."""
+    high, low, name = config.dataset.high_resolution, config.dataset.low_resolution, config.sr.name
+    scale = high // low if name == "bicubic" else int(name.removeprefix("srresnet_x"))
+    if low * scale != high:
+        raise ValueError(
+            f"config.dataset.low_resolution {low} x {scale} (config.sr.name {name}) is not high_resolution {high}: "
+            f"set config.dataset.low_resolution to {high // scale}, or choose another config.sr.name."
+        )
+
+
+def build_network(config: ConfigDict, num_classes: int) -> nn.Module:
+    """The network that config.stage trains: SRResNet, HRVM-Net, or SRVM-Net."""
+    if config.stage == "sr":
+        return _build_sr(config)
+    if config.stage == "teacher":
+        return build_teacher(config, num_classes)
+    sr = None if config.sr.name == "bicubic" else _build_sr(config)
+    return SRVM(sr=sr, classifier=_build_classifier(config, "student", num_classes))
+
+
+def build_teacher(config: ConfigDict, num_classes: int) -> nn.Module:
+    """HRVM-Net: the classifier that sees the high-resolution picture."""
+    return _build_classifier(config, "teacher", num_classes)
+
+
+def _build_sr(config: ConfigDict) -> nn.Module:
+    if config.sr.name == "bicubic":
+        raise ValueError('config.sr.name is "bicubic", which has nothing to train: choose srresnet_x4.')
+    axis = AXIS if config.stage == "sr" else None
+    return create_model(config.sr.name, channels=config.sr.channels, num_blocks=config.sr.num_blocks, bn_axis_name=axis)
+
+
+def _build_classifier(config: ConfigDict, role: str, num_classes: int) -> nn.Module:
+    fields = config[role]
+    if fields.dtype not in _DTYPES:
+        raise ValueError(f"config.{role}.dtype is {fields.dtype!r}: choose {' or '.join(_DTYPES)}.")
+    overrides = {name: fields[name] for name in _OVERRIDES if fields[name] is not None}
+    if overrides.get("class_token") == "none":
+        overrides["class_token"] = None
+    return create_model(
+        fields.name,
+        num_classes=num_classes,
+        image_size=config.dataset.high_resolution,
+        drop_path_rate=fields.drop_path_rate,
+        input_normalization=fields.input_normalization,
+        dtype=_DTYPES[fields.dtype],
+        remat=fields.remat,
+        **overrides,
+    )
+
+
+def input_shape(config: ConfigDict) -> tuple[int, int, int, int]:
+    """Shape of one picture as the network of this stage takes it."""
+    return _high_shape(config) if config.stage == "teacher" else (1, *[config.dataset.low_resolution] * 2, 3)
+
+
+def _high_shape(config: ConfigDict) -> tuple[int, int, int, int]:
+    return (1, *[config.dataset.high_resolution] * 2, 3)
+
+
+def initial_weights(
+    config: ConfigDict, network: nn.Module, teacher: nn.Module | None
+) -> tuple[Any, Any, dict[str, Any]]:
+    """What the stage starts from: (params to train, their batch statistics, variables of the frozen networks).
+
+    Frozen are, in stage "student", the "sr" network ({} for bicubic) and, where it distils, the "teacher".
+    """
+    if config.stage != "student":
+        section, frozen = config[config.stage], {}
+        trained, shape = network, input_shape(config)
+    else:
+        section, frozen = config.student, {"sr": {}}
+        trained, shape = network.classifier, _high_shape(config)
+        if network.sr is not None:
+            frozen["sr"] = _frozen_weights(config, "sr", network.sr, input_shape(config))
+        if teacher is not None:
+            frozen["teacher"] = _frozen_weights(config, "teacher", teacher, shape)
+    if section.init:
+        variables = load_variables(section.init, trained, shape, fine_tune=True)
+    else:
+        variables = jax.jit(trained.init)(jax.random.key(config.seed), jnp.zeros(shape))
+    return variables["params"], variables.get("batch_stats", {}), frozen
+
+
+def _frozen_weights(config: ConfigDict, role: str, model: nn.Module, shape: tuple[int, ...]) -> Any:
+    if not config[role].init:
+        raise ValueError(
+            f"config.{role}.init is empty, but a student learns with a trained {role} network: name the workdir of a "
+            f'"{role}" run, a converted checkpoint or a PyTorch file.'
+        )
+    return load_variables(config[role].init, model, shape)
+
+
+def load_variables(path: str | Path, model: nn.Module, shape: tuple[int, ...], *, fine_tune: bool = False) -> Any:
+    """Variables of `model` from a workdir (its best checkpoint), a converted checkpoint or a PyTorch file.
+
+    Args:
+      path: where they are.
+      model: the network to fill; a workdir of a student also gives its parts, the SR network or the classifier.
+      shape: of its input.
+      fine_tune: adapt another class count (a new head) and another grid (resized positions), with a line in the log.
+
+    Raises:
+      FileNotFoundError, ValueError: nothing is there, or it does not fit the model; the message says what.
+    """
+    path = Path(path)
+    if not workdirs.is_workdir(path):
+        return load_pretrained(path, model, fine_tune=fine_tune)
+    _, variables = checkpoints.load_best(path)
+    leaves = flatten_dict(_part(variables, model), sep="/")
+    shapes = flatten_dict(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(shape)), sep="/")
+    if leaves.keys() != shapes.keys():
+        differing = ", ".join(sorted(leaves.keys() ^ shapes.keys())[:5])
+        raise ValueError(f"{path} does not hold a {type(model).__name__} with these settings; differing: {differing}.")
+    if fine_tune:
+        leaves, notes = fit(leaves, model, shapes)
+        for note in notes:
+            log.info("%s: %s", path, note)
+    wrong = [
+        f"{name} is {leaves[name].shape}, expected {shapes[name].shape}"
+        for name in shapes
+        if leaves[name].shape != shapes[name].shape
+    ]
+    if wrong:
+        raise ValueError(f"{path} has other sizes or classes than the config asks for: {'; '.join(wrong[:5])}.")
+    return unflatten_dict(leaves, sep="/")
+
+
+def _part(variables: Any, model: nn.Module) -> Any:
+    """Of a student's variables those of one of its halves, if that is what `model` is."""
+    half = {"SRResNet": "sr", "Vim": "classifier"}.get(type(model).__name__)
+    if half not in variables["params"]:
+        return variables
+    return {collection: tree[half] for collection, tree in variables.items() if half in tree}
+
+
+def count(params: Any) -> int:
+    """Number of parameters in a tree."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))

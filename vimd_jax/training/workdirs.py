@@ -1,0 +1,79 @@
+"""The folder of a run: which config it belongs to, and which folder each stage of a config gets."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from vimd_jax.config import CHANGEABLE
+
+
+def stages(config: ConfigDict, workdir: Path) -> list[tuple[ConfigDict, Path]]:
+    """The stages of a config with their folders: one, or for a config with `order` and `stages` several in a row.
+
+    "{workdir}" in the `init` of a network stands for the folder of its stage, so that one stage can name another's.
+    """
+    if "order" in config:
+        return [pair for name in config.order for pair in stages(config.stages[name], workdir / name)]
+    config = config.copy_and_resolve_references()
+    for network in (config.sr, config.teacher, config.student):
+        network.init = network.init.replace("{workdir}", str(workdir))
+    return [(config, workdir)]
+
+
+def claim(workdir: Path, config: ConfigDict, class_names: tuple[str, ...]) -> None:
+    """Writes config.json and classes.txt into the folder, or checks that those there are the same.
+
+    Raises:
+      ValueError: the folder belongs to a run with other settings, which are listed.
+    """
+    path = workdir / "config.json"
+    if path.exists():
+        now, then = _flat(_as_json(config)), _flat(json.loads(path.read_text()))
+        changed = [key for key in sorted(now.keys() | then.keys()) if now.get(key) != then.get(key)]
+        differences = [
+            f"config.{key} was {then.get(key)!r}, is {now.get(key)!r}" for key in changed if key not in CHANGEABLE
+        ]
+        if differences:
+            raise ValueError(f"{workdir} belongs to another run: {'; '.join(differences)}. Choose another --workdir.")
+        if tuple(read_class_names(workdir)) != class_names:
+            raise ValueError(f"{workdir} was trained on other classes (classes.txt). Choose another --workdir.")
+    elif jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / "classes.txt").write_text("".join(f"{name}\n" for name in class_names))
+        path.write_text(json.dumps(_as_json(config), indent=2) + "\n")
+
+
+def is_workdir(path: Path) -> bool:
+    """Whether the folder is that of a run."""
+    return (path / "config.json").is_file()
+
+
+def read_config(workdir: Path) -> ConfigDict:
+    """The settings of the run in a workdir.
+
+    Raises:
+      FileNotFoundError: the folder holds no run.
+    """
+    path = workdir / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{workdir} is not a workdir of vimd_jax.train: it holds no config.json.")
+    return ConfigDict(json.loads(path.read_text()))
+
+
+def read_class_names(workdir: Path) -> list[str]:
+    """The class names of the run in a workdir."""
+    return (workdir / "classes.txt").read_text().splitlines()
+
+
+def _as_json(config: ConfigDict) -> dict[str, Any]:
+    return json.loads(config.to_json())
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
