@@ -103,7 +103,7 @@ class Doubling(nn.Module):
 
 
 def pixel_shuffle(x: jax.Array) -> jax.Array:
-    """(batch, h, w, 4c) to (batch, 2h, 2w, c); channel 4k + 2i + j goes to channel k, row i, column j, as in PyTorch."""
+    """(batch, h, w, 4c) to (batch, 2h, 2w, c): channel 4k + 2i + j is channel k, row i, column j, as in PyTorch."""
     batch, height, width, channels = x.shape
     x = x.reshape(batch, height, width, channels // 4, 2, 2)
     return x.transpose(0, 1, 4, 2, 5, 3).reshape(batch, 2 * height, 2 * width, channels // 4)

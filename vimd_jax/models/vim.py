@@ -1,13 +1,13 @@
 """Vim, the bidirectional state-space classifier (Zhu et al., "Vision Mamba: Efficient Visual Representation Learning
 with Bidirectional State Space Model", ICML 2024, https://arxiv.org/abs/2401.09417, algorithm 1).
 
-Patches become a sequence with a class token in its middle; every layer adds to it what two selective scans, one from each
-end, make of it; the class token, normalised, goes to a linear head:
+Patches become a sequence with a class token in its middle; every layer adds to it what two selective scans, one from
+each end, make of it; the class token, normalised, goes to a linear head:
 
     x_0 = tokens + positions      x_{j+1} = x_j + mixer_j(norm_j(x_j))      logits = head(norm(x_depth)[class token])
 
-The original carries (hidden, residual) pairs between blocks and adds them one block later; the single stream here is the
-same sum. Parameters, stream, norms, scan state and head are float32; `dtype` is that of convolutions and projections.
+The original carries (hidden, residual) pairs between blocks and adds them one block later; the single stream here is
+the same sum. Parameters, stream, norms, scan state and head are float32; `dtype` is that of the projections.
 """
 
 import math
@@ -48,7 +48,7 @@ class Vim(nn.Module):
       merge: "mean" or "sum" of the two scan directions.
       drop_path_rate: stochastic depth of the last layer while training; it grows linearly from 0 at the first.
       input_normalization: subtract ImageNet's mean and divide by its deviation first, as pretraining on ImageNet did.
-      dtype: of the convolutions and projections, float32 or bfloat16.
+      dtype: of the projections and what they yield, float32 or bfloat16.
       remat: keep only each layer's input for the backward pass and compute the layer again there.
       scan_implementation: see `kernels.selective_scan`; None is the fastest that runs here.
     """
@@ -252,8 +252,7 @@ class SSM(nn.Module):
     def __call__(self, x: jax.Array, z: jax.Array) -> jax.Array:
         """Maps x and the gate z, both (batch, length, channels), to the same shape."""
         channels, rank, state = x.shape[-1], self.delta_rank, self.state_size
-        u = DepthwiseConv(self.reverse, name="conv")(x)
-        u = jax.nn.silu(u).astype(x.dtype)
+        u = ShortConv(self.reverse, name="conv")(x)
         projected = nn.Dense(
             rank + 2 * state, use_bias=False, kernel_init=uniform_fan_in, dtype=self.dtype, name="x_proj"
         )(u)
@@ -274,23 +273,28 @@ class SSM(nn.Module):
         )
 
 
-class DepthwiseConv(nn.Module):
-    """Causal convolution of each channel with its own short filter; anti-causal if `reverse`. Result in float32.
-
-    A sum of shifted copies: on a CPU over ten times faster than XLA's grouped convolution, on a GPU one fused loop.
-    """
+class ShortConv(nn.Module):
+    """Causal convolution of each channel with its own filter, anti-causal if `reverse`; then SiLU."""
 
     reverse: bool
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        length, channels = x.shape[1:]
+        """Maps x (batch, length, channels) to the same shape and dtype."""
+        channels = x.shape[-1]
         kernel = self.param("kernel", uniform_fan_in, (CONV_WIDTH, 1, channels))
         bias = self.param("bias", uniform(CONV_WIDTH**-0.5), (channels,))
-        past = CONV_WIDTH - 1
-        padded = jnp.pad(x, ((0, 0), (0, past) if self.reverse else (past, 0), (0, 0)))
-        taps = kernel[::-1, 0] if self.reverse else kernel[:, 0]  # the last tap meets the current token
-        return sum(padded[:, k : k + length] * taps[k] for k in range(CONV_WIDTH)) + bias
+        # Computed again in the backward pass, which would otherwise keep every shifted copy of x.
+        return jax.checkpoint(_silu_of_conv, static_argnums=3, prevent_cse=False)(x, kernel, bias, self.reverse)
+
+
+def _silu_of_conv(x, kernel, bias, reverse):
+    # A sum of shifted copies: on a CPU over ten times faster than XLA's grouped convolution, on a GPU one fused loop.
+    length, past = x.shape[1], CONV_WIDTH - 1
+    padded = jnp.pad(x, ((0, 0), (0, past) if reverse else (past, 0), (0, 0)))
+    taps = kernel[::-1, 0] if reverse else kernel[:, 0]  # the last tap meets the current token
+    y = sum(padded[:, k : k + length] * taps[k] for k in range(CONV_WIDTH)) + bias
+    return jax.nn.silu(y).astype(x.dtype)
 
 
 class DeltaProjection(nn.Module):
