@@ -1,0 +1,329 @@
+"""Reading PyTorch files: exactly what is in them, one clear line where that is impossible, and nothing ever executed."""
+
+import argparse
+import copy
+import hashlib
+import pickle
+import random
+import struct
+import tracemalloc
+import zipfile
+from pathlib import Path
+
+import golden
+import ml_dtypes
+import numpy as np
+import pytest
+import torch_writer
+from safetensors.numpy import save_file
+from torch_writer import Call, Global, View
+
+from weight_convert import CheckpointError, load_torch_checkpoint
+
+FILES = golden.FOLDER / "checkpoints"
+
+
+def digest(state_dict: dict[str, np.ndarray]) -> str:
+    sha = hashlib.sha256()
+    for name, array in sorted(state_dict.items()):
+        sha.update(f"{name} {array.shape} {array.dtype}\n".encode() + array.tobytes())
+    return sha.hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "expected"),  # digests of what torch.load of PyTorch 2.13 reads
+    [
+        ("vim_style.pth", None, "59dbe771954d8295c2fd3dc92f3c82bf6b77c166e2172f2fa572eadb8f149719"),
+        ("vim_style.pth", "model", "59dbe771954d8295c2fd3dc92f3c82bf6b77c166e2172f2fa572eadb8f149719"),
+        ("vim_style.pth", "model_ema", "aa4a9bbb2f503b43014c4d749b865675caef60fe35dbca428c0f20b9c1b9dc30"),
+        ("vim_style_half_precision.pth", None, "bab1f4f4f652fa38db600cc5e0219a6c06d1c48061d25ca7d0d300b8b7147b1e"),
+        ("views.pth", None, "5cc15ba3bd68cd4f8596f99a3d2e14e5cf4d7ada850b1b3bb1f57b0207091071"),
+        ("srresnet_style.pth.tar", None, "fc1ee9ac8a0643fb3eaf3ae76a07635c9ed3e7a480a25fdee2eb38235f358e7b"),
+    ],
+)
+def test_real_files_are_read_to_the_bit(file, key, expected):
+    assert digest(load_torch_checkpoint(FILES / file, key=key)) == expected
+
+
+def test_malicious_file_is_refused_and_nothing_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="asks for posix.system.*nothing was executed"):
+        load_torch_checkpoint(FILES / "malicious.pth")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        ((FILES / "not_a_checkpoint.pth").read_bytes(), "not a PyTorch checkpoint"),
+        ((FILES / "vim_style.pth").read_bytes()[:591269], "truncated or damaged, download it again"),
+        (
+            (FILES / "vim_style_legacy_format_start.pth").read_bytes(),
+            're-save it once .*python -c "import argparse, torch',
+        ),
+        (pickle.dumps({"model": {}}), "not a PyTorch checkpoint"),
+    ],
+)
+def test_other_files_get_one_clear_line(content, message, tmp_path):
+    path = tmp_path / "file.pth"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=message) as error:
+        load_torch_checkpoint(path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_files_and_folders(tmp_path):
+    with pytest.raises(CheckpointError, match="No such file"):
+        load_torch_checkpoint(tmp_path / "absent.pth")
+    with pytest.raises(CheckpointError, match="Is a directory"):
+        load_torch_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [*torch_writer.STORAGES])
+def test_every_storage_dtype(dtype, tmp_path):
+    expected = np.arange(6).reshape(2, 3).astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    torch_writer.save(tmp_path / "x.pth", {"x": expected})
+    actual = load_torch_checkpoint(tmp_path / "x.pth")["x"]
+    assert actual.dtype == expected.dtype
+    np.testing.assert_array_equal(actual, expected)
+
+
+def test_strided_and_shared_storages(tmp_path):
+    storage = np.arange(24, dtype=np.float32)
+    views = {
+        "transposed": View((storage, 0, (6, 4), (1, 6))),
+        "every_second": View((storage, 1, (3, 4), (8, 2))),
+        "expanded": View((storage, 5, (2, 3), (0, 1))),
+        "last": View((storage, 23, (), ())),
+        "empty": View((storage, 0, (0, 3), (3, 1))),
+    }
+    torch_writer.save(tmp_path / "x.pth", views)
+    actual = load_torch_checkpoint(tmp_path / "x.pth")
+    np.testing.assert_array_equal(actual["transposed"], storage.reshape(4, 6).T)
+    np.testing.assert_array_equal(actual["every_second"], [[1, 3, 5, 7], [9, 11, 13, 15], [17, 19, 21, 23]])
+    np.testing.assert_array_equal(actual["expanded"], [[5, 6, 7]] * 2)
+    assert actual["last"] == 23
+    assert actual["empty"].shape == (0, 3)
+
+
+def test_containers_are_flattened_and_everything_else_is_left_out(tmp_path):
+    one, two = np.ones(1, np.float32), np.full(2, 2, np.float32)
+    content = {
+        "args": argparse.Namespace(lr=1e-3, names=["a", None, True, 2**40, -1]),
+        "model": {"a": one, "steps": 7, "blocks": [{"w": two}, ("text", one)]},
+    }
+    torch_writer.save(tmp_path / "x.pth", content)
+    actual = load_torch_checkpoint(tmp_path / "x.pth")
+    assert list(actual) == ["a", "blocks.0.w", "blocks.1.1"]
+    np.testing.assert_array_equal(actual["blocks.0.w"], two)
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_every_pickle_protocol_since_2(protocol, tmp_path):
+    content = {"model": {"x" * 300: [1, 2.5, None, True, "é", b"bytes", (1, 2), 10**30], 5: {}}, "epoch": 3}
+    torch_writer.write_archive(tmp_path / "x.pth", {"data.pkl": pickle.dumps(content, protocol)})
+    with pytest.raises(CheckpointError, match="the state dict holds no tensors"):  # understood to the end
+        load_torch_checkpoint(tmp_path / "x.pth")
+
+
+def test_numpy_scalars_and_devices_are_accepted(tmp_path):
+    scalar = Call(
+        (Global("numpy.core.multiarray scalar"), (Call((Global("numpy dtype"), ("f8", False, True))), "bytes"))
+    )
+    device = Call((Global("torch device"), ("cpu",)))
+    torch_writer.save(tmp_path / "x.pth", {"best": scalar, "device": device, "model": {"x": np.ones(3, np.float32)}})
+    assert load_torch_checkpoint(tmp_path / "x.pth")["x"].sum() == 3
+
+
+def test_key_chooses_the_state_dict(tmp_path):
+    torch_writer.save(tmp_path / "x.pth", {"weights": {"x": np.ones(3, np.float32)}, "epoch": 3})
+    assert list(load_torch_checkpoint(tmp_path / "x.pth", key="weights")) == ["x"]
+    with pytest.raises(CheckpointError, match="no state dict named model or state_dict.*weights, epoch"):
+        load_torch_checkpoint(tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match="no state dict named 'ema'.*weights, epoch"):
+        load_torch_checkpoint(tmp_path / "x.pth", key="ema")
+
+
+def test_only_what_is_asked_for_is_read(tmp_path):
+    big = np.zeros(5_000_000, np.float32)
+    torch_writer.save(tmp_path / "x.pth", {"model": {"x": np.ones(3, np.float32)}, "optimizer": {"state": {0: big}}})
+    tracemalloc.start()
+    load_torch_checkpoint(tmp_path / "x.pth")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2_000_000 < big.nbytes
+
+
+def test_safetensors(tmp_path):
+    expected = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones((), np.int64)}
+    save_file(expected, tmp_path / "x.safetensors")
+    assert digest(load_torch_checkpoint(tmp_path / "x.safetensors")) == digest(expected)
+    with pytest.raises(CheckpointError, match="one set of tensors"):
+        load_torch_checkpoint(tmp_path / "x.safetensors", key="model")
+    (tmp_path / "x.safetensors").write_bytes((tmp_path / "x.safetensors").read_bytes()[:-3])
+    with pytest.raises(CheckpointError, match="truncated or damaged"):
+        load_torch_checkpoint(tmp_path / "x.safetensors")
+
+
+STORAGE = np.zeros(8, np.float32)
+TENSOR = Global("torch._utils _rebuild_tensor_v2")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (View((STORAGE, 5, (4,), (1,))), "reaches beyond"),
+        (View((STORAGE, 0, (5,), (2**62,))), "reaches beyond"),  # 4 · 2⁶² · 4 bytes is 0 in 64 bits
+        (View((STORAGE, -1, (2,), (1,))), "not natural numbers"),
+        (View((STORAGE, 0, (2,), (-1,))), "not natural numbers"),
+        (View((STORAGE, 0, (2.0,), (1,))), "not natural numbers"),
+        (View((STORAGE, 0, (2, 2), (1,))), "truncated or damaged"),
+        (View((STORAGE, 0, (2**40,), (0,))), "larger than the whole file"),
+        (View((STORAGE, 0, (1,) * 80, (1,) * 80)), "truncated or damaged"),
+        (Call((TENSOR, ("no storage", 0, (1,), (1,)))), "truncated or damaged"),
+        (Call((Global("torch FloatStorage"), ())), "not a constructor"),
+        (Call((Global("builtins eval"), ("1",))), "asks for builtins.eval"),
+        (Call((Global("torch.serialization load"), ("x",))), "asks for torch.serialization.load"),
+        (Global("os.path.__class__ x"), "asks for os.path.__class__.x"),
+        (Global("evil\x1b[2J x"), r"asks for evil\?\[2J.x"),
+    ],
+)
+def test_hostile_tensors_and_names(content, message, tmp_path):
+    torch_writer.save(tmp_path / "x.pth", {"model": {"x": content}})
+    with pytest.raises(CheckpointError, match=message):
+        load_torch_checkpoint(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize(
+    ("pickled", "message"),
+    [
+        (b"\x80\x02}r\xff\xff\xff\xffX\x01\x00\x00\x00ah\x00s.", "truncated or damaged"),  # memo index 2³² - 1
+        (b"\x80\x04\x8d" + struct.pack("<Q", 2**62) + b"a.", "truncated or damaged"),  # string of 2⁶² bytes
+        (b"\x80\x05\x96" + struct.pack("<Q", 2**40) + b".", "truncated or damaged"),  # bytearray of 2⁴⁰ bytes
+        (b"\x80\x02}q\x00X\x01\x00\x00\x00ah\x00s.", "no state dict named"),  # a dict that holds itself
+        (b"\x80\x02}X\x05\x00\x00\x00model}q\x00X\x01\x00\x00\x00ah\x00ss.", "items or names beyond"),
+        (b"\x80\x02}" + b")" * 10 + b"\x85" * 200_000 + b"K\x01s.", "dict of plain keys"),  # key nested 200,000 deep
+        (b"\x80\x02cargparse\nNamespace\n}X\x03\x00\x00\x00runK\x01sb.", "something other than a state dict"),
+        (b"\x80\x02ccollections\nOrderedDict\n]\x85R.", "truncated or damaged"),
+        (b"\x80\x02(K\x01K\x02o.", "pickle instruction OBJ"),
+        (b"\x80\x02\x82\x01.", "pickle instruction EXT1"),
+        (b"\x80\x02K\x01K\x01a.", "not a list"),
+        (b"\x80\x02}", "truncated or damaged"),
+        (b"\x80\x02" + b"]" * (16 * 2**20), "more than the 16777216"),
+    ],
+)
+def test_hostile_pickles(pickled, message, tmp_path):
+    torch_writer.write_archive(tmp_path / "x.pth", {"data.pkl": pickled})
+    tracemalloc.start()
+    with pytest.raises(CheckpointError, match=message):
+        load_torch_checkpoint(tmp_path / "x.pth")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 60e6
+
+
+def test_containers_that_multiply(tmp_path):
+    """Twenty lists, each holding the one before ten times: small in the file, 10²⁰ items when written out."""
+    lists = b"]q\x00" + b"".join(b"](" + b"h%c" % i * 10 + b"eq%c" % (i + 1) for i in range(20))
+    pickled = b"\x80\x02" + lists + b"}X\x01\x00\x00\x00ah\x14s."
+    model = pickled.replace(b"}", b"}X\x05\x00\x00\x00model}").replace(b"s.", b"ss.")
+    torch_writer.write_archive(tmp_path / "x.pth", {"data.pkl": model})
+    with pytest.raises(CheckpointError, match="more than 200000 items"):
+        load_torch_checkpoint(tmp_path / "x.pth")
+
+
+def test_hostile_archives(tmp_path):
+    torch_writer.save(tmp_path / "good.pth", {"x": np.zeros(100_000, np.float32)})
+    with zipfile.ZipFile(tmp_path / "good.pth") as archive:
+        entries = {entry.filename.removeprefix("archive/"): archive.read(entry) for entry in archive.infolist()}
+    path = tmp_path / "bad.pth"
+
+    torch_writer.write_archive(path, entries, zipfile.ZIP_DEFLATED)
+    with pytest.raises(CheckpointError, match="compressed"):
+        load_torch_checkpoint(path)
+    torch_writer.write_archive(path, entries | {"byteorder": b"big"})
+    with pytest.raises(CheckpointError, match="big-endian"):
+        load_torch_checkpoint(path)
+    torch_writer.write_archive(path, entries | {"data/0": b"1234"})
+    with pytest.raises(CheckpointError, match="storage of x has 4 bytes, not 100000 × float32"):
+        load_torch_checkpoint(path)
+    torch_writer.write_archive(path, {name: data for name, data in entries.items() if name != "data/0"})
+    with pytest.raises(CheckpointError, match="truncated or damaged"):
+        load_torch_checkpoint(path)
+    torch_writer.write_archive(path, entries | {"more/data.pkl": b"."})
+    with pytest.raises(CheckpointError, match="one data.pkl"):
+        load_torch_checkpoint(path)
+    with zipfile.ZipFile(path, "w") as archive:  # many names for the same bytes
+        archive.writestr("archive/data.pkl", entries["data.pkl"])
+        archive.writestr("archive/data/0", entries["data/0"])
+        for i in range(1, 10):
+            alias = copy.copy(archive.filelist[-1])
+            alias.filename = f"archive/data/{i}"
+            archive.filelist.append(alias)
+    with pytest.raises(CheckpointError, match="its entries exceed its size"):
+        load_torch_checkpoint(path)
+
+
+def flipped(data: bytes, chance: random.Random) -> bytes:
+    """A few bytes changed: to anything, by one bit, or to an extreme; often near the ends, where the headers are."""
+    data = bytearray(data)
+    for _ in range(chance.choice([1, 1, 2, 4, 16])):
+        near_end = len(data) - 1 - chance.randrange(min(len(data), 1500))
+        place = chance.choice([chance.randrange(len(data)), chance.randrange(min(len(data), 6000)), near_end])
+        data[place] = chance.choice([chance.randrange(256), data[place] ^ (1 << chance.randrange(8)), 0, 255])
+    return bytes(data)
+
+
+def read_or_refuse(path: Path) -> bool:
+    try:
+        for array in load_torch_checkpoint(path).values():
+            array.sum()
+    except CheckpointError as error:
+        assert "\n" not in str(error)
+        return False
+    return True
+
+
+@pytest.fixture(scope="module")
+def small_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("fuzz") / "small.pth"
+    storage = np.arange(24, dtype=np.float32)
+    tensors = {"a": np.ones((2, 3), ml_dtypes.bfloat16), "b": View((storage, 2, (3, 4), (4, 1))), "n": np.array(7)}
+    state = {"state": {0: {"step": 3, "m": storage}}, "groups": [{"lr": 1e-3, "betas": (0.9, 0.999)}]}
+    torch_writer.save(path, {"model": tensors, "optimizer": state, "args": argparse.Namespace(name="x", size=224)})
+    return path
+
+
+@pytest.mark.parametrize("kind", ["pth", "safetensors"])
+def test_flipped_bytes_in_the_file(kind, small_file, tmp_path):
+    path, chance = tmp_path / f"x.{kind}", random.Random(0)
+    if kind == "safetensors":
+        save_file({"a": np.ones((2, 3), np.float32), "b": np.arange(5)}, path)
+    data = small_file.read_bytes() if kind == "pth" else path.read_bytes()
+    tracemalloc.start()
+    read = 0
+    for _ in range(2000):
+        path.write_bytes(flipped(data, chance)[: chance.choice([None] * 9 + [chance.randrange(len(data))])])
+        read += read_or_refuse(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert 0 < read < 2000
+    assert peak < 20e6
+
+
+def test_flipped_bytes_in_the_pickle(small_file, tmp_path):
+    """Behind an intact archive, so that its check sums do not catch them first."""
+    path, chance = tmp_path / "x.pth", random.Random(0)
+    with zipfile.ZipFile(small_file) as archive:
+        entries = {entry.filename.removeprefix("archive/"): archive.read(entry) for entry in archive.infolist()}
+    tracemalloc.start()
+    read = 0
+    for _ in range(1500):
+        torch_writer.write_archive(path, entries | {"data.pkl": flipped(entries["data.pkl"], chance)})
+        read += read_or_refuse(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert 0 < read < 1500
+    assert peak < 20e6
