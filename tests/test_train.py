@@ -172,9 +172,11 @@ def test_evaluate_agrees_with_the_training_log(trained, stage):
     scores = evaluate.evaluate_run(config, workdir, "test", workdir)
     logged = read_metrics(workdir)[-1]["metrics"]
     assert scores.summary() == pytest.approx({name: logged[name] for name in scores.summary()})
-    rows = list(csv.reader((workdir / "test_per_class.csv").open()))
+    rows = list(csv.reader((workdir / "test_per_class.csv").read_text().splitlines()))
     assert sum(int(row[2]) for row in rows[1:]) == round(logged["top1"] / 100 * 10)
-    confusion = np.array([row[1:] for row in csv.reader((workdir / "test_confusion.csv").open())][1:], int)
+    confusion = np.array(
+        [row[1:] for row in csv.reader((workdir / "test_confusion.csv").read_text().splitlines())][1:], int
+    )
     assert confusion.sum() == 10
 
 

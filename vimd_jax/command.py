@@ -1,4 +1,4 @@
-"""What the command-line programs share: errors that a person can read, and a polite end on SIGTERM."""
+"""What the command-line programs share: flags, a log, errors that a person can read, and a polite end on SIGTERM."""
 
 import contextlib
 import logging
@@ -6,12 +6,17 @@ import signal
 import sys
 from collections.abc import Iterator
 
+from absl import flags
 from absl import logging as absl_logging
+from ml_collections import config_flags
 
 from vimd_jax.data import DatasetError
 from vimd_jax.training.metrics import TrainingError
 
 log = logging.getLogger(__name__)
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; made if it is not there.")
 
 
 def show_log() -> None:

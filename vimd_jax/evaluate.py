@@ -9,15 +9,13 @@ from pathlib import Path
 
 import numpy as np
 from absl import app, flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
-from vimd_jax.command import readable_errors, show_log
+from vimd_jax.command import CONFIG, WORKDIR, readable_errors, show_log
 from vimd_jax.data import load_source
 from vimd_jax.training import networks, parallel, plots, steps, workdirs
 from vimd_jax.training.evaluation import Scores, evaluate
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "The file of configs/ that the network was trained with.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; the tables and the figure go here.")
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "Measure this converted checkpoint or PyTorch file instead of the run's best."
 )
@@ -30,7 +28,7 @@ def evaluate_run(config: ConfigDict, workdir: Path, split: str, checkpoint: Path
     parallel.check_batch_size("eval_batch_size", config.eval_batch_size)
     source = load_source(config.dataset, split, seed=config.seed)
     network = networks.build_network(config, len(source.class_names))
-    variables = networks.load_variables(checkpoint, network, networks.input_shape(config), f"checkpoint {checkpoint}")
+    variables = networks.load_variables(checkpoint, network)
     scores = evaluate(
         steps.make_eval_step(config, network), parallel.replicate(variables), source, config, f"{checkpoint}, {split}"
     )
@@ -56,7 +54,7 @@ def main(_: list[str]) -> None:
     """Measures the network of every stage of the config."""
     show_log()
     with readable_errors():
-        for config, workdir in workdirs.stages(_CONFIG.value, Path(_WORKDIR.value)):
+        for config, workdir in workdirs.stages(CONFIG.value, Path(WORKDIR.value)):
             scores = evaluate_run(config, workdir, _SPLIT.value, Path(_CHECKPOINT.value or workdir))
             text = "  ".join(f"{name} {value:.3f}" for name, value in scores.summary().items() if name != "count")
             print(f"{config.stage}  {_SPLIT.value}  {text}  pictures {scores.sums['count']:.0f}")

@@ -5,6 +5,7 @@ pictures of its own low resolution as they are, and larger ones with --downsampl
 pictures takes every size (short side resized, centre cropped).
 """
 
+import argparse
 import csv
 import dataclasses
 import json
@@ -14,26 +15,13 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from absl import app, flags
 from flax import linen as nn
 
-from vimd_jax.command import readable_errors
+from vimd_jax.command import readable_errors, show_log
 from vimd_jax.data import DatasetError, eval_view, low_resolution_view, read_image
 from vimd_jax.models import create_model
 from vimd_jax.training import checkpoints, networks, workdirs
 from weight_convert import load_converted, load_pretrained
-
-_CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "A workdir, a converted checkpoint, or a PyTorch file with --model."
-)
-_MODEL = flags.DEFINE_string("model", None, "Name of the network in a PyTorch file, as in vim_tiny_stride8.")
-_CLASSES = flags.DEFINE_string(
-    "classes", None, "Text file of class names, one a line, for a checkpoint that brings none."
-)
-_TOP = flags.DEFINE_integer("top", 5, "How many labels a picture gets.", lower_bound=1)
-_FORMAT = flags.DEFINE_enum("format", "table", ["table", "json", "csv"], "How they are written to standard output.")
-_DOWNSAMPLE = flags.DEFINE_bool("downsample", False, "Down-sample pictures that are larger than a student reads.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Pictures at a time.", lower_bound=1)
 
 _ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"}
 
@@ -143,24 +131,38 @@ def write(labels: list[dict], form: str) -> None:
                 print(f"  {100 * label['probability']:6.2f} %  {label['class']}")
 
 
-def main(arguments: list[str]) -> None:
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m vimd_jax.predict", description="Labels pictures.")
+    parser.add_argument("pictures", nargs="+", type=Path, help="files and folders")
+    parser.add_argument("--checkpoint", required=True, type=Path, help="workdir, converted checkpoint, or PyTorch file")
+    parser.add_argument("--model", help="name of the network in a PyTorch file, as in vim_tiny_stride8")
+    parser.add_argument("--classes", type=Path, help="text file of class names, for a checkpoint that brings none")
+    parser.add_argument("--top", type=int, default=5, help="labels for each picture (default 5)")
+    parser.add_argument("--format", choices=["table", "json", "csv"], default="table", help="of standard output")
+    parser.add_argument("--downsample", action="store_true", help="resize pictures of other sizes than a student reads")
+    parser.add_argument("--batch_size", type=int, default=32, help="pictures at a time (default 32)")
+    return parser.parse_args()
+
+
+def main() -> None:
     """Labels the pictures named on the command line; exit status 1 if one of them could not be read."""
+    arguments = parse_arguments()
+    show_log()
     with readable_errors():
-        if len(arguments) < 2:
-            raise ValueError("Name at least one picture or folder after the options.")
-        paths = find_pictures([Path(argument) for argument in arguments[1:]])
-        classes = Path(_CLASSES.value) if _CLASSES.value else None
-        classifier = load_classifier(Path(_CHECKPOINT.value), _MODEL.value, classes)
+        paths = find_pictures(arguments.pictures)
+        classifier = load_classifier(arguments.checkpoint, arguments.model, arguments.classes)
         labels = []
-        for path, probabilities in predict(classifier, paths, min(_BATCH_SIZE.value, len(paths)), _DOWNSAMPLE.value):
-            best = np.argsort(-probabilities)[: _TOP.value]
+        for path, probabilities in predict(
+            classifier, paths, min(arguments.batch_size, len(paths)), arguments.downsample
+        ):
+            best = np.argsort(-probabilities)[: arguments.top]
             named = [{"class": classifier.class_names[i], "probability": float(probabilities[i])} for i in best]
             labels.append({"file": str(path), "labels": named})
-        write(labels, _FORMAT.value)
+        write(labels, arguments.format)
         if len(labels) < len(paths):
             raise DatasetError(f"{len(paths) - len(labels)} of {len(paths)} pictures were not labelled; named above.")
 
 
 if __name__ == "__main__":
-    flags.mark_flag_as_required("checkpoint")
-    app.run(main)
+    main()

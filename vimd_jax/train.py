@@ -17,9 +17,9 @@ from pathlib import Path
 
 import jax
 from absl import app, flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
-from vimd_jax.command import StopRequest, readable_errors, show_log
+from vimd_jax.command import CONFIG, WORKDIR, StopRequest, readable_errors, show_log
 from vimd_jax.data import load_source, steps_per_epoch, train_batches
 from vimd_jax.training import checkpoints, networks, parallel, plots, steps, workdirs
 from vimd_jax.training.evaluation import evaluate, save_panel
@@ -28,8 +28,6 @@ from vimd_jax.training.optimizer import create_optimizer, create_schedule
 
 log = logging.getLogger("vimd_jax.train")
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; made if it is not there.")
 _COORDINATOR = flags.DEFINE_string("coordinator_address", None, "host:port of process 0, to train on several hosts.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With coordinator_address: how many processes there are.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "With coordinator_address: which one this is, from 0.")
@@ -84,7 +82,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
     state, frozen = parallel.replicate(state), parallel.replicate(frozen)
     writer = MetricWriter(workdir, epoch_steps, first_step)
     progress = Progress(total_steps, epoch_steps, config.batch_size)
-    stop = StopRequest()
+    stop, step = StopRequest(), first_step
     for step in range(first_step + 1, total_steps + 1):
         began = time.perf_counter()
         batch = next(batches)
@@ -132,7 +130,7 @@ def main(_: list[str]) -> None:
     with readable_errors():
         if _COORDINATOR.value:
             jax.distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-        for config, workdir in workdirs.stages(_CONFIG.value, Path(_WORKDIR.value)):
+        for config, workdir in workdirs.stages(CONFIG.value, Path(WORKDIR.value)):
             train(config, workdir)
 
 

@@ -14,8 +14,9 @@ from vimd_jax.models import create_model
 from vimd_jax.models.srvm import SRVM
 from vimd_jax.training import checkpoints, workdirs
 from vimd_jax.training.parallel import AXIS
-from weight_convert import load_pretrained
+from weight_convert import convert_state_dict, load_converted, load_pretrained, load_torch_checkpoint
 from weight_convert.finetune import fit
+from weight_convert.mapping import input_images, variable_shapes
 
 log = logging.getLogger(__name__)
 
@@ -76,15 +77,6 @@ def _build_classifier(config: ConfigDict, role: str, num_classes: int) -> nn.Mod
     )
 
 
-def input_shape(config: ConfigDict) -> tuple[int, int, int, int]:
-    """Shape of one picture as the network of this stage takes it."""
-    return _high_shape(config) if config.stage == "teacher" else (1, *[config.dataset.low_resolution] * 2, 3)
-
-
-def _high_shape(config: ConfigDict) -> tuple[int, int, int, int]:
-    return (1, *[config.dataset.high_resolution] * 2, 3)
-
-
 def initial_weights(
     config: ConfigDict, network: nn.Module, teacher: nn.Module | None
 ) -> tuple[Any, Any, dict[str, Any]]:
@@ -92,65 +84,70 @@ def initial_weights(
 
     Frozen are, in stage "student", the "sr" network ({} for bicubic) and, where it distils, the "teacher".
     """
-    if config.stage != "student":
-        section, frozen = config[config.stage], {}
-        trained, shape = network, input_shape(config)
-    else:
-        section, frozen = config.student, {"sr": {}}
-        trained, shape = network.classifier, _high_shape(config)
-        if network.sr is not None:
-            frozen["sr"] = _frozen_weights(config, "sr", network.sr, input_shape(config))
+    trained, frozen = network, {}
+    if config.stage == "student":
+        trained = network.classifier
+        frozen["sr"] = {} if network.sr is None else _frozen_weights(config, "sr", network.sr)
         if teacher is not None:
-            frozen["teacher"] = _frozen_weights(config, "teacher", teacher, shape)
-    if section.init:
-        variables = load_variables(section.init, trained, shape, fine_tune=True)
+            frozen["teacher"] = _frozen_weights(config, "teacher", teacher)
+    if config[config.stage].init:
+        variables = load_variables(config[config.stage].init, trained, fine_tune=True)
     else:
-        variables = jax.jit(trained.init)(jax.random.key(config.seed), jnp.zeros(shape))
+        images = input_images(trained)
+        variables = jax.jit(trained.init)(jax.random.key(config.seed), jnp.zeros(images.shape, images.dtype))
     return variables["params"], variables.get("batch_stats", {}), frozen
 
 
-def _frozen_weights(config: ConfigDict, role: str, model: nn.Module, shape: tuple[int, ...]) -> Any:
+def _frozen_weights(config: ConfigDict, role: str, model: nn.Module) -> Any:
     if not config[role].init:
         raise ValueError(
             f"config.{role}.init is empty, but a student learns with a trained {role} network: name the workdir of a "
             f'"{role}" run, a converted checkpoint or a PyTorch file.'
         )
-    return load_variables(config[role].init, model, shape)
+    return load_variables(config[role].init, model)
 
 
-def load_variables(path: str | Path, model: nn.Module, shape: tuple[int, ...], *, fine_tune: bool = False) -> Any:
+def load_variables(path: str | Path, model: nn.Module, *, fine_tune: bool = False) -> Any:
     """Variables of `model` from a workdir (its best checkpoint), a converted checkpoint or a PyTorch file.
 
     Args:
-      path: where they are.
-      model: the network to fill; a workdir of a student also gives its parts, the SR network or the classifier.
-      shape: of its input.
+      path: where they are. A student's workdir also gives its halves, the SR network or the classifier.
+      model: the network to fill.
       fine_tune: adapt another class count (a new head) and another grid (resized positions), with a line in the log.
 
     Raises:
       FileNotFoundError, ValueError: nothing is there, or it does not fit the model; the message says what.
     """
     path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such workdir, converted checkpoint or PyTorch file.")
     if not workdirs.is_workdir(path):
-        return load_pretrained(path, model, fine_tune=fine_tune)
-    _, variables = checkpoints.load_best(path)
-    leaves = flatten_dict(_part(variables, model), sep="/")
-    shapes = flatten_dict(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(shape)), sep="/")
+        if fine_tune:
+            return load_pretrained(path, model)
+        return load_converted(path)[1] if path.is_dir() else convert_state_dict(load_torch_checkpoint(path), model)
+    leaves = flatten_dict(_part(checkpoints.load_best(path)[1], model), sep="/")
+    shapes = variable_shapes(model)
     if leaves.keys() != shapes.keys():
         differing = ", ".join(sorted(leaves.keys() ^ shapes.keys())[:5])
         raise ValueError(f"{path} does not hold a {type(model).__name__} with these settings; differing: {differing}.")
     if fine_tune:
-        leaves, notes = fit(leaves, model, shapes)
+        leaves, notes = fit(leaves, model)
         for note in notes:
             log.info("%s: %s", path, note)
-    wrong = [
-        f"{name} is {leaves[name].shape}, expected {shapes[name].shape}"
-        for name in shapes
-        if leaves[name].shape != shapes[name].shape
-    ]
-    if wrong:
-        raise ValueError(f"{path} has other sizes or classes than the config asks for: {'; '.join(wrong[:5])}.")
+    _check_shapes(path, leaves, shapes)
     return unflatten_dict(leaves, sep="/")
+
+
+def _check_shapes(path: Path, leaves: dict[str, Any], shapes: dict[str, jax.ShapeDtypeStruct]) -> None:
+    wrong = [
+        (name, leaves[name].shape, shape.shape) for name, shape in shapes.items() if leaves[name].shape != shape.shape
+    ]
+    if any(name.endswith("head/kernel") for name, *_ in wrong):
+        name, found, expected = next(row for row in wrong if row[0].endswith("head/kernel"))
+        raise ValueError(f"{path} tells {found[-1]} classes apart, but the data has {expected[-1]} classes.")
+    if wrong:
+        listed = "; ".join(f"{name} is {found}, expected {expected}" for name, found, expected in wrong[:5])
+        raise ValueError(f"{path} has other sizes than the config asks for: {listed}.")
 
 
 def _part(variables: Any, model: nn.Module) -> Any:

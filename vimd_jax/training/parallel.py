@@ -15,7 +15,7 @@ AXIS = "devices"  # the name under which steps average and sum over all devices 
 
 
 def replicate(tree: Any) -> Any:
-    """A copy for every local device; placed as pmap places its results, so that the second step is not compiled anew."""
+    """A copy for every local device, placed as pmap places its results: so the second step is not compiled anew."""
     return jax_utils.replicate(tree, axis_name=AXIS)
 
 

@@ -155,7 +155,7 @@ def make_train_step(
         ema_params = (
             optax.incremental_update(params, state.ema_params, 1 - config.ema_decay) if config.ema_decay else {}
         )
-        metrics["gradient_norm"] = optax.global_norm(gradients)
+        metrics["gradient_norm"] = optax.tree.norm(gradients)
         return TrainState(state.step + 1, params, batch_stats, opt_state, ema_params), metrics
 
     return over_devices(train_step, donate_state=True)
