@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = _parser().parse_args(arguments)
     try:
         _convert(flags)
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
@@ -81,8 +81,7 @@ def _convert(flags: argparse.Namespace) -> None:
     if flags.model.startswith("srvm") and "classifier.head.bias" not in state_dict:
         sr = {"sr": load_torch_checkpoint(flags.sr_checkpoint)} if flags.sr_checkpoint else {}
         state_dict = flat_state_dict({"classifier": state_dict} | sr)
-    options = _options(flags, state_dict)
-    model = create_model(flags.model, **options)
+    model, options = _create_model(flags, state_dict)
     leaves, changes = fit(fill(state_dict, model, FLEXIBLE), model, mode=flags.position_mode)
     variables = unflatten_dict(leaves, sep="/")
     counters = {name: int(state_dict[name]) for name in step_counters(plan(model)) if name in state_dict}
@@ -110,17 +109,26 @@ def _convert(flags: argparse.Namespace) -> None:
     print(f"written to {flags.output}")
 
 
-def _options(flags: argparse.Namespace, state_dict: dict[str, np.ndarray]) -> dict[str, Any]:
-    """The overrides for create_model; without --num_classes, as many classes as the checkpoint's head has."""
+def _create_model(flags: argparse.Namespace, state_dict: dict[str, np.ndarray]) -> tuple[nn.Module, dict[str, Any]]:
+    """The model and its options; without --num_classes, with as many classes as the head in the checkpoint has."""
     options = dict(flags.option)
     if flags.image_size is not None:
         options["image_size"] = flags.image_size
-    heads = [tensor for name, tensor in state_dict.items() if name in ("head.bias", "classifier.head.bias")]
     if flags.num_classes is not None:
         options["num_classes"] = flags.num_classes
-    elif heads and heads[0].ndim == 1:
-        options["num_classes"] = heads[0].size
-    return options
+    try:
+        model = create_model(flags.model, **options)
+        bias = state_dict.get("head.bias", state_dict.get("classifier.head.bias"))
+        if (
+            flags.num_classes is None
+            and bias is not None
+            and hasattr(getattr(model, "classifier", model), "num_classes")
+        ):
+            options["num_classes"] = bias.size
+            model = create_model(flags.model, **options)
+    except TypeError as error:
+        raise ValueError(f"option: a value of the wrong type among {options} ({error})") from error
+    return model, options
 
 
 def _print_table(model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Reading PyTorch files: exactly what is in them, one clear line where that is impossible, and nothing ever executed."""
+"""Reading PyTorch files: exactly what is in them, one clear line where that cannot be, and nothing ever executed."""
 
 import argparse
 import copy
