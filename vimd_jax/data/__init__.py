@@ -1,4 +1,4 @@
-"""Pictures and labels: where they come from (sources), how they are cut (transforms), how they reach the training (pipeline)."""
+"""Pictures: where they come from (sources), how they are cut (transforms) and how they reach a training (pipeline)."""
 
 from vimd_jax.data.catalog import DATASETS, DatasetInfo
 from vimd_jax.data.images import DatasetError, UnreadableImage, read_image

@@ -8,6 +8,7 @@ import atexit
 import functools
 import itertools
 import logging
+import weakref
 from collections.abc import Iterator
 
 import grain
@@ -45,8 +46,8 @@ def train_batches(
         batch_size: size of the global batch, over all processes.
         seed: of the order and the augmentation.
         start_step: number of batches to pass over; the result is that of an uninterrupted run.
-        process_index, process_count: this process gets the process_index-th of process_count equal, contiguous
-            slices of every global batch.
+        process_index: which of the process_count equal, contiguous slices of every global batch to yield.
+        process_count: number of processes that train together.
 
     Returns:
         An iterator of dictionaries of numpy arrays, b = batch_size / process_count: "high" uint8 (b, H, H, 3), "low"
@@ -151,12 +152,15 @@ def _batches(
         )
     share = batch_size // process_count
 
-    def example(k: int) -> Batch:
-        step, position = divmod(k, share)
-        return examples[step * batch_size + process_index * share + position]
+    def batch(step: int) -> Batch | DatasetError:
+        start = step * batch_size + process_index * share
+        try:
+            return _stack([examples[i] for i in range(start, start + share)])
+        except DatasetError as error:
+            return error  # Raised on arrival: Grain would wrap it and, between processes, leak shared memory.
 
-    # Always endless for Grain: the traceback of its StopIteration would keep a worker's shared memory alive.
-    dataset = grain.MapDataset.range(steps.start * share, ENDLESS * share).map(example).batch(share)
+    # Endless for Grain too, whose StopIteration would likewise leak.
+    dataset = grain.MapDataset.range(steps.start, ENDLESS).map(batch)
     # Two threads overlap the decoding of one batch with the resizing of another (Pillow releases the interpreter lock);
     # in worker processes one is enough, since there the parallelism comes from their number.
     threads = 1 if config.num_workers else 2
@@ -165,20 +169,38 @@ def _batches(
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # Grain's workers read absl flags, which outside absl's app.run nobody parses
         batches = batches.mp_prefetch(grain.MultiprocessingOptions(config.num_workers, per_worker_buffer_size=2))
-    return _iterate(batches, len(steps))
+    iterator = _iterate(batches, len(steps))
+    _open.add(iterator)
+    return iterator
 
 
 def _iterate(batches: grain.IterDataset, count: int) -> Iterator[Batch]:
     iterator = iter(batches)
-    # Left open, worker processes and their shared memory outlive the interpreter's modules and fail noisily.
-    atexit.register(iterator.close)
     try:
-        for batch in itertools.islice(iterator, count):
-            # Copied out of the shared memory of the worker that made it, which ends with the worker.
-            yield {key: np.array(value) for key, value in batch.items()}
+        yield from map(_received, itertools.islice(iterator, count))
     finally:
-        atexit.unregister(iterator.close)
         iterator.close()
+
+
+def _received(batch: Batch | DatasetError) -> Batch:
+    """The batch, copied out of the shared memory of the worker that made it, which ends with the worker."""
+    if isinstance(batch, DatasetError):
+        raise batch
+    return {key: np.array(value) for key, value in batch.items()}
+
+
+# Workers left running would outlive the interpreter's modules and fail noisily.
+_open: weakref.WeakSet[Iterator[Batch]] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    for iterator in list(_open):
+        iterator.close()
+
+
+def _stack(examples: list[Batch]) -> Batch:
+    return {key: np.stack([example[key] for example in examples]) for key in examples[0]}
 
 
 def _example(

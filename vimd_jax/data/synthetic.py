@@ -160,7 +160,7 @@ class Strip:
 
 
 class _Pen:
-    """Draws in the bird's own coordinates (body at the origin, looking along x, y upwards) on a picture, in a random pose."""
+    """Draws in the bird's coordinates, body at the origin, beak along x, y upwards, placed at random in the picture."""
 
     def __init__(self, picture: Image.Image, rng: np.random.Generator):
         self._draw = ImageDraw.Draw(picture)

@@ -54,7 +54,7 @@ def random_crop_box(
 def eval_view(image: Image.Image, size: int) -> Image.Image:
     """The picture with its short side resized to `size`, then the central size × size pixels.
 
-    Both steps are one resampling of the matching source box, so that a very long picture costs no more than a square one.
+    Both steps are one resampling of the matching source box, so that a very long picture costs no more than a square.
     """
     width, height = image.size
     short = min(width, height)

@@ -1,0 +1,157 @@
+import io
+import warnings
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vimd_jax.data import UnreadableImage, images, read_image
+
+
+def gradient(width=32, height=24):
+    """A smooth RGB picture, so that lossy formats stay close to it."""
+    y, x = np.mgrid[0:height, 0:width]
+    return np.stack([x * 7, y * 9, 255 - x * 7], -1).astype(np.uint8)
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.PNG", "a.bmp", "a.webp", "a.tif", "a.gif", "a.ppm"])
+def test_reads_the_usual_formats(tmp_path, name):
+    Image.fromarray(gradient()).save(tmp_path / name)
+    image = read_image(tmp_path / name)
+    assert (image.mode, image.size) == ("RGB", (32, 24))
+    # GIF has but 256 colours, and JPEG and WebP lose some; none is off by more than this on average.
+    assert np.abs(np.asarray(image, float) - gradient()).mean() < 8
+
+
+def test_cmyk_jpeg(tmp_path):
+    Image.fromarray(gradient()).convert("CMYK").save(tmp_path / "a.jpg")
+    assert np.abs(np.asarray(read_image(tmp_path / "a.jpg"), float) - gradient()).mean() < 8
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "LA"])
+def test_grey_becomes_three_equal_channels(tmp_path, mode):
+    Image.fromarray(gradient()).convert(mode).save(tmp_path / "a.png")
+    pixels = np.asarray(read_image(tmp_path / "a.png"))
+    assert pixels.shape == (24, 32, 3)
+    assert (pixels == pixels[..., :1]).all()
+    assert pixels.min() < 40 and pixels.max() > 150
+
+
+def test_palette(tmp_path):
+    Image.fromarray(gradient()).quantize(64).save(tmp_path / "a.png")
+    assert np.abs(np.asarray(read_image(tmp_path / "a.png"), float) - gradient()).mean() < 12
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_16_bit_grey_is_scaled_not_clipped(tmp_path, suffix):
+    values = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    Image.fromarray(values).save(tmp_path / f"a.{suffix}")
+    pixels = np.asarray(read_image(tmp_path / f"a.{suffix}"))
+    np.testing.assert_array_equal(pixels[..., 0].ravel(), np.arange(256))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "P"])
+def test_transparency_is_laid_over_white(tmp_path, mode):
+    image = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    image.paste((200, 10, 10, 255), (0, 0, 4, 8))
+    if mode == "P":
+        image = image.quantize(4)
+    image.save(tmp_path / "a.png")
+    pixels = np.asarray(read_image(tmp_path / "a.png"))
+    assert tuple(pixels[0, 7]) == (255, 255, 255)
+    assert abs(int(pixels[0, 0, 0]) - 200) < 4
+
+
+def test_exif_rotation_is_applied(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown after a quarter turn clockwise
+    Image.fromarray(gradient()).save(tmp_path / "a.jpg", exif=exif, quality=95)
+    image = read_image(tmp_path / "a.jpg")
+    assert image.size == (24, 32)
+    assert np.abs(np.asarray(image, float) - np.rot90(gradient(), -1)).mean() < 8
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_damaged_exif_does_not_hide_the_picture(tmp_path):
+    Image.fromarray(gradient()).save(tmp_path / "a.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff rubbish")
+    assert read_image(tmp_path / "a.jpg").size == (32, 24)
+
+
+def test_one_pixel(tmp_path):
+    Image.new("RGB", (1, 1), (1, 2, 3)).save(tmp_path / "a.png")
+    assert read_image(tmp_path / "a.png").getpixel((0, 0)) == (1, 2, 3)
+
+
+def test_enormous_jpeg_is_decoded_reduced(tmp_path):
+    Image.new("RGB", (9000, 4500), (90, 120, 30)).save(tmp_path / "a.jpg")
+    assert read_image(tmp_path / "a.jpg").size == (4500, 2250)
+
+
+def test_decompression_bomb_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    Image.new("RGB", (20, 20)).save(tmp_path / "bomb.png")
+    with pytest.raises(UnreadableImage, match=r"bomb\.png: more than \d+ megapixels"):
+        read_image(tmp_path / "bomb.png")
+
+
+def damaged_files():
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(file, "JPEG")
+    jpeg = file.getvalue()
+    file = io.BytesIO()
+    Image.fromarray(gradient()).save(file, "PNG")
+    png = file.getvalue()
+    return {
+        "truncated.jpg": (jpeg[: len(jpeg) // 2], "truncated"),
+        "truncated.png": (png[: len(png) // 2], None),
+        "header_only.jpg": (jpeg[:20], None),
+        "empty.jpg": (b"", "the file is empty"),
+        "text.jpg": (b"this is no picture\n" * 10, "not a picture"),
+        "flipped.png": (png[:40] + bytes(255 - b for b in png[40:60]) + png[60:], None),
+    }
+
+
+@pytest.mark.parametrize("name", damaged_files())
+def test_damaged_files_are_named_with_the_cause(tmp_path, name):
+    content, cause = damaged_files()[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UnreadableImage, match=cause) as error:
+        read_image(tmp_path / name)
+    message = str(error.value)
+    assert (
+        message.startswith(f"{tmp_path / name}: ")
+        and "\n" not in message
+        and len(message) > len(str(tmp_path / name)) + 8
+    )
+
+
+def test_missing_file_and_folder(tmp_path):
+    with pytest.raises(UnreadableImage, match=r"gone\.jpg: No such file"):
+        read_image(tmp_path / "gone.jpg")
+    with pytest.raises(UnreadableImage, match="directory"):
+        read_image(tmp_path)
+
+
+def test_floating_point_tiff_is_refused(tmp_path):
+    Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(UnreadableImage, match="floating-point"):
+        read_image(tmp_path / "a.tif")
+
+
+def test_random_damage_raises_nothing_else():
+    rng = np.random.default_rng(1)
+    for format in ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP"):
+        file = io.BytesIO()
+        Image.fromarray(gradient()).save(file, format)
+        clean = np.frombuffer(file.getvalue(), np.uint8)
+        for _ in range(60):
+            damaged = clean.copy()
+            where = rng.integers(len(clean), size=rng.integers(1, 8))
+            damaged[where] = rng.integers(0, 256, len(where))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                try:
+                    image = images.decode_image(io.BytesIO(damaged[: rng.integers(1, len(clean) + 1)].tobytes()), "x")
+                    assert image.mode == "RGB"
+                except UnreadableImage as error:
+                    assert "\n" not in str(error)

@@ -1,0 +1,227 @@
+import itertools
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vimd_jax.data import (
+    DatasetError,
+    UnreadableImage,
+    eval_batches,
+    eval_view,
+    load_source,
+    low_resolution_view,
+    steps_per_epoch,
+    train_batches,
+)
+from vimd_jax.data.pipeline import samples_per_epoch
+
+
+def take(source, config, count, **arguments):
+    arguments = dict(batch_size=8, seed=3) | arguments
+    return list(itertools.islice(train_batches(source, config, **arguments), count))
+
+
+def assert_same(batches, others):
+    assert len(batches) == len(others)
+    for one, other in zip(batches, others):
+        assert one.keys() == other.keys()
+        for key in one:
+            np.testing.assert_array_equal(one[key], other[key], err_msg=key)
+
+
+def test_shapes_and_types(dataset_config):
+    config = dataset_config()
+    batch = take(load_source(config, "train"), config, 1)[0]
+    assert {key: (value.shape, value.dtype.name) for key, value in batch.items()} == {
+        "high": ((8, 32, 32, 3), "uint8"),
+        "low": ((8, 8, 8, 3), "uint8"),
+        "label": ((8,), "int32"),
+        "index": ((8,), "int32"),
+        "weight": ((8,), "float32"),
+        "skipped": ((8,), "int32"),
+    }
+    assert (batch["weight"] == 1).all() and not batch["skipped"].any()
+    assert all(type(value) is np.ndarray for value in batch.values())
+
+
+def test_low_is_the_same_crop_down_sampled(dataset_config):
+    config = dataset_config()
+    batch = take(load_source(config, "train"), config, 1)[0]
+    for high, low in zip(batch["high"], batch["low"]):
+        np.testing.assert_array_equal(low, low_resolution_view(Image.fromarray(high), 8))
+
+
+def test_same_seed_same_batches_and_only_then(dataset_config):
+    config = dataset_config()
+    source = load_source(config, "train")
+    batches = take(source, config, 6)
+    assert_same(batches, take(load_source(config, "train"), config, 6))
+    assert not np.array_equal(batches[0]["index"], take(source, config, 1, seed=4)[0]["index"])
+
+
+@pytest.mark.parametrize("start", [1, 3, 5, 8])
+def test_resuming_is_as_if_never_interrupted(dataset_config, start):
+    config = dataset_config(synthetic_train_size=37)  # epochs do not end with a batch
+    source = load_source(config, "train")
+    assert_same(take(source, config, 10)[start:], take(source, config, 10 - start, start_step=start))
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_share_the_global_batch(dataset_config, processes):
+    config = dataset_config()
+    source = load_source(config, "train")
+    shares = [take(source, config, 3, process_index=i, process_count=processes) for i in range(processes)]
+    joined = [{key: np.concatenate([share[key] for share in step]) for key in step[0]} for step in zip(*shares)]
+    assert_same(joined, take(source, config, 3))
+
+
+def test_worker_processes_change_nothing_and_report_errors(dataset_config, picture_folder):
+    folder = picture_folder({"train/a": 6, "train/b": 6, "test/a": 5})
+    config = dataset_config(name="folder", directory=str(folder), validation_fraction=0.0)
+    parallel = dataset_config(**config.to_dict() | {"num_workers": 1})
+    source, test = load_source(config, "train"), load_source(config, "test")
+    assert_same(take(source, config, 4, start_step=1), take(source, parallel, 4, start_step=1))
+    assert_same(list(eval_batches(test, config, batch_size=2)), list(eval_batches(test, parallel, batch_size=2)))
+    (folder / "train/b/003.png").write_bytes(b"")
+    with pytest.raises(UnreadableImage, match=r"b/003\.png: the file is empty; remove .*on_error=skip") as error:
+        take(source, parallel, 4)
+    assert "\n" not in str(error.value)
+
+
+def test_every_epoch_is_another_order_of_all_pictures(dataset_config):
+    config = dataset_config()
+    batches = take(load_source(config, "train"), config, 15)
+    epochs = np.concatenate([batch["index"] for batch in batches]).reshape(3, 40)
+    assert (np.sort(epochs) == np.arange(40)).all()
+    assert not (epochs[0] == epochs[1]).all() and not (epochs[0] == np.arange(40)).all()
+    same_picture = [
+        np.concatenate([b["high"] for b in batches])[np.flatnonzero(epochs.ravel() == 7)[k]] for k in (0, 1)
+    ]
+    assert not np.array_equal(*same_picture), "the augmentation of a picture differs from epoch to epoch"
+
+
+def test_labels_belong_to_the_pictures(dataset_config):
+    config = dataset_config(crop_scale=(1.0, 1.0), flip=False)
+    source = load_source(config, "train")
+    for i, high, label in zip(*(take(source, config, 1)[0][key] for key in ("index", "high", "label"))):
+        assert label == source.labels[i]
+        # A crop of the whole area has the aspect ratio 1 only now and then; most of the bird is there in any case.
+        assert np.abs(high.astype(float) - np.asarray(source.read(i))).mean() < 60
+
+
+@pytest.mark.parametrize(
+    "size, repeats, expected",
+    [
+        (5994, 3, 5888),
+        (8144, 3, 7936),
+        (12000, 3, 11776),
+        (3680, 3, 3584),
+        (2040, 3, 1792),
+        (200, 3, 200),
+        (5994, 1, 5994),
+    ],
+)
+def test_samples_per_epoch_are_the_published_numbers(size, repeats, expected):
+    assert samples_per_epoch(size, repeats) == expected
+
+
+def test_repeated_augmentation(dataset_config):
+    config = dataset_config(repeats=3, synthetic_train_size=300, high_resolution=8, low_resolution=2)
+    source = load_source(config, "train")
+    assert steps_per_epoch(source, config, 16) == 16
+    batches = take(source, config, 32, batch_size=16)
+    order = np.concatenate([batch["index"] for batch in batches]).reshape(2, 256)
+    for epoch in order:
+        runs = [len(list(group)) for _, group in itertools.groupby(epoch)]
+        assert runs == [3] * 85 + [1]
+        assert len(set(epoch)) == 86
+    assert set(order[0]) != set(order[1])
+    high = batches[0]["high"]
+    assert not np.array_equal(high[0], high[1]) and not np.array_equal(high[1], high[2])
+
+
+def test_steps_per_epoch(dataset_config):
+    config = dataset_config()
+    source = load_source(config, "train")
+    assert [steps_per_epoch(source, config, size) for size in (1, 8, 32, 100)] == [40, 5, 1, 1]
+
+
+@pytest.mark.parametrize("batch_size, processes", [(1, 1), (5, 1), (13, 1), (64, 1), (6, 2), (4, 4)])
+def test_evaluation_sees_each_picture_once(dataset_config, batch_size, processes):
+    config = dataset_config()
+    source = load_source(config, "test")
+    batches = []
+    for i in range(processes):
+        share = list(eval_batches(source, config, batch_size=batch_size, process_index=i, process_count=processes))
+        assert len(share) == -(-13 // batch_size)
+        assert all(len(batch["label"]) == batch_size // processes for batch in share)
+        batches += share
+    merged = {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
+    real = merged["weight"] == 1
+    np.testing.assert_array_equal(np.sort(merged["index"][real]), np.arange(13))
+    np.testing.assert_array_equal(merged["label"][real], source.labels[merged["index"][real]])
+    assert (merged["index"][~real] == -1).all() and (merged["weight"][~real] == 0).all()
+    for i, high in zip(merged["index"][real], merged["high"][real]):
+        np.testing.assert_array_equal(high, eval_view(source.read(i), 32))
+
+
+@pytest.fixture
+def damaged(dataset_config, picture_folder):
+    folder = picture_folder({"train/a": 5, "train/b": 5, "test/a": 3, "test/b": 4})
+    for name in ("train/a/004.png", "train/b/000.png", "test/a/001.png"):
+        (folder / name).write_bytes(b"broken")
+    return dataset_config(name="folder", directory=str(folder), validation_fraction=0.0)
+
+
+def test_stop_is_the_default(damaged):
+    with pytest.raises(DatasetError, match=r"train/./00\d\.png: not a picture .*; remove or replace it, or set config"):
+        take(load_source(damaged, "train"), damaged, 5)
+    with pytest.raises(DatasetError, match=r"test/a/001\.png"):
+        list(eval_batches(load_source(damaged, "test"), damaged, batch_size=4))
+
+
+def test_skip_replaces_in_training_by_the_next_readable_picture(damaged, caplog):
+    damaged.on_error = "skip"
+    source = load_source(damaged, "train")
+    batches = take(source, damaged, 5, batch_size=2)
+    index, skipped, label = (np.concatenate([b[key] for b in batches]) for key in ("index", "skipped", "label"))
+    # Records 4 and 5 are damaged: 6 is seen thrice in the epoch, twice as a replacement.
+    assert sorted(index) == [0, 1, 2, 3, 6, 6, 6, 7, 8, 9]
+    assert skipped.sum() == 2 and set(index[skipped == 1]) == {6}
+    np.testing.assert_array_equal(label, source.labels[index])
+    assert sum("a/004.png" in message for message in caplog.messages) == 1
+
+
+def test_skip_weighs_nothing_in_evaluation(damaged):
+    damaged.on_error = "skip"
+    batches = list(eval_batches(load_source(damaged, "test"), damaged, batch_size=4))
+    merged = {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
+    np.testing.assert_array_equal(merged["weight"], [1, 0, 1, 1, 1, 1, 1, 0])
+    np.testing.assert_array_equal(merged["skipped"], [0, 1, 0, 0, 0, 0, 0, 0])
+    np.testing.assert_array_equal(merged["index"], [0, 1, 2, 3, 4, 5, 6, -1])
+
+
+def test_nothing_readable_at_all(damaged):
+    damaged.on_error = "skip"
+    source = load_source(damaged, "train")
+    for i in range(len(source)):
+        with open(source.name(i), "wb"):
+            pass
+    with pytest.raises(DatasetError, match="none of the 10 training pictures can be read"):
+        take(source, damaged, 1)
+
+
+@pytest.mark.parametrize(
+    "changes, arguments, message",
+    [
+        ({"on_error": "ignore"}, {}, "on_error is 'ignore'; choose stop or skip"),
+        ({"repeats": 0}, {}, "repeats is 0"),
+        ({}, {"batch_size": 0}, "batch_size is 0"),
+        ({}, {"batch_size": 9, "process_count": 2}, r"batch_size is 9; choose a multiple of .* \(2\)"),
+    ],
+)
+def test_impossible_settings_are_refused_at_once(dataset_config, changes, arguments, message):
+    config = dataset_config(**changes)
+    with pytest.raises(DatasetError, match=message):
+        train_batches(load_source(config, "train"), config, **{"batch_size": 8, "seed": 0} | arguments)

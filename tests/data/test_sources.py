@@ -1,0 +1,212 @@
+import io
+import sys
+import types
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vimd_jax.data import DATASETS, DatasetError, UnreadableImage, load_source
+from vimd_jax.data.catalog import DatasetInfo
+
+THREE_SPLITS = {"train/ant": 4, "train/bee": 3, "val/ant": 2, "test/ant": 1, "test/bee": 2}
+
+
+def test_folder_with_three_splits(dataset_config, picture_folder):
+    config = dataset_config(name="folder", directory=str(picture_folder(THREE_SPLITS)))
+    train, validation, test = (load_source(config, split) for split in ("train", "validation", "test"))
+    assert train.class_names == validation.class_names == test.class_names == ("ant", "bee")
+    np.testing.assert_array_equal(train.labels, [0, 0, 0, 0, 1, 1, 1])
+    np.testing.assert_array_equal(validation.labels, [0, 0])
+    np.testing.assert_array_equal(test.labels, [0, 1, 1])
+    assert train.labels.dtype == np.int32
+    assert train.name(4).endswith("train/bee/000.png")
+    with Image.open(train.name(4)) as image:
+        np.testing.assert_array_equal(np.asarray(train.read(4)), np.asarray(image))
+
+
+def test_published_layout_val_is_the_test_set(dataset_config, picture_folder):
+    config = dataset_config(name="folder", directory=str(picture_folder({"train/a": 20, "train/b": 10, "val/a": 2})))
+    assert len(load_source(config, "test")) == 2
+    assert len(load_source(config, "train")) == 27
+    assert len(load_source(config, "validation")) == 3
+
+
+def test_held_out_pictures(dataset_config, picture_folder):
+    folder = picture_folder({"train/many": 40, "train/two": 2, "train/one": 1, "test/one": 1})
+    config = dataset_config(name="folder", directory=str(folder), validation_fraction=0.1)
+
+    def names(split, seed):
+        source = load_source(config, split, seed=seed)
+        return {source.name(i): source.class_names[source.labels[i]] for i in range(len(source))}
+
+    train, validation = names("train", 0), names("validation", 0)
+    assert not set(train) & set(validation) and len(train | validation) == 43
+    assert sorted(validation.values()) == ["many"] * 4 + ["two"]
+    assert all(f"/{label}/" in name for name, label in (train | validation).items())
+    assert names("validation", 0) == validation != names("validation", 1)
+    config.validation_fraction = 0.0
+    assert len(names("train", 0)) == 43
+    with pytest.raises(DatasetError, match="validation_fraction"):
+        load_source(config, "validation")
+
+
+def test_file_endings_and_hidden_files(dataset_config, picture_folder):
+    folder = picture_folder({"train/a": 1, "train/b": 1, "test/a": 1})
+    for name in ("x.JPG", "y.jpeg", "z.Tiff"):
+        Image.new("RGB", (4, 4)).save(folder / "train/a" / name)
+    for name in ("notes.txt", "._x.jpg", ".hidden.png"):
+        (folder / "train/a" / name).write_text("no picture")
+    (folder / "train/.ipynb_checkpoints").mkdir()
+    source = load_source(dataset_config(name="folder", directory=str(folder), validation_fraction=0.0), "train")
+    assert [source.name(i).rsplit("/", 1)[1] for i in range(4)] == ["000.png", "x.JPG", "y.jpeg", "z.Tiff"]
+    assert source.class_names == ("a", "b")
+
+
+def test_unreadable_picture_is_named(dataset_config, picture_folder):
+    folder = picture_folder(THREE_SPLITS)
+    (folder / "test/ant/000.png").write_bytes(b"")
+    source = load_source(dataset_config(name="folder", directory=str(folder)), "test")
+    with pytest.raises(UnreadableImage, match=r"test/ant/000\.png: the file is empty"):
+        source.read(0)
+
+
+@pytest.mark.parametrize(
+    "counts, changes, message",
+    [
+        ({}, {"directory": ""}, "config.dataset.directory is empty"),
+        ({}, {"directory": "/no/such/folder"}, "/no/such/folder is not a folder"),
+        ({}, {}, "holds none of train/, val/, test/; expected train/<class>"),
+        ({"train/a": 1}, {}, "holds train/; expected"),
+        ({"test/a": 1, "val/a": 1}, {}, "holds val/, test/; expected"),
+        ({"train": 2, "test/a": 1}, {}, "train has no class folders"),
+        ({"train/a": 1, "train/b": 0, "test/a": 1}, {}, "train/b has no pictures"),
+        ({"train/a": 1, "test/a": 1, "test/b": 1}, {}, "test/b is not a class of the training pictures"),
+        ({"train/a": 1, "test/a": 1, "val/c": 1}, {}, "val/c is not a class of the training pictures"),
+        (THREE_SPLITS, {"num_classes": 5}, "num_classes is 5 but the data have 2 classes"),
+        (THREE_SPLITS, {"name": "birds"}, "config.dataset.name is 'birds'; choose one of synthetic, folder, cub"),
+        (THREE_SPLITS, {"validation_fraction": 1.0}, "validation_fraction is 1.0"),
+    ],
+)
+def test_mistakes_are_one_line_with_field_and_remedy(dataset_config, picture_folder, counts, changes, message):
+    config = dataset_config(name="folder", directory=str(picture_folder(counts)))
+    config.update(changes)
+    with pytest.raises(DatasetError) as error:
+        load_source(config, "train")
+    assert message in str(error.value) and "config.dataset." in str(error.value) and "\n" not in str(error.value)
+
+
+def test_unknown_split(dataset_config):
+    with pytest.raises(DatasetError, match="split is 'val'; choose one of train, validation, test"):
+        load_source(dataset_config(), "val")
+
+
+def test_catalog_holds_the_published_numbers():
+    published = {
+        "cub": (200, 5994, 5794),
+        "cars": (196, 8144, 8041),
+        "dogs": (120, 12000, 8580),
+        "pets": (37, 3680, 3669),
+        "flowers": (102, 2040, 6149),
+        "mit67": (67, 5360, 1340),
+        "action": (40, 4000, 5532),
+        "aircraft": (100, 6667, 3333),
+    }
+    assert {k: (v.num_classes, v.train_sizes[0], v.test_size) for k, v in DATASETS.items()} == published
+
+
+@pytest.fixture
+def tiny_pets(monkeypatch):
+    """The catalog's pets, shrunk to two classes, seven training and three test pictures."""
+    info = DatasetInfo("Oxford-IIIT Pets", 2, (7,), 3, "oxford_iiit_pet")
+    monkeypatch.setitem(DATASETS, "pets", info)
+    return info
+
+
+def test_known_dataset_from_a_folder(dataset_config, picture_folder, tiny_pets):
+    config = dataset_config(name="pets", num_classes=2)
+    config.directory = str(picture_folder({"train/a": 4, "train/b": 3, "test/a": 1, "test/b": 2}))
+    assert len(load_source(config, "test")) == 3
+
+
+def test_validation_folder_counts_as_training_pictures(dataset_config, picture_folder, tiny_pets):
+    counts = {"train/a": 3, "train/b": 2, "val/a": 1, "val/b": 1, "test/a": 1, "test/b": 2}
+    config = dataset_config(name="pets", directory=str(picture_folder(counts)))
+    assert [len(load_source(config, split)) for split in ("train", "validation", "test")] == [5, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [
+        {"train/a": 7, "test/a": 3},
+        {"train/a": 4, "train/b": 4, "test/a": 3},
+        {"train/a": 4, "train/b": 3, "test/a": 4},
+    ],
+)
+def test_known_dataset_must_be_complete(dataset_config, picture_folder, tiny_pets, counts):
+    config = dataset_config(name="pets", directory=str(picture_folder(counts)))
+    with pytest.raises(
+        DatasetError, match="holds .* but Oxford-IIIT Pets .* has 2 classes, 7 training and 3 .*=folder"
+    ):
+        load_source(config, "train")
+    config.name = "folder"
+    assert load_source(config, "train")
+
+
+def test_datasets_that_tfds_does_not_have(dataset_config):
+    for name in ("mit67", "action", "aircraft"):
+        with pytest.raises(DatasetError, match="TensorFlow Datasets does not have .*config.dataset.directory"):
+            load_source(dataset_config(name=name), "train")
+
+
+def test_tfds_not_installed(dataset_config, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    with pytest.raises(DatasetError, match=r"pip install 'vimd-jax\[tfds\]'; or set config.dataset.directory"):
+        load_source(dataset_config(name="cub"), "train")
+
+
+@pytest.fixture
+def fake_tfds(monkeypatch):
+    """The few names of tensorflow_datasets in use, holding nine encoded pets; TFDS itself is too large to install here."""
+
+    class Picture:
+        pass
+
+    def record(i):
+        file = io.BytesIO()
+        Image.new("RGB", (8, 6), (i, 0, 0)).save(file, "PNG")
+        return {"image": file.getvalue(), "label": i % 2, "file_name": b"x"}
+
+    class Builder:
+        splits = {"train": range(7), "test": range(10, 13)}
+        info = types.SimpleNamespace(
+            features={"image": Picture(), "label": types.SimpleNamespace(names=["cat", "dog"]), "file_name": object()}
+        )
+
+        def as_data_source(self, split, decoders):
+            assert decoders == {"image": "skip"}
+            return [record(i) for i in self.splits[split]]
+
+    module = types.SimpleNamespace(
+        builder=lambda name, file_format: Builder(),
+        features=types.SimpleNamespace(Image=Picture),
+        decode=types.SimpleNamespace(SkipDecoding=lambda: "skip"),
+    )
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", module)
+    return Builder
+
+
+def test_tfds_source(dataset_config, fake_tfds, tiny_pets):
+    config = dataset_config(name="pets", validation_fraction=0.3)
+    test = load_source(config, "test")
+    assert test.class_names == ("cat", "dog")
+    np.testing.assert_array_equal(test.labels, [0, 1, 0])
+    assert test.read(1).getpixel((0, 0)) == (11, 0, 0)
+    assert test.name(1) == "oxford_iiit_pet[test] record 1"
+    assert [len(load_source(config, split)) for split in ("train", "validation")] == [5, 2]
+
+
+def test_tfds_dataset_not_prepared(dataset_config, fake_tfds, tiny_pets):
+    fake_tfds.splits = {}
+    with pytest.raises(DatasetError, match="run: tfds build oxford_iiit_pet --file_format=array_record"):
+        load_source(dataset_config(name="pets"), "train")

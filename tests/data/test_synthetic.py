@@ -1,0 +1,49 @@
+import numpy as np
+import pytest
+
+from vimd_jax.data import DatasetError, load_source
+from vimd_jax.data.synthetic import class_markings, draw_bird
+
+
+def test_pictures_depend_on_split_and_number_alone(dataset_config):
+    one, other = (load_source(dataset_config(), "train", seed=seed) for seed in (0, 1))
+    other.read(7)  # the order of reading does not matter
+    for i in (3, 7, 8):
+        np.testing.assert_array_equal(one.read(i), other.read(i))
+    assert one.read(3).mode == "RGB" and one.read(3).size == (32, 32)
+
+
+def test_no_picture_is_in_two_splits_or_twice_in_one(dataset_config):
+    config = dataset_config(synthetic_train_size=60, synthetic_test_size=30, validation_fraction=0.5)
+    pictures = [
+        source.read(i).tobytes()
+        for source in (load_source(config, split) for split in ("train", "validation", "test"))
+        for i in range(len(source))
+    ]
+    assert len(pictures) == len(set(pictures)) == 60 + 30 + 30
+
+
+def test_classes_are_balanced_and_named(dataset_config):
+    config = dataset_config(synthetic_classes=7, synthetic_train_size=72)
+    source = load_source(config, "train")
+    counts = np.bincount(source.labels, minlength=7)
+    assert counts.min() == 10 and counts.max() == 11
+    assert len(set(source.class_names)) == 7
+    with pytest.raises(DatasetError, match="synthetic_classes is 1"):
+        load_source(dataset_config(synthetic_classes=1), "train")
+
+
+def test_classes_differ_only_in_their_markings():
+    """With the same random numbers, two classes differ in a small part of the picture, but always in some of it."""
+    markings = class_markings(10)
+    for seed in range(5):
+        birds = [np.asarray(draw_bird(m, 64, np.random.default_rng(seed)), int) for m in markings]
+        for i in range(1, len(birds)):
+            changed = (np.abs(birds[i] - birds[0]).max(-1) > 24).mean()
+            assert 0.01 < changed < 0.25
+
+
+def test_any_size_shows_the_same_bird():
+    small, large = (draw_bird(class_markings(4)[1], side, np.random.default_rng(5)) for side in (64, 256))
+    difference = np.abs(np.asarray(large.resize((64, 64), 4), float) - np.asarray(small, float))
+    assert difference.mean() < 3

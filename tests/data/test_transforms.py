@@ -1,0 +1,104 @@
+import math
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vimd_jax.data import eval_view, low_resolution_view
+from vimd_jax.data.transforms import random_crop_box, train_view
+
+
+def photograph(width, height, seed=0):
+    """Smooth random colours, like a photograph and unlike noise."""
+    small = np.random.default_rng(seed).integers(0, 256, (9, 9, 3), np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def reference_eval_view(image, size):
+    """torchvision's Resize(size) and CenterCrop(size), spelt out."""
+    width, height = image.size
+    if width <= height:
+        image = image.resize((size, int(size * height / width)), Image.Resampling.BICUBIC)
+    else:
+        image = image.resize((int(size * width / height), size), Image.Resampling.BICUBIC)
+    left, top = int(round((image.width - size) / 2.0)), int(round((image.height - size) / 2.0))
+    return image.crop((left, top, left + size, top + size))
+
+
+@pytest.mark.parametrize("shape", [(500, 333), (333, 500), (64, 64), (40, 31), (1000, 90), (17, 301), (224, 225)])
+def test_eval_view_is_resize_then_centre_crop(shape):
+    image = photograph(*shape)
+    expected = np.asarray(reference_eval_view(image, 64), int)
+    difference = np.abs(np.asarray(eval_view(image, 64), int) - expected)
+    # One resampling instead of resize and crop: the same but for the last bits of some values.
+    assert difference.max() <= 2 and difference.mean() < 0.1
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 60000), (60000, 1), (2, 3)])
+def test_eval_view_of_extreme_shapes(shape):
+    assert eval_view(Image.new("RGB", shape, (9, 8, 7)), 224).getpixel((100, 100)) == (9, 8, 7)
+
+
+def test_low_resolution_view_is_pillows_bicubic():
+    image = photograph(224, 224)
+    expected = image.resize((56, 56), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(np.asarray(low_resolution_view(image, 56)), np.asarray(expected))
+
+
+def test_train_view_is_crop_then_resize_then_flip():
+    image = photograph(120, 90)
+    flips = 0
+    for seed in range(40):
+        view = train_view(image, 48, np.random.default_rng(seed), crop_scale=(0.08, 1.0), flip=True)
+        box = random_crop_box(120, 90, np.random.default_rng(seed), (0.08, 1.0))
+        plain = np.asarray(image.crop(box).resize((48, 48), Image.Resampling.BICUBIC))
+        flipped = np.array_equal(np.asarray(view), plain[:, ::-1])
+        assert flipped or np.array_equal(np.asarray(view), plain)
+        flips += flipped
+    assert 10 < flips < 30
+
+
+def test_no_flip_when_switched_off():
+    image = photograph(50, 50)
+    for seed in range(20):
+        view = train_view(image, 50, np.random.default_rng(seed), crop_scale=(1.0, 1.0), flip=False)
+        box = random_crop_box(50, 50, np.random.default_rng(seed), (1.0, 1.0))
+        np.testing.assert_array_equal(view, image.crop(box).resize((50, 50), Image.Resampling.BICUBIC))
+
+
+def test_crop_law_on_a_large_picture():
+    rng = np.random.default_rng(0)
+    width, height = 4000, 4000
+    boxes = np.array([random_crop_box(width, height, rng, (0.08, 0.5)) for _ in range(4000)], float)
+    left, top, right, bottom = boxes.T
+    share = (right - left) * (bottom - top) / (width * height)
+    log_ratio = np.log((right - left) / (bottom - top))
+    # At most half the area and 4:3 always fits, so both laws are uniform: mean, spread and range.
+    limits = math.log(4 / 3)
+    assert 0.0799 < share.min() < 0.085 and 0.495 < share.max() < 0.5001
+    np.testing.assert_allclose([share.mean(), share.std()], [0.29, 0.42 / 12**0.5], rtol=0.03)
+    np.testing.assert_allclose([log_ratio.min(), log_ratio.max()], [-limits, limits], atol=2e-3)
+    np.testing.assert_allclose(log_ratio.std(), 2 * limits / 12**0.5, rtol=0.03)
+    assert abs(log_ratio.mean()) < 0.01
+    # The position is uniform over the places where the box fits, corners included.
+    place = left / (width - (right - left))
+    np.testing.assert_allclose([place.mean(), place.std()], [0.5, 1 / 12**0.5], rtol=0.04)
+    assert (top >= 0).all() and (bottom <= height).all() and (left >= 0).all() and (right <= width).all()
+
+
+@pytest.mark.parametrize(
+    "shape, expected",
+    [
+        ((1000, 10), (493, 0, 506, 10)),  # too wide: 4:3 in the middle
+        ((10, 1000), (0, 493, 10, 506)),
+        ((1, 1), (0, 0, 1, 1)),
+        ((1, 5000), (0, 2499, 1, 2500)),
+    ],
+)
+def test_crop_falls_back_to_the_centre(shape, expected):
+    # No box of more than 90 % of the area and a ratio of at most 4:3 fits into these.
+    assert random_crop_box(*shape, np.random.default_rng(0), (0.9, 1.0)) == expected
+
+
+def test_whole_picture_when_its_shape_is_allowed_but_no_draw_fits():
+    assert random_crop_box(120, 100, np.random.default_rng(0), (1.5, 1.6)) == (0, 0, 120, 100)
