@@ -11,7 +11,7 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from vimd_jax.data import DatasetError
-from vimd_jax.training.metrics import TrainingError
+from vimd_jax.training import TrainingError
 
 log = logging.getLogger(__name__)
 
@@ -20,13 +20,19 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; made if it is
 
 
 def show_log() -> None:
-    """Sends this project's log to stderr, one plain line with the time for each message."""
+    """Sends this project's log to stderr, one plain line with the time for each message; `--verbosity=1` shows more.
+
+    The log of the libraries, which Orbax fills with dozens of lines a checkpoint, is shown with `--verbosity=1` only.
+    """
+    details = absl_logging.get_verbosity() >= absl_logging.DEBUG
+    if not details:
+        absl_logging.set_verbosity(absl_logging.FATAL)
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
     for name in ("vimd_jax", "kernels", "weight_convert"):
         logger = logging.getLogger(name)
         logger.addHandler(handler)
-        logger.setLevel(logging.DEBUG if absl_logging.get_verbosity() >= absl_logging.DEBUG else logging.INFO)
+        logger.setLevel(logging.DEBUG if details else logging.INFO)
         logger.propagate = False
 
 

@@ -42,14 +42,17 @@ def numbers(workdir: Path) -> list[float]:
 
 
 @pytest.mark.parametrize("stage", ["sr", "teacher"])
-def test_four_devices_and_two_processes_train_as_one_device(stage, tmp_path):
-    finish(start(stage, tmp_path / "one"))
-    finish(start(stage, tmp_path / "four", devices=4))
+def test_four_devices_train_as_one(stage, tmp_path):
+    finish(start(stage, tmp_path / "one"), start(stage, tmp_path / "four", devices=4))
+    assert numbers(tmp_path / "four") == pytest.approx(numbers(tmp_path / "one"), rel=1e-5)
+
+
+def test_two_processes_train_as_one(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     together = ["--coordinator_address", address, "--num_processes", "2", "--process_id"]
-    finish(*(start(stage, tmp_path / "two", *together, str(i)) for i in range(2)))
-    one = numbers(tmp_path / "one")
-    assert numbers(tmp_path / "four") == pytest.approx(one, rel=1e-5)
-    assert numbers(tmp_path / "two") == pytest.approx(one, rel=1e-5)
+    finish(
+        start("teacher", tmp_path / "one"), *(start("teacher", tmp_path / "two", *together, str(i)) for i in range(2))
+    )
+    assert numbers(tmp_path / "two") == pytest.approx(numbers(tmp_path / "one"), rel=1e-5)

@@ -7,12 +7,16 @@
 Writing is asynchronous. A checkpoint counts only once it is whole, so a kill while writing leaves the one before.
 """
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+
+from vimd_jax.training import TrainingError
 
 
 def open_folder(directory: Path) -> ocp.CheckpointManager:
@@ -21,8 +25,14 @@ def open_folder(directory: Path) -> ocp.CheckpointManager:
 
 
 def save_state(manager: ocp.CheckpointManager, step: int, state: Any) -> None:
-    """Starts to write the training state; does nothing if this step is already there."""
-    if manager.latest_step() != step:
+    """Starts to write the training state; does nothing if this step is already there.
+
+    Raises:
+      TrainingError: this or the write before it failed, as on a full disk.
+    """
+    with _writing(manager):
+        if manager.latest_step() == step:
+            return
         manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(_arrays(state))))
 
 
@@ -35,8 +45,10 @@ def restore_state(manager: ocp.CheckpointManager, state: Any) -> Any | None:
 
 
 def save_best(manager: ocp.CheckpointManager, step: int, variables: Any, score: float) -> None:
-    """Starts to write the network that scored best so far."""
-    if manager.latest_step() != step:
+    """Starts to write the network that scored best so far; raises as `save_state`."""
+    with _writing(manager):
+        if manager.latest_step() == step:
+            return
         items = {"variables": ocp.args.StandardSave(_arrays(variables)), "metrics": ocp.args.JsonSave({"score": score})}
         manager.save(step, args=ocp.args.Composite(**items))
 
@@ -50,8 +62,10 @@ def best_score(manager: ocp.CheckpointManager) -> float:
 
 
 def finish(*managers: ocp.CheckpointManager) -> None:
-    """Waits until everything is written."""
+    """Waits until everything is written; raises as `save_state`."""
     for manager in managers:
+        with _writing(manager):
+            manager.wait_until_finished()
         manager.close()
 
 
@@ -76,3 +90,16 @@ def load_best(workdir: Path) -> tuple[int, Any]:
 
 def _arrays(tree: Any) -> Any:
     return jax.tree.map(np.asarray, tree)
+
+
+@contextlib.contextmanager
+def _writing(manager: ocp.CheckpointManager) -> Iterator[None]:
+    """Turns whatever goes wrong while writing (Orbax and TensorStore have no common error) into one line."""
+    try:
+        yield
+    except Exception as error:
+        cause = str(error).split(": ")[-1]
+        raise TrainingError(
+            f"A checkpoint could not be written to {manager.directory}: {cause}. Make room there; the same command "
+            f"continues from step {manager.latest_step() or 0}, the last whole one."
+        ) from error

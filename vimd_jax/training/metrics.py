@@ -12,11 +12,9 @@ import jax
 import numpy as np
 from tensorboardX import SummaryWriter
 
+from vimd_jax.training import TrainingError
+
 log = logging.getLogger(__name__)
-
-
-class TrainingError(Exception):
-    """A run that cannot go on; the message says why and what to do."""
 
 
 class MetricWriter:
