@@ -20,15 +20,21 @@ from weight_convert.torch_file import CheckpointError, load_torch_checkpoint
 
 
 def load_pretrained(
-    path: str | Path, model: nn.Module, *, key: str | None = None, position_mode: str = "correct"
+    path: str | Path,
+    model: nn.Module,
+    *,
+    adapt: bool = True,
+    key: str | None = None,
+    position_mode: str = "correct",
 ) -> dict[str, Any]:
     """Variables to start `model` from, whatever the number of classes and the grid of patches they were trained with.
 
     Args:
       path: a directory written by `python -m weight_convert.convert`, or a `.pth` or `.safetensors` file as
         `load_torch_checkpoint` reads it.
-      model: the network to start. Where its number of classes differs, the head is initialised anew; where its grid of
-        patches differs, the position embedding is resized. Either is logged.
+      model: the network to start.
+      adapt: where the model's number of classes differs, initialise the head anew; where its grid of patches differs,
+        resize the position embedding; log either. False: such a difference is an error too.
       key: the entry of a PyTorch file, e.g. "model_ema".
       position_mode: see `resize_position_embedding`.
 
@@ -46,6 +52,8 @@ def load_pretrained(
     else:
         leaves = fill(load_torch_checkpoint(path, key=key), model, FLEXIBLE)
     leaves, notes = fit(leaves, model, grid=grid, mode=position_mode)
+    if notes and not adapt:
+        raise ValueError(f"{path}: fits the model only after changes: {'; '.join(notes)}")
     for note in notes:
         logging.info("%s: %s", path, note)
     return nested(leaves)

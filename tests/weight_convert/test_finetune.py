@@ -139,6 +139,14 @@ def test_another_grid_resizes_the_positions(overrides, small_file, logged):
     assert np.abs(published - expected).max() > 0.01
 
 
+@pytest.mark.parametrize("overrides", [{"num_classes": 7}, {"image_size": 48}])
+def test_no_difference_is_accepted_without_adapting(overrides, small_file, logged):
+    with pytest.raises(ValueError, match="fits the model only after changes: the "):
+        load_pretrained(small_file[0], SMALL.copy(**overrides), adapt=False)
+    assert_trees_equal(load_pretrained(small_file[0], SMALL, adapt=False), small_file[1])
+    assert logged == []
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
