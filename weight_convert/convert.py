@@ -84,7 +84,7 @@ def _convert(flags: argparse.Namespace) -> None:
     model, options = _create_model(flags, state_dict)
     leaves, changes = fit(fill(state_dict, model, FLEXIBLE), model, mode=flags.position_mode)
     variables = unflatten_dict(leaves, sep="/")
-    counters = {name: int(state_dict[name]) for name in step_counters(plan(model)) if name in state_dict}
+    counters = {name: state_dict[name].item() for name in step_counters(plan(model)) if name in state_dict}
 
     _print_table(model)
     print(f"{len(state_dict)} tensors read, each used once ({len(counters)} batch counters only noted)")
