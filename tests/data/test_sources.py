@@ -167,7 +167,7 @@ def test_tfds_not_installed(dataset_config, monkeypatch):
 
 @pytest.fixture
 def fake_tfds(monkeypatch):
-    """The few names of tensorflow_datasets in use, holding nine encoded pets; TFDS itself is too large to install here."""
+    """The few names of tensorflow_datasets in use, with ten encoded pets; TFDS itself is no test dependency."""
 
     class Picture:
         pass

@@ -164,11 +164,11 @@ class _Pen:
 
     def __init__(self, picture: Image.Image, rng: np.random.Generator):
         self._draw = ImageDraw.Draw(picture)
-        angle, scale = math.radians(rng.uniform(-25, 25)), picture.width * rng.uniform(0.52, 0.64)
+        angle, scale = math.radians(rng.uniform(-18, 18)), picture.width * rng.uniform(0.54, 0.62)
         mirror, squeeze = rng.choice((-1, 1)), rng.uniform(0.9, 1.1)
         rotation = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
         self._matrix = np.diag((mirror * scale, -scale)) @ rotation @ np.diag((1, squeeze))
-        self._origin = picture.width * (0.5 + rng.uniform(-0.05, 0.05, 2)) + self._matrix @ (0.08, -0.05)
+        self._origin = picture.width * (0.5 + rng.uniform(-0.04, 0.04, 2)) + self._matrix @ (0.08, -0.05)
 
     def polygon(self, points: list[Point], colour: Colour) -> None:
         self._draw.polygon([tuple(point) for point in np.array(points) @ self._matrix.T + self._origin], colour)
@@ -189,7 +189,7 @@ class _Pen:
 
 def _background(side: int, rng: np.random.Generator) -> Image.Image:
     """Soft patches of light and leaves of any colour."""
-    patches = rng.integers(60, 200, 3) + rng.integers(-45, 46, (4, 4, 3))
+    patches = rng.integers(70, 190) + rng.integers(-25, 26, 3) + rng.integers(-22, 23, (4, 4, 3))
     picture = Image.fromarray(patches.astype(np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(picture)
     for _ in range(rng.integers(4, 12)):

@@ -1,0 +1,104 @@
+"""How many pictures a second the input pipeline delivers, per kind of data and number of worker processes.
+
+    python scripts/benchmark_input.py [--seconds 5] [--workers 0 1 2] [--json FILE]
+
+The settings are those of the experiments: the ViMD datasets (JPEGs of 500x375 pixels, 224 / 56 pixel views, batches of
+16) and the quickstart (synthetic birds, 64 / 16 pixel views, batches of 32, after the first epoch, in which they are
+drawn). A training step waits for its pictures only if it takes less than batch / rate seconds.
+"""
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import ml_collections
+import numpy as np
+from PIL import Image
+
+from vimd_jax.data import load_source, train_batches
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=5, help="measured for each row, after a warm-up")
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--json", type=Path, help="also write the table here")
+    arguments = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        write_photographs(Path(folder))
+        settings = {
+            "folder of JPEGs, 224/56 px": (dataset_config(name="folder", directory=folder), 16),
+            "synthetic birds, 64/16 px": (dataset_config(name="synthetic", high=64, low=16), 32),
+        }
+        print(f"{os.cpu_count()} CPU cores\n{'data':<28}{'workers':>8}{'pictures/s':>12}{'ms/batch':>10}{'start s':>9}")
+        for name, (config, batch_size) in settings.items():
+            for workers in arguments.workers:
+                config.num_workers = workers
+                rate, start = measure(config, batch_size, arguments.seconds)
+                print(f"{name:<28}{workers:>8}{rate:>12.0f}{1000 * batch_size / rate:>10.1f}{start:>9.2f}", flush=True)
+                rows.append({"data": name, "workers": workers, "pictures_per_second": rate, "start_seconds": start})
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"cpu_cores": os.cpu_count(), "rows": rows}, indent=1))
+
+
+def measure(config: ml_collections.ConfigDict, batch_size: int, seconds: float) -> tuple[float, float]:
+    """Pictures a second when taken as fast as they come, and the seconds until the first batch."""
+    source = load_source(config, "train")
+    began = time.perf_counter()
+    batches = train_batches(source, config, batch_size=batch_size, seed=0)
+    next(batches)
+    start = time.perf_counter() - began
+    for _ in range(len(source) // batch_size):
+        next(batches)
+    began, count = time.perf_counter(), 0
+    while time.perf_counter() - began < seconds:
+        count += len(next(batches)["label"])
+    rate = count / (time.perf_counter() - began)
+    batches.close()
+    return rate, start
+
+
+def dataset_config(name: str, directory: str = "", high: int = 224, low: int = 56) -> ml_collections.ConfigDict:
+    """The fields of `config.dataset` that the pipeline reads."""
+    return ml_collections.ConfigDict(
+        {
+            "name": name,
+            "directory": directory,
+            "num_classes": 0,
+            "high_resolution": high,
+            "low_resolution": low,
+            "validation_fraction": 0.0,
+            "crop_scale": (0.08, 1.0),
+            "flip": True,
+            "repeats": 1,
+            "on_error": "stop",
+            "num_workers": 0,
+            "synthetic_classes": 8,
+            "synthetic_train_size": 500,
+            "synthetic_test_size": 10,
+        }
+    )
+
+
+def write_photographs(folder: Path, classes: int = 4, each: int = 50) -> None:
+    """JPEGs with about the detail, and so the decoding cost, of photographs: noise of several scales."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for label in range(classes):
+            (folder / split / str(label)).mkdir(parents=True)
+            for i in range(each if split == "train" else 1):
+                pixels = sum(np.asarray(noise(side, rng)) for side in (2, 12, 70))
+                Image.fromarray(pixels).save(folder / split / str(label) / f"{i}.jpg", quality=90)
+
+
+def noise(side: int, rng: np.random.Generator) -> Image.Image:
+    """Random colours, `side` cells high, as a picture of 500x375 pixels."""
+    return Image.fromarray(rng.integers(0, 70, (side * 3, side * 4, 3), np.uint8)).resize((500, 375))
+
+
+if __name__ == "__main__":
+    main()
