@@ -1,6 +1,10 @@
-"""The networks of the recorded cases, built from the constructor arguments of the original classes."""
+"""The networks of the recorded cases, built from the original classes' constructor arguments; and quick weights."""
 
+from typing import Any
+
+import jax
 import numpy as np
+from flax import linen as nn
 
 from vimd_jax.models.srresnet import SRResNet
 from vimd_jax.models.vim import Vim
@@ -40,3 +44,14 @@ def srresnet(constructor: dict) -> SRResNet:
 def nhwc(images: np.ndarray) -> np.ndarray:
     """Recorded images, (batch, channels, height, width), in this project's layout."""
     return np.moveaxis(images, 1, -1)
+
+
+def random_variables(model: nn.Module, images: Any, seed: int = 0) -> Any:
+    """Variables of the right shapes, drawn by NumPy: compiling `model.init` would take longer than most tests."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        values = rng.normal(0, 0.3, leaf.shape).astype(np.float32)
+        return np.abs(values) + 0.5 if path[-1].key == "var" else values
+
+    return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(model.init, jax.random.key(0), images))

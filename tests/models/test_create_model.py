@@ -1,0 +1,74 @@
+"""The networks by name: their parameter counts, their options, and what happens to misspelt ones."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from vimd_jax.models import create_model, list_models
+
+# Counted on the original PyTorch classes at full size (1,000 classes unless stated).
+PARAMETERS = [
+    ("vim_tiny", {}, 7_148_008),
+    ("vim_tiny_stride8", {}, 7_250_344),
+    ("vim_small", {}, 25_796_584),
+    ("vim_small_stride8", {}, 26_001_256),
+    ("vim_base", {}, 97_598_440),
+    ("vim_tiny", {"num_classes": 200}, 6_993_608),
+    *[
+        ("vim_tiny_stride8", {"num_classes": classes}, count)
+        for classes, count in {
+            200: 7_095_944,  # CUB
+            196: 7_095_172,  # Cars
+            120: 7_080_504,  # Dogs
+            102: 7_077_030,  # Flowers
+            100: 7_076_644,  # Aircraft
+            67: 7_070_275,  # MIT67
+            40: 7_065_064,  # Stanford 40 Actions
+            37: 7_064_485,  # Pets
+        }.items()
+    ],
+    ("srresnet_x2", {}, 1_399_637),
+    ("srresnet_x4", {}, 1_547_350),
+    ("srresnet_x8", {}, 1_695_063),
+    ("srvm_tiny", {"num_classes": 200}, 8_643_294),
+]
+
+
+@pytest.mark.parametrize(("name", "overrides", "count"), PARAMETERS)
+def test_parameter_counts(name, overrides, count):
+    images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    variables = jax.eval_shape(create_model(name, **overrides).init, jax.random.key(0), images)
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables["params"])) == count
+
+
+def test_list_models():
+    assert {name for name, *_ in PARAMETERS} == set(list_models())
+    assert list_models("vim_tiny*") == ["vim_tiny", "vim_tiny_stride8"]
+    assert list_models("nothing") == []
+
+
+def test_overrides_reach_the_module():
+    model = create_model("vim_tiny_stride8", num_classes=3, image_size=(64, 48), class_token=None, pool="max")
+    assert (model.num_classes, model.stride, model.grid, model.pool) == (3, 8, (7, 5), "max")
+    student = create_model("srvm_tiny", depth=2, sr_channels=8, scale=2, scan_implementation="sequential")
+    assert (student.classifier.depth, student.classifier.stride, student.sr.channels, student.sr.scale) == (2, 8, 8, 2)
+    assert student.classifier.scan_implementation == "sequential"
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "message"),
+    [
+        ("vim_tinny", {}, "^name: .*'vim_tinny'.*vim_tiny"),
+        ("resnet", {}, "^name: .*srresnet_x4"),
+        ("vim_tiny", {"num_class": 3}, "^num_class: vim_tiny .*num_classes"),
+        ("vim_tiny", {"sr_channels": 3}, "^sr_channels: vim_tiny"),
+        ("srresnet_x4", {"depth": 3}, "^depth: srresnet_x4 .*num_blocks"),
+        ("srvm_tiny", {"classifier_depth": 3}, "^classifier_depth: srvm_tiny .*sr_num_blocks"),
+    ],
+)
+def test_misspelt_names_are_explained(name, overrides, message):
+    with pytest.raises(ValueError, match=message) as error:
+        create_model(name, **overrides)
+    assert "\n" not in str(error.value)
