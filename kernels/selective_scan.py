@@ -1,4 +1,4 @@
-"""The selective scan of Mamba (Gu & Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", 2023, §3.2).
+"""The selective scan of Mamba: one function, several implementations (Gu & Dao, "Mamba", 2023, arXiv:2312.00752, §3.2).
 
 This module is the public door: it checks the arguments, brings them to one canonical form and hands them to one of the
 implementations, each a module beside this one:
@@ -13,25 +13,30 @@ implementations, each a module beside this one:
     scan(u, delta, A, B, C, D, z, delta_bias, initial_state, *, delta_softplus, reverse) -> (y, last_state)
     why_unavailable() -> str | None      one line that says why it cannot run here, None if it can
 
-where `u`, `delta`, `z`, `y` are (batch, length, channels) and share one dtype (float32, bfloat16 or float16); `B`, `C`
-are (batch, length, groups, state) with a common number of groups, or constant in time (channels, state), in any of these
-dtypes; `A` (channels, state), `D`, `delta_bias` (channels,), `initial_state`, `last_state` (batch, channels, state) are
-float32. `D`, `z`, `delta_bias`, `initial_state` may be None. Differentiable in every array, through both results.
+where `u`, `delta`, `z`, `y` are (batch, length, channels) and share one dtype (float32, bfloat16 or float16); `B` and
+`C` are (batch, length, groups, state) with a common number of groups, or constant in time (channels, state), in any of
+these dtypes; `A` (channels, state), `D`, `delta_bias` (channels,), `initial_state`, `last_state` (batch, channels, state)
+are float32. `D`, `z`, `delta_bias`, `initial_state` may be None. Differentiable in every array, through both results.
 """
 
+import functools
 import importlib
+import logging
 import math
 
 import jax
 import jax.numpy as jnp
 
-# The first one that can run is taken: fastest first, as measured by scripts/benchmark_scan.py.
+IMPLEMENTATIONS = ("native", "pallas", "sequential", "associative")
+
+# What `implementation=None` takes by platform: the first that can run, fastest first as scripts/benchmark_scan.py
+# measured them. On a CPU "sequential" beats "associative" at every shape; where a device runs wide operations cheaply and
+# loops dearly it is the other way round.
 FASTEST_FIRST = {
-    "cpu": ("sequential",),
-    "gpu": ("associative",),
+    "cpu": ("native", "sequential"),
+    "gpu": ("pallas", "associative"),
     "tpu": ("associative",),
 }
-IMPLEMENTATIONS = ("sequential", "associative")
 
 
 def selective_scan(
@@ -97,15 +102,22 @@ def selective_scan(
     return (y, last_state) if return_last_state else y
 
 
-def choose_implementation(platform: str | None = None) -> str:
-    """Name of the implementation that `implementation=None` takes on a platform (None: the default backend)."""
-    platform = platform or jax.default_backend()
-    names = FASTEST_FIRST.get(platform, ("associative",))
-    return next(name for name in names if _module(name).why_unavailable() is None)
+def choose_implementation() -> str:
+    """Name of the implementation that `implementation=None` takes on the default backend; logs once if it is a fallback."""
+    return _choose(jax.default_backend())
 
 
-def _module(name: str):
-    return importlib.import_module(f"kernels.{name}")
+@functools.cache
+def _choose(platform: str) -> str:
+    reasons = []
+    for name in FASTEST_FIRST.get(platform, ("associative",)):
+        reason = _module(name).why_unavailable()
+        if reason is None:
+            break
+        reasons.append(f"{name!r} cannot run: {reason}")
+    if reasons:
+        logging.getLogger(__name__).warning("selective scan runs as %r; %s", name, "; ".join(reasons))
+    return name
 
 
 def _implementation(name: str | None):
@@ -116,6 +128,10 @@ def _implementation(name: str | None):
     if reason := _module(name).why_unavailable():
         raise ValueError(f"implementation: {name!r} cannot run here: {reason}")
     return _module(name).scan
+
+
+def _module(name: str):
+    return importlib.import_module(f"kernels.{name}")
 
 
 def _check(u, delta, A, B, C, D, z, delta_bias, initial_state) -> None:

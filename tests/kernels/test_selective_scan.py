@@ -8,7 +8,7 @@ import pytest
 
 from kernels import selective_scan
 
-IMPLEMENTATIONS = ["sequential", "associative"]
+IMPLEMENTATIONS = ["native", "sequential"]
 
 
 def recorded(case: str) -> tuple[dict, dict, dict]:
