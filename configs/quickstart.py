@@ -9,17 +9,16 @@ Network     Vim, 4 layers of 64 channels, 8-pixel patches of 64-pixel pictures; 
 Measured    see the README
 """
 
+from ml_collections import ConfigDict
+
 from vimd_jax.config import default_config
 
 
 def get_config(run: str = "all"):
     if run == "baseline":
         return baseline()
-    from ml_collections import ConfigDict
-
-    return ConfigDict(
-        {"order": ("sr", "teacher", "student"), "stages": {"sr": sr(), "teacher": teacher(), "student": student()}}
-    )
+    stages = {"sr": sr(), "teacher": teacher(), "student": student()}
+    return ConfigDict({"order": tuple(stages), "stages": stages})
 
 
 def sr():

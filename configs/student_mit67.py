@@ -1,4 +1,4 @@
-"""ViMD student (SRVM-Net), 56-pixel pictures: MIT Indoor 67 (67 kinds of rooms, 5,360 training and 1,340 test pictures).
+"""ViMD student (SRVM-Net), 56-pixel pictures: MIT Indoor 67 (67 rooms, 5,360 training and 1,340 test pictures).
 
 Paper       Vision Mamba Distillation for Low-resolution Fine-grained Image Classification, IEEE SPL 2025
 Command     python -m vimd_jax.train --config configs/student_mit67.py --workdir workdir/student_mit67 \\

@@ -19,11 +19,12 @@ from flax import linen as nn
 
 from vimd_jax.command import readable_errors, show_log
 from vimd_jax.data import DatasetError, eval_view, low_resolution_view, read_image
+from vimd_jax.data.sources import EXTENSIONS
 from vimd_jax.models import create_model
-from vimd_jax.training import checkpoints, networks, workdirs
+from vimd_jax.models.srresnet import SRResNet
+from vimd_jax.models.srvm import SRVM
+from vimd_jax.training import networks, workdirs
 from weight_convert import load_converted, load_pretrained
-
-_ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +66,7 @@ def load_classifier(checkpoint: Path, model: str | None = None, classes: Path | 
         config, class_names = workdirs.read_config(checkpoint), workdirs.read_class_names(checkpoint)
         if config.stage == "sr":
             raise ValueError(f"{checkpoint} holds an SR network, which labels nothing: name a teacher or a student.")
-        network, (_, variables) = networks.build_network(config, len(class_names)), checkpoints.load_best(checkpoint)
+        network, variables = networks.load_run(checkpoint)
         low = config.dataset.low_resolution if config.stage == "student" else 0
         return Classifier(network, variables, tuple(class_names), config.dataset.high_resolution, low)
     if model:
@@ -73,10 +74,14 @@ def load_classifier(checkpoint: Path, model: str | None = None, classes: Path | 
         variables = load_pretrained(checkpoint, network)
     else:
         network, variables, _ = load_converted(checkpoint)
-    names = classes.read_text().splitlines() if classes else [f"class {i}" for i in range(network.num_classes)]
-    if len(names) != network.num_classes:
-        raise ValueError(f"{classes} names {len(names)} classes, but {checkpoint} has {network.num_classes}.")
-    return Classifier(network, variables, tuple(names), network.image_size, 0)
+    if isinstance(network, SRResNet):
+        raise ValueError(f"{checkpoint} holds an SR network, which labels nothing: name a classifier.")
+    vim = getattr(network, "classifier", network)
+    low = vim.image_size // network.sr.scale if isinstance(network, SRVM) else 0
+    names = classes.read_text().splitlines() if classes else [f"class {i}" for i in range(vim.num_classes)]
+    if len(names) != vim.num_classes:
+        raise ValueError(f"{classes} names {len(names)} classes, but {checkpoint} has {vim.num_classes}.")
+    return Classifier(network, variables, tuple(names), vim.image_size, low)
 
 
 def find_pictures(paths: list[Path]) -> list[Path]:
@@ -87,7 +92,7 @@ def find_pictures(paths: list[Path]) -> list[Path]:
     """
     found = []
     for path in paths:
-        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in _ENDINGS) if path.is_dir() else [path]
+        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in EXTENSIONS) if path.is_dir() else [path]
         if not path.exists() or not inside:
             raise FileNotFoundError(
                 f"{path}: {'no picture in this folder' if path.exists() else 'no such file or folder'}."

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import shutil
 import tempfile
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import orbax.checkpoint as ocp
-from absl import logging
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -17,6 +17,8 @@ from vimd_jax.models import create_model
 from weight_convert.finetune import FLEXIBLE, fit
 from weight_convert.mapping import fill, nested, variable_shapes
 from weight_convert.torch_file import CheckpointError, load_torch_checkpoint
+
+log = logging.getLogger(__name__)
 
 
 def load_pretrained(
@@ -55,7 +57,7 @@ def load_pretrained(
     if notes and not adapt:
         raise ValueError(f"{path}: fits the model only after changes: {'; '.join(notes)}")
     for note in notes:
-        logging.info("%s: %s", path, note)
+        log.info("%s: %s", path, note)
     return nested(leaves)
 
 

@@ -1,4 +1,4 @@
-"""A converted checkpoint back to PyTorch: names and layouts of the original classes, as .safetensors.
+"""A trained or converted checkpoint back to PyTorch: names and layouts of the original classes, as .safetensors.
 
     python -m weight_convert.export --checkpoint DIR --output X.safetensors
 
@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
+from vimd_jax.training import networks, workdirs
 from weight_convert.checkpoint import load_converted
 from weight_convert.mapping import export_state_dict
 
@@ -21,7 +22,7 @@ from weight_convert.mapping import export_state_dict
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m weight_convert.export", description=__doc__.split("\n")[0])
-    parser.add_argument("--checkpoint", required=True, type=Path, help="directory that weight_convert.convert wrote")
+    parser.add_argument("--checkpoint", required=True, type=Path, help="workdir of a run, or converted checkpoint")
     parser.add_argument("--output", required=True, type=Path, help=".safetensors file to write")
     parser.add_argument("--part", choices=("sr", "classifier"), help="srvm_* only: this half, under its own names")
     flags = parser.parse_args(arguments)
@@ -36,13 +37,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _export(checkpoint: Path, output: Path, part: str | None) -> None:
     if output.suffix != ".safetensors":
         raise ValueError(f"output: {output} must end in .safetensors")
-    model, variables, provenance = load_converted(checkpoint)
-    counters = provenance.get("num_batches_tracked", {})
+    if workdirs.is_workdir(checkpoint):
+        (model, variables), counters = networks.load_run(checkpoint), {}
+    else:
+        model, variables, provenance = load_converted(checkpoint)
+        counters = provenance.get("num_batches_tracked", {})
     tensors = export_state_dict(variables, model) | {name: np.array(count) for name, count in counters.items()}
     if part is not None:
         tensors = {name.removeprefix(f"{part}."): x for name, x in tensors.items() if name.startswith(f"{part}.")}
         if not tensors:
-            raise ValueError(f"part: {checkpoint} holds {provenance['model']}, which has no part {part!r}")
+            raise ValueError(f"part: {checkpoint} holds a {type(model).__name__}, which has no part {part!r}")
     output.parent.mkdir(parents=True, exist_ok=True)
     scratch = output.with_name(f".{output.name}.{os.getpid()}")
     try:

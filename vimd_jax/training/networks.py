@@ -14,7 +14,7 @@ from vimd_jax.models import create_model
 from vimd_jax.models.srvm import SRVM
 from vimd_jax.training import checkpoints, workdirs
 from vimd_jax.training.parallel import AXIS
-from weight_convert import convert_state_dict, load_converted, load_pretrained, load_torch_checkpoint
+from weight_convert import load_pretrained
 from weight_convert.finetune import fit
 from weight_convert.mapping import input_images, variable_shapes
 
@@ -122,9 +122,7 @@ def load_variables(path: str | Path, model: nn.Module, *, fine_tune: bool = Fals
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such workdir, converted checkpoint or PyTorch file.")
     if not workdirs.is_workdir(path):
-        if fine_tune:
-            return load_pretrained(path, model)
-        return load_converted(path)[1] if path.is_dir() else convert_state_dict(load_torch_checkpoint(path), model)
+        return load_pretrained(path, model, adapt=fine_tune)
     leaves = flatten_dict(_part(checkpoints.load_best(path)[1], model), sep="/")
     shapes = variable_shapes(model)
     if leaves.keys() != shapes.keys():
@@ -148,6 +146,12 @@ def _check_shapes(path: Path, leaves: dict[str, Any], shapes: dict[str, jax.Shap
     if wrong:
         listed = "; ".join(f"{name} is {found}, expected {expected}" for name, found, expected in wrong[:5])
         raise ValueError(f"{path} has other sizes than the config asks for: {listed}.")
+
+
+def load_run(workdir: Path) -> tuple[nn.Module, Any]:
+    """The network that a run trained, and its best variables; raises FileNotFoundError where there are none."""
+    num_classes = len(workdirs.read_class_names(workdir))
+    return build_network(workdirs.read_config(workdir), num_classes), checkpoints.load_best(workdir)[1]
 
 
 def _part(variables: Any, model: nn.Module) -> Any:
