@@ -3,8 +3,8 @@
     python scripts/benchmark_compile.py
 
 The step is that of the paper's recipe: SRVM-Net and its teacher at the published size (56 to 224 pixels, stride 8), all
-loss terms, gradients, AdamW. Only shapes are compiled, nothing runs. The memory is XLA's own plan (`memory_analysis`) of
-the classifier's gradient alone; what it grows by per layer is compared with one state, (batch, tokens, embed_dim) float32.
+loss terms, gradients, AdamW. Only shapes are compiled, nothing runs. The memory is XLA's own plan (`memory_analysis`)
+of the classifier's gradient; its growth per layer is given in states, (batch, tokens, embed_dim) float32.
 """
 
 import argparse

@@ -151,3 +151,15 @@ def test_clipping_bounds_the_norm_of_all_gradients_together():
     updates, _ = optimizer.update(gradients, optimizer.init(params), params)
     clipped = 8**-0.5  # what is left of each of eight equal gradients
     np.testing.assert_allclose(updates["a"]["kernel"], -clipped / (clipped + 1), rtol=1e-5)
+
+
+def test_decay_is_decoupled_and_skips_exempt_parameters():
+    params = {"conv": {"kernel": jnp.ones(2), "bias": jnp.ones(2)}, "A_log": jnp.ones(2), "D": jnp.ones(2)}
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    for decay_state_matrix in (True, False):
+        config = optimizer_config(weight_decay=0.1, decay_state_matrix=decay_state_matrix)
+        optimizer = create_optimizer(config, params, optax.constant_schedule(0.5))
+        updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+        shrunk = {"conv": {"kernel": -0.05, "bias": 0.0}, "A_log": -0.05 * decay_state_matrix, "D": 0.0}
+        for update, expected in zip(jax.tree.leaves(updates), jax.tree.leaves(shrunk)):
+            np.testing.assert_allclose(update, expected, rtol=1e-6)
