@@ -438,7 +438,7 @@ class Program:
             self._store_threads(reference.at[self.batch, self.thread_channel], self.thread_mask, total)
 
     def store_rows(self, reference, first, rows) -> None:
-        """Stores in (batch, groups, blocks, length, state) what holds one step, from `first` on, on each channel lane."""
+        """Stores in (batch, groups, blocks, length, state) the steps from `first` on, one on each channel lane."""
         step = first + self.channel_lane
         index = self.batch, self.group, self.block, self._position(step), self.state
         plgpu.store(reference.at[index], rows, mask=(step < self.plan.length) & (self.state < self.plan.state))
