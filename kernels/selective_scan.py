@@ -15,8 +15,9 @@ implementations, each a module beside this one:
 
 where `u`, `delta`, `z`, `y` are (batch, length, channels) and share one dtype (float32, bfloat16 or float16); `B` and
 `C` are (batch, length, groups, state) with a common number of groups, or constant in time (channels, state), in any of
-these dtypes; `A` (channels, state), `D`, `delta_bias` (channels,), `initial_state`, `last_state` (batch, channels, state)
-are float32. `D`, `z`, `delta_bias`, `initial_state` may be None. Differentiable in every array, through both results.
+these dtypes; `A` (channels, state), `D`, `delta_bias` (channels,), `initial_state` and `last_state` (batch, channels,
+state) are float32. `D`, `z`, `delta_bias`, `initial_state` may be None. Differentiable in every array, through both
+results.
 """
 
 import functools
@@ -30,8 +31,8 @@ import jax.numpy as jnp
 IMPLEMENTATIONS = ("native", "pallas", "sequential", "associative")
 
 # What `implementation=None` takes by platform: the first that can run, fastest first as scripts/benchmark_scan.py
-# measured them. On a CPU "sequential" beats "associative" at every shape; where a device runs wide operations cheaply and
-# loops dearly it is the other way round.
+# measured them. On a CPU "sequential" beats "associative" at every shape; where a device runs wide operations cheaply
+# and loops dearly, "associative" is what remains.
 FASTEST_FIRST = {
     "cpu": ("native", "sequential"),
     "gpu": ("pallas", "associative"),
@@ -103,7 +104,7 @@ def selective_scan(
 
 
 def choose_implementation() -> str:
-    """Name of the implementation that `implementation=None` takes on the default backend; logs once if it is a fallback."""
+    """What `implementation=None` takes on the default backend. Logs once if that is not the platform's fastest."""
     return _choose(jax.default_backend())
 
 
