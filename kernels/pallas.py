@@ -99,6 +99,8 @@ class Plan:
     channels: int  # in each group of B and C
     groups: int
     state: int
+    constant_B: bool
+    constant_C: bool
     shape: tuple[int, int, int, int]  # of a program's arrays: state registers, channel groups, state and channel lanes
 
     @classmethod
@@ -111,7 +113,8 @@ class Plan:
         block = min(block, 256 // state_lanes, pl.next_power_of_2(channels // groups))
         channel_lanes = min(32 // state_lanes, WINDOW, block)
         shape = padded_state // state_lanes, block // channel_lanes, state_lanes, channel_lanes
-        return cls(batch, length, channels // groups, groups, state, shape)
+        constant = inputs.B.ndim == 2, inputs.C.ndim == 2
+        return cls(batch, length, channels // groups, groups, state, *constant, shape)
 
     @property
     def threads(self) -> int:
@@ -133,12 +136,14 @@ class Plan:
         """Windows in a sequence, counting an incomplete last one."""
         return pl.cdiv(self.length, WINDOW)
 
-    def call(self, kernel, outputs, options: Options, *arguments) -> Any:
+    def call(self, kernel, options: Options, arguments: list, in_specs: list, outputs, out_specs) -> Any:
         """Runs `kernel(plan, options, *arguments, outputs)` in every program; `outputs` is a tree of shapes."""
         call = pl.pallas_call(
             functools.partial(kernel, self, options),
-            out_shape=[outputs],
             grid=(self.blocks, self.groups, self.batch),
+            in_specs=in_specs,
+            out_shape=[outputs],
+            out_specs=[out_specs],
             interpret=options.interpret,
             compiler_params=plgpu.CompilerParams(num_warps=max(self.threads // 32, 1), num_stages=1),
         )
@@ -152,7 +157,8 @@ def _forward(inputs: Inputs, options: Options, save_states: bool) -> dict[str, j
     outputs = dict(y=_like(inputs.u), last_state=_float32(batch, channels, plan.state))
     if save_states:
         outputs["states"] = _float32(batch, pl.cdiv(length, SAVED), channels, plan.state)
-    return plan.call(_forward_kernel, outputs, options, inputs)
+    in_specs = [jax.tree.map(_input_spec, inputs)]
+    return plan.call(_forward_kernel, options, [inputs], in_specs, outputs, jax.tree.map(_output_spec, outputs))
 
 
 def _backward(inputs: Inputs, states, dy, d_last_state, options: Options) -> Inputs:
@@ -166,14 +172,16 @@ def _backward(inputs: Inputs, states, dy, d_last_state, options: Options) -> Inp
         u=_like(inputs.u),
         delta=_like(inputs.delta),
         A=constant,
-        B=constant if inputs.B.ndim == 2 else varying,
-        C=constant if inputs.C.ndim == 2 else varying,
+        B=constant if plan.constant_B else varying,
+        C=constant if plan.constant_C else varying,
         D=None if inputs.D is None else vector,
         z=None if inputs.z is None else _like(inputs.z),
         delta_bias=None if inputs.delta_bias is None else vector,
         initial_state=None if inputs.initial_state is None else constant,
     )
-    partial = plan.call(_backward_kernel, partial, options, inputs, states, dy, d_last_state)
+    arguments = [inputs, states, dy, d_last_state]
+    in_specs = [jax.tree.map(_input_spec, inputs), *(_spec(x, batch=0) for x in arguments[1:])]
+    partial = plan.call(_backward_kernel, options, arguments, in_specs, partial, jax.tree.map(_output_spec, partial))
 
     def total(x):
         if x is None:
@@ -181,6 +189,23 @@ def _backward(inputs: Inputs, states, dy, d_last_state, options: Options) -> Inp
         return x.sum(2).swapaxes(1, 2) if x.ndim == 5 else x.sum(0)
 
     return partial._replace(**{name: total(getattr(partial, name)) for name in ("A", "B", "C", "D", "delta_bias")})
+
+
+def _spec(x, **axes: int) -> pl.BlockSpec:
+    """What a program sees of an array: its own index along the axes of `batch`, `group`, `block`, all along others."""
+    programs = {axis: ("block", "group", "batch").index(name) for name, axis in axes.items()}
+    shape = [None if axis in programs else size for axis, size in enumerate(x.shape)]
+    return pl.BlockSpec(shape, lambda *ids: tuple(ids[programs[i]] if i in programs else 0 for i in range(len(shape))))
+
+
+def _input_spec(x) -> pl.BlockSpec:
+    """Of the parameters, of (batch, length or channels, …) or of (batch, length, groups, state)."""
+    return _spec(x) if x.ndim < 3 else _spec(x, batch=0) if x.ndim == 3 else _spec(x, batch=0, group=2)
+
+
+def _output_spec(x) -> pl.BlockSpec:
+    """Of (batch, …) or of (batch, groups, blocks, length, state)."""
+    return _spec(x, batch=0) if x.ndim < 5 else _spec(x, batch=0, group=1, block=2)
 
 
 def _like(x) -> jax.ShapeDtypeStruct:
@@ -255,17 +280,17 @@ def _backward_kernel(
     sums = Sums(
         dh=program.load_states(d_last_state),
         dA=zeros,
-        dB=zeros if inputs.B.ndim == 2 else None,
-        dC=zeros if inputs.C.ndim == 2 else None,
+        dB=zeros if plan.constant_B else None,
+        dC=zeros if plan.constant_C else None,
         dD=program.zero_tile,
         d_bias=program.zero_tile,
     )
     sums = lax.fori_loop(0, plan.windows, window, sums)
     program.store_states(gradients.initial_state, sums.dh)
     program.store_states(gradients.A, sums.dA)
-    if sums.dB is not None:
+    if plan.constant_B:
         program.store_states(gradients.B, sums.dB)
-    if sums.dC is not None:
+    if plan.constant_C:
         program.store_states(gradients.C, sums.dC)
     program.store_channels(gradients.D, sums.dD)
     program.store_channels(gradients.delta_bias, sums.d_bias)
@@ -341,7 +366,6 @@ class Program:
 
     def __init__(self, plan: Plan, options: Options, inputs: Inputs):
         self.plan, self.options, self.inputs = plan, options, inputs
-        self.block, self.group, self.batch = (pl.program_id(axis) for axis in range(3))
         registers, _, self.steps, channel_lanes = plan.shape
         self.register, _, self.state_lane, self.channel_lane = (
             lax.broadcasted_iota(jnp.int32, [n if i == axis else 1 for i, n in enumerate(plan.shape)], axis)
@@ -351,15 +375,14 @@ class Program:
         thread = lax.iota(jnp.int32, plan.threads)
         lane_group = lax.div(thread, channel_lanes)
         channel = lax.div(lane_group, self.steps) * channel_lanes + lax.rem(thread, channel_lanes)
-        channel += self.block * plan.block
+        channel += pl.program_id(0) * plan.block
         self.thread_lane = lax.rem(lane_group, self.steps)
-        self.thread_channel = self.group * plan.channels + channel
+        self.thread_channel = pl.program_id(1) * plan.channels + channel
         self.thread_mask = channel < plan.channels
         self.zero_tile = jnp.zeros((1, *plan.shape[1:]), jnp.float32)
         self.log2_decay = self._load_matrix(inputs.A) * LOG2_E  # exp(Δ A) = exp2(Δ A log2(e)), one instruction
-        self.constant_B, self.constant_C = (
-            self._load_matrix(matrix) if matrix.ndim == 2 else None for matrix in (inputs.B, inputs.C)
-        )
+        self.constant_B = self._load_matrix(inputs.B) if plan.constant_B else None
+        self.constant_C = self._load_matrix(inputs.C) if plan.constant_C else None
         self.D, self.delta_bias = (self._load_channels(x) for x in (inputs.D, inputs.delta_bias))
 
     def load_tiles(self, window) -> list[Tile]:
@@ -410,7 +433,7 @@ class Program:
         return first + self.state_lane < self.plan.length
 
     def load(self, reference, first) -> jax.Array:
-        """The tile of a (batch, length, channels) array that begins at a step; 0 where nothing exists."""
+        """The tile of (length, channels) that begins at a step; 0 where nothing exists."""
         return self._load_threads(*self._tile_access(reference, first))
 
     def store(self, reference, tile, first) -> None:
@@ -418,34 +441,34 @@ class Program:
         self._store_threads(*self._tile_access(reference, first), tile)
 
     def load_states(self, reference, *index) -> jax.Array:
-        """The states in (batch, …, channels, state), zeros if there is no such array."""
+        """The states in (…, channels, state), zeros if there is no such array."""
         if reference is None:
             return jnp.zeros(self.plan.shape, jnp.float32)
-        return self._load_matrix(reference, self.batch, *index)
+        return self._load_matrix(reference, *index)
 
     def store_states(self, reference, states, *index, condition=True) -> None:
-        """Stores in (batch, …, channels, state), if there is such an array and the condition is met."""
+        """Stores in (…, channels, state), if there is such an array and the condition is met."""
         if reference is not None:
             for register in range(self.plan.shape[0]):
                 part = _sum(jnp.where(self.register == register, states, 0.0), axis=0)
-                access, mask = self._matrix_access(reference, register, self.batch, *index)
+                access, mask = self._matrix_access(reference, register, *index)
                 self._store_threads(access, mask & condition, part)
 
     def store_channels(self, reference, tile) -> None:
-        """Stores a tile's sum over steps in (batch, channels), if there is such an array."""
+        """Stores a tile's sum over steps in (channels,), if there is such an array."""
         if reference is not None:
             total = jnp.broadcast_to(_sum(tile, axis=2), tile.shape)  # every state lane stores the same
-            self._store_threads(reference.at[self.batch, self.thread_channel], self.thread_mask, total)
+            self._store_threads(reference.at[self.thread_channel], self.thread_mask, total)
 
     def store_rows(self, reference, first, rows) -> None:
-        """Stores in (batch, groups, blocks, length, state) the steps from `first` on, one on each channel lane."""
+        """Stores in (length, state) the steps from `first` on, one on each channel lane."""
         step = first + self.channel_lane
-        index = self.batch, self.group, self.block, self._position(step), self.state
-        plgpu.store(reference.at[index], rows, mask=(step < self.plan.length) & (self.state < self.plan.state))
+        mask = (step < self.plan.length) & (self.state < self.plan.state)
+        plgpu.store(reference.at[self._position(step), self.state], rows, mask=mask)
 
     def _tile_access(self, reference, first):
         step = first + self.thread_lane
-        access = reference.at[self.batch, self._position(step), self.thread_channel]
+        access = reference.at[self._position(step), self.thread_channel]
         return access, self.thread_mask & (step < self.plan.length)
 
     def _matrix_access(self, reference, register: int, *index):
@@ -464,7 +487,7 @@ class Program:
 
     def _load_row(self, reference, step):
         mask = (self.state < self.plan.state) & (step < self.plan.length)
-        return plgpu.load(reference.at[self.batch, self._position(step), self.group, self.state], mask=mask, other=0.0)
+        return plgpu.load(reference.at[self._position(step), self.state], mask=mask, other=0.0)
 
     def _load_threads(self, access, mask):
         return plgpu.load(access, mask=mask, other=0.0).astype(jnp.float32).reshape(self.zero_tile.shape)
