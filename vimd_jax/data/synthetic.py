@@ -1,13 +1,13 @@
 """A procedural, offline dataset of fine-grained pictures: birds of one build that differ in small markings.
 
 Pose, size, colours and background vary freely and say nothing about the class. What does are details of a few pixels
-(at 64 pixels a picture): bars on the wing, spots on the breast, bands on the tail, the beak's length, a crest, a ring
-around the eye. A high-resolution picture shows them; in one a quarter the size they are blurred and partly lost.
+(at 64 pixels a picture): the pattern of the wing, bands on the tail, spots on the breast, the beak's length, a ring
+around the eye. The patterns cover about the same area in the same colours, so that in a picture a quarter the size most
+of them blur to one grey.
 """
 
 import colorsys
 import dataclasses
-import functools
 import itertools
 import math
 
@@ -20,6 +20,7 @@ from vimd_jax.data.images import DatasetError
 CANVAS = 256  # pictures are drawn at least this large, then averaged down: Pillow's drawing has no anti-aliasing
 STREAMS = {"train": 0, "validation": 1, "test": 2}  # disjoint streams of random numbers
 Point = tuple[float, float]
+WINGS = ("two-barred", "four-barred", "streaked", "spotted")
 Colour = tuple[int, int, int]
 
 
@@ -27,18 +28,20 @@ Colour = tuple[int, int, int]
 class Markings:
     """The details that make a class."""
 
-    wing_bars: int
-    breast_spots: bool
-    tail_bands: int
+    wing: str
+    banded_tail: bool
+    spotted_breast: bool
     long_beak: bool
-    crest: bool
-    eye_ring: bool
+    ringed_eye: bool
+
+    @property
+    def crested(self) -> bool:
+        """The crest, plain to see in small pictures too, goes with the wing: they show a class in part."""
+        return self.wing in ("streaked", "spotted")
 
     def __str__(self) -> str:
-        words = [f"{self.wing_bars} wing bars", f"{self.tail_bands} tail bands"]
-        words.append("long beak" if self.long_beak else "short beak")
-        words += [name.replace("_", " ") for name in ("breast_spots", "crest", "eye_ring") if getattr(self, name)]
-        return ", ".join(words)
+        others = [field.name.replace("_", " ") for field in dataclasses.fields(self)[1:] if getattr(self, field.name)]
+        return ", ".join([f"{self.wing} wing", *others])
 
 
 class SyntheticSource:
@@ -77,18 +80,13 @@ class SyntheticSource:
         return f"synthetic {self._split} picture {i}"
 
 
-@functools.cache
-def class_markings(count: int) -> tuple[Markings, ...]:
-    """The markings of `count` classes, each chosen to differ as much as possible from those before it."""
-    values = itertools.product((2, 4), (False, True), (0, 3), *[(False, True)] * 3)
-    candidates = [Markings(*value) for value in values]
-    if not 2 <= count <= len(candidates):
-        raise DatasetError(f"config.dataset.synthetic_classes is {count}; choose 2 to {len(candidates)}")
-    chosen = [candidates.pop(0)]
-    while len(chosen) < count:
-        chosen.append(max(candidates, key=lambda new: min(_differences(new, old) for old in chosen)))
-        candidates.remove(chosen[-1])
-    return tuple(chosen)
+def class_markings(count: int) -> list[Markings]:
+    """The markings of `count` classes: the wing changes from class to class, the other details ever more slowly."""
+    values = itertools.product(*[(False, True)] * 4, WINGS)
+    every = [Markings(*value[::-1]) for value in values]
+    if not 2 <= count <= len(every):
+        raise DatasetError(f"config.dataset.synthetic_classes is {count}; choose 2 to {len(every)}")
+    return every[:count]
 
 
 def draw_bird(markings: Markings, side: int, rng: np.random.Generator) -> Image.Image:
@@ -102,42 +100,56 @@ def draw_bird(markings: Markings, side: int, rng: np.random.Generator) -> Image.
     Returns:
         An RGB picture, side × side.
     """
-    factor = max(1, math.ceil(CANVAS / side))
+    factor = max(2, math.ceil(CANVAS / side))
     picture = _background(side * factor, rng)
     pen = _Pen(picture, rng)
     hue = rng.uniform()
     plumage = _colour(hue, rng.uniform(0.3, 0.8), rng.uniform(0.5, 0.8))
     dark = _colour(hue + rng.uniform(-0.08, 0.08), rng.uniform(0.3, 0.7), rng.uniform(0.25, 0.4))
     light = _colour(rng.uniform(), 0.12, 0.95)
-    breast = _colour(hue + rng.uniform(-0.1, 0.1), rng.uniform(0.1, 0.35), rng.uniform(0.8, 0.95))
+    breast = _colour(hue + rng.uniform(-0.1, 0.1), rng.uniform(0.1, 0.35), rng.uniform(0.6, 0.95))
     horn = _colour(rng.uniform(0.05, 0.13), rng.uniform(0.4, 0.9), rng.uniform(0.5, 0.9))
     ink = _colour(rng.uniform(), 0.4, 0.12)
 
-    pen.strip(Strip((-1.5, -0.4), (1.5, -0.4), (0.04, 0.03, 0.04)), 0, 1, _colour(0.08, 0.4, rng.uniform(0.2, 0.5)))
+    perch = Strip((-1.5, -0.4), (1.5, -0.4), (0.04, 0.03, 0.04))
+    pen.polygon(perch.outline(), _colour(0.08, 0.4, rng.uniform(0.2, 0.5)))
     for x in (0.0, 0.12):
-        pen.strip(Strip((x, -0.15), (x + 0.03, -0.38), (0.012, 0.012)), 0, 1, horn)
+        pen.polygon(Strip((x, -0.15), (x + 0.03, -0.38), (0.012, 0.012)).outline(), horn)
 
     tail = Strip((-0.25, 0.02), (-0.8, rng.uniform(-0.12, 0.02)), (0.06, 0.08, 0.1, 0.12))
-    pen.strip(tail, 0, 1, dark)
-    pen.bars(tail, markings.tail_bands, 0.4, 0.95, light)
-    if markings.crest:
+    shade = rng.uniform(0, 0.7)  # a plain tail is as bright as a banded one, on average
+    pen.polygon(tail.outline(), dark if markings.banded_tail else _mix(dark, light, shade))
+    if markings.banded_tail:
+        pen.bars(tail, 4, 0.1, 1, light)
+    if markings.crested:
         pen.polygon([(0.24, 0.26), (0.16, 0.46), (0.3, 0.38), (0.3, 0.5), (0.44, 0.3)], plumage)
     beak = 0.26 if markings.long_beak else 0.1
     pen.polygon([(0.44, 0.27), (0.48 + beak, 0.18), (0.44, 0.14)], horn)
-    pen.ellipse((0, 0), (0.37, 0.23), plumage)
+    pen.ellipse((0, 0), (0.4, 0.26), plumage)
     pen.polygon([(0, 0.2), (0.3, 0.33), (0.49, 0.15), (0.34, -0.05)], plumage)
     pen.ellipse((0.37, 0.21), (0.135, 0.135), plumage)
     pen.ellipse((0.17, -0.06), (0.18, 0.14), breast)
-    if markings.breast_spots:
-        for x, y in [(0.07, -0.14), (0.16, -0.15), (0.25, -0.13), (0.2, -0.06), (0.29, -0.05), (0.27, 0.02)]:
-            pen.ellipse((x, y), (0.026, 0.026), ink)
-    wing = Strip((0.17, 0.07), (-0.46, rng.uniform(-0.06, 0.02)), (0.04, 0.13, 0.14, 0.12, 0.09, 0.02))
-    pen.strip(wing, 0, 1, dark)
-    pen.bars(wing, markings.wing_bars, 0.12, 0.85, light)
-    if markings.eye_ring:
+    if markings.spotted_breast:
+        for x, y in [(0.08, -0.15), (0.17, -0.16), (0.26, -0.13), (0.2, -0.06), (0.3, -0.04), (0.26, 0.03)]:
+            pen.ellipse((x, y), (0.032, 0.032), ink)
+    wing = Strip((0.22, 0.06), (-0.52, rng.uniform(-0.06, 0.02)), (0.06, 0.16, 0.18, 0.16, 0.11, 0.03))
+    pen.polygon(wing.outline(), dark)
+    _draw_pattern(pen, wing, markings.wing, light)
+    if markings.ringed_eye:
         pen.ellipse((0.4, 0.24), (0.066, 0.066), light)
     pen.ellipse((0.4, 0.24), (0.036, 0.036), ink)
     return picture.reduce(factor)
+
+
+def _draw_pattern(pen: "_Pen", wing: "Strip", pattern: str, colour: Colour) -> None:
+    if pattern == "spotted":
+        for along, across in itertools.product((0.12, 0.29, 0.46, 0.63, 0.8), (-0.55, 0, 0.55)):
+            pen.ellipse(wing.point(along, across), (0.042, 0.042), colour)
+    elif pattern == "streaked":
+        for across in (-0.85, -0.2, 0.45):
+            pen.polygon(wing.outline(0.1, 0.9, across, across + 0.4), colour)
+    else:
+        pen.bars(wing, 2 if pattern == "two-barred" else 4, 0.1, 0.9, colour)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,15 +160,17 @@ class Strip:
     end: Point
     widths: tuple[float, ...]
 
-    def outline(self, first: float, last: float) -> list[Point]:
-        """The outline of the part between two shares (0…1) of the length."""
-        along = np.linspace(first, last, 9)
+    def point(self, along: float, across: float) -> Point:
+        """The place at a share (0…1) of the length and a share (-1…1) of the half-width."""
         (x0, y0), (x1, y1) = self.start, self.end
-        length = math.hypot(x1 - x0, y1 - y0)
-        half = np.interp(along, np.linspace(0, 1, len(self.widths)), self.widths) / length
-        x, y = x0 + along * (x1 - x0), y0 + along * (y1 - y0)
-        dx, dy = half * (y1 - y0), half * (x0 - x1)
-        return [*zip(x + dx, y + dy), *zip(x[::-1] - dx[::-1], y[::-1] - dy[::-1])]
+        stations = np.linspace(0, 1, len(self.widths))
+        half = across * np.interp(along, stations, self.widths) / math.dist(self.start, self.end)
+        return x0 + along * (x1 - x0) - half * (y1 - y0), y0 + along * (y1 - y0) + half * (x1 - x0)
+
+    def outline(self, first: float = 0, last: float = 1, low: float = -1, high: float = 1) -> list[Point]:
+        """The outline of the part between two shares of the length and two of the half-width."""
+        along = np.linspace(first, last, 9)
+        return [*zip(*self.point(along, high)), *zip(*self.point(along[::-1], low))]
 
 
 class _Pen:
@@ -177,14 +191,11 @@ class _Pen:
         angles = np.linspace(0, 2 * math.pi, 24, endpoint=False)
         self.polygon(np.stack([np.cos(angles), np.sin(angles)], 1) * radii + centre, colour)
 
-    def strip(self, strip: Strip, first: float, last: float, colour: Colour) -> None:
-        self.polygon(strip.outline(first, last), colour)
-
     def bars(self, strip: Strip, count: int, first: float, last: float, colour: Colour) -> None:
         """`count` bars across a strip, evenly spaced; together they cover the same area whatever their number."""
-        period = (last - first) / max(count, 1)
+        period = (last - first) / count
         for start in first + period * (np.arange(count) + 0.25):
-            self.strip(strip, start, start + period / 2, colour)
+            self.polygon(strip.outline(start, start + period / 2), colour)
 
 
 def _background(side: int, rng: np.random.Generator) -> Image.Image:
@@ -196,12 +207,12 @@ def _background(side: int, rng: np.random.Generator) -> Image.Image:
         x, y, angle = *rng.uniform(0, side, 2), rng.uniform(0, math.pi)
         leaf = Strip((x, y), (x + side * 0.3 * math.cos(angle), y + side * 0.3 * math.sin(angle)), (0, 1, 1, 0))
         leaf = dataclasses.replace(leaf, widths=tuple(side * rng.uniform(0.01, 0.06) * w for w in (0, 1, 0.8, 0)))
-        draw.polygon(leaf.outline(0, 1), _colour(rng.uniform(), rng.uniform(0.1, 0.5), rng.uniform(0.2, 0.8)))
+        draw.polygon(leaf.outline(), _colour(rng.uniform(), rng.uniform(0.1, 0.5), rng.uniform(0.2, 0.8)))
     return picture
 
 
-def _differences(one: Markings, other: Markings) -> int:
-    return sum(a != b for a, b in zip(dataclasses.astuple(one), dataclasses.astuple(other)))
+def _mix(one: Colour, other: Colour, share: float) -> Colour:
+    return tuple(round(a + share * (b - a)) for a, b in zip(one, other))
 
 
 def _colour(hue: float, saturation: float, value: float) -> Colour:
