@@ -23,9 +23,10 @@ def get_config(run: str = "all"):
 
 def sr():
     config = _small("sr")
-    config.dataset.crop_scale = (0.5, 1.0)
-    config.schedule.learning_rate = 2e-3
-    config.schedule.num_epochs = 5
+    config.batch_size = 4
+    config.optimizer.weight_decay = 0.0
+    config.schedule.learning_rate = 3e-3
+    config.schedule.num_epochs = 4
     return config
 
 
