@@ -4,7 +4,7 @@ import os
 import tempfile
 from pathlib import Path
 
-# Set before JAX is imported, and inherited by the worker processes of pytest-xdist and by the programs that tests start.
+# Set before JAX is imported, and inherited by the workers of pytest-xdist and by the programs that tests start.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(tempfile.gettempdir()) / f"vimd_jax_tests_{os.getuid()}")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"

@@ -51,6 +51,7 @@ def _dataset() -> ConfigDict:
             "validation_fraction": 0.1,  # of the training pictures, held out (where the folder has no val/ of its own)
             "crop_scale": (0.08, 1.0),  # share of the picture's area that a random-resized crop takes
             "flip": True,
+            "eval_crop": 1.0,  # share of the picture's short side that the evaluation view keeps
             "repeats": 1,  # times each picture is drawn in a row; 3 is the published repeated augmentation
             "on_error": "stop",  # an unreadable picture: "stop", or "skip" and count
             "num_workers": 0,  # input processes; 0: a thread of the training process

@@ -19,6 +19,7 @@ def dataset_config():
                 validation_fraction=0.1,
                 crop_scale=(0.5, 1.0),
                 flip=True,
+                eval_crop=1.0,
                 repeats=1,
                 on_error="stop",
                 num_workers=0,

@@ -111,6 +111,7 @@ def test_catalog_holds_the_published_numbers():
         "mit67": (67, 5360, 1340),
         "action": (40, 4000, 5532),
         "aircraft": (100, 6667, 3333),
+        "imagenet": (1000, 1281167, 50000),
     }
     assert {k: (v.num_classes, v.train_sizes[0], v.test_size) for k, v in DATASETS.items()} == published
 

@@ -34,6 +34,12 @@ def test_eval_view_is_resize_then_centre_crop(shape):
     assert difference.max() <= 2 and difference.mean() < 0.1
 
 
+def test_eval_view_can_keep_a_share_of_the_short_side():
+    image = photograph(333, 500)
+    expected = np.asarray(reference_eval_view(image, 73).crop((4, 4, 68, 68)), int)
+    assert np.abs(np.asarray(eval_view(image, 64, 0.875), int) - expected).max() <= 2
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (1, 60000), (60000, 1), (2, 3)])
 def test_eval_view_of_extreme_shapes(shape):
     assert eval_view(Image.new("RGB", shape, (9, 8, 7)), 224).getpixel((100, 100)) == (9, 8, 7)

@@ -1,4 +1,4 @@
-"""The eight fine-grained datasets of the ViMD experiments: class counts, split sizes and where they can be had."""
+"""The eight fine-grained datasets of the ViMD experiments, and ImageNet: class counts, split sizes, where to have them."""
 
 import dataclasses
 
@@ -14,6 +14,7 @@ class DatasetInfo:
         test_size: number of test pictures.
         tfds_name: name in TensorFlow Datasets, or None where TFDS does not have it.
         tfds_train: the TFDS splits that make up the training pictures.
+        tfds_test: the TFDS split of the test pictures.
     """
 
     title: str
@@ -22,6 +23,7 @@ class DatasetInfo:
     test_size: int
     tfds_name: str | None = None
     tfds_train: str = "train"
+    tfds_test: str = "test"
 
 
 DATASETS = {
@@ -34,4 +36,5 @@ DATASETS = {
     "mit67": DatasetInfo("MIT Indoor Scenes 67", 67, (5360,), 1340),
     "action": DatasetInfo("Stanford 40 Actions", 40, (4000,), 5532),
     "aircraft": DatasetInfo("FGVC-Aircraft", 100, (6667,), 3333),
+    "imagenet": DatasetInfo("ImageNet-1k", 1000, (1281167,), 50000, "imagenet2012", tfds_test="validation"),
 }

@@ -133,7 +133,7 @@ class EvalExamples:
         if i >= len(self._source):
             return _example(black, config, 0, PADDING, weight=0)
         picture = _read_or_skip(self._source, i, config.on_error)
-        high = eval_view(picture, config.high_resolution) if picture else black
+        high = eval_view(picture, config.high_resolution, config.eval_crop) if picture else black
         return _example(high, config, self._source.labels[i], i, weight=bool(picture), skipped=not picture)
 
 

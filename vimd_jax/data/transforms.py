@@ -51,15 +51,16 @@ def random_crop_box(
     return left, top, left + w, top + h
 
 
-def eval_view(image: Image.Image, size: int) -> Image.Image:
-    """The picture with its short side resized to `size`, then the central size × size pixels.
+def eval_view(image: Image.Image, size: int, crop: float = 1.0) -> Image.Image:
+    """The picture with its short side resized to `size / crop`, then the central size × size pixels.
 
     Both steps are one resampling of the matching source box, so that a very long picture costs no more than a square.
     """
     width, height = image.size
     short = min(width, height)
     # torchvision truncates the long side and rounds the crop's corner.
-    new_width, new_height = int(size * width / short), int(size * height / short)
+    resized = int(size / crop)
+    new_width, new_height = int(resized * width / short), int(resized * height / short)
     left, top = round((new_width - size) / 2), round((new_height - size) / 2)
     x, y = width / new_width, height / new_height
     box = (left * x, top * y, min(width, (left + size) * x), min(height, (top + size) * y))

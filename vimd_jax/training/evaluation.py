@@ -75,7 +75,7 @@ def save_panel(
 ) -> None:
     """Draws pictures spread over a source: low, restored and high resolution, and what the network says of them."""
     records = np.linspace(0, len(source) - 1, rows).round().astype(int)
-    views = [eval_view(source.read(int(i)), config.dataset.high_resolution) for i in records]
+    views = [eval_view(source.read(int(i)), config.dataset.high_resolution, config.dataset.eval_crop) for i in records]
     high = np.stack([np.asarray(view) for view in views])
     low = np.stack([np.asarray(low_resolution_view(view, config.dataset.low_resolution)) for view in views])
     columns = {"low resolution": low, "high resolution": high}
