@@ -113,7 +113,8 @@ def test_catalog_holds_the_published_numbers():
         "aircraft": (100, 6667, 3333),
         "imagenet": (1000, 1281167, 50000),
     }
-    assert {k: (v.num_classes, v.train_sizes[0], v.test_size) for k, v in DATASETS.items()} == published
+    found = {name: (info.num_classes, info.train_sizes[0], info.test_size) for name, info in DATASETS.items()}
+    assert published.items() <= found.items()
 
 
 @pytest.fixture

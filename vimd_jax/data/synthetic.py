@@ -1,9 +1,9 @@
 """A procedural, offline dataset of fine-grained pictures: birds of one build that differ in small markings.
 
-Pose, size, colours and background vary freely and say nothing about the class. What does are details of a few pixels
-(at 64 pixels a picture): the pattern of the wing, bands on the tail, spots on the breast, the beak's length, a ring
-around the eye. The patterns cover about the same area in the same colours, so that in a picture a quarter the size most
-of them blur to one grey.
+Pose, size, colours and background vary freely and say nothing about the class. What does are the pattern of the wing,
+bands on the tail, spots on the breast, the beak's length and a ring around the eye. The patterns are a few pixels fine,
+whatever the picture's size, and cover about the same area, so that in a picture a quarter the size most of them blur to
+one grey.
 """
 
 import colorsys
@@ -20,7 +20,7 @@ from vimd_jax.data.images import DatasetError
 CANVAS = 256  # pictures are drawn at least this large, then averaged down: Pillow's drawing has no anti-aliasing
 STREAMS = {"train": 0, "validation": 1, "test": 2}  # disjoint streams of random numbers
 Point = tuple[float, float]
-WINGS = ("two-barred", "four-barred", "streaked", "spotted")
+WINGS = ("barred", "finely barred", "streaked", "spotted")
 Colour = tuple[int, int, int]
 
 
@@ -102,7 +102,7 @@ def draw_bird(markings: Markings, side: int, rng: np.random.Generator) -> Image.
     """
     factor = max(2, math.ceil(CANVAS / side))
     picture = _background(side * factor, rng)
-    pen = _Pen(picture, rng)
+    pen = _Pen(picture, side / 64, rng)
     hue = rng.uniform()
     plumage = _colour(hue, rng.uniform(0.3, 0.8), rng.uniform(0.5, 0.8))
     dark = _colour(hue + rng.uniform(-0.08, 0.08), rng.uniform(0.3, 0.7), rng.uniform(0.25, 0.4))
@@ -120,7 +120,7 @@ def draw_bird(markings: Markings, side: int, rng: np.random.Generator) -> Image.
     shade = rng.uniform(0, 0.7)  # a plain tail is as bright as a banded one, on average
     pen.polygon(tail.outline(), dark if markings.banded_tail else _mix(dark, light, shade))
     if markings.banded_tail:
-        pen.bars(tail, 4, 0.1, 1, light)
+        pen.bars(tail, 4, light)
     if markings.crested:
         pen.polygon([(0.24, 0.26), (0.16, 0.46), (0.3, 0.38), (0.3, 0.5), (0.44, 0.3)], plumage)
     beak = 0.26 if markings.long_beak else 0.1
@@ -128,28 +128,22 @@ def draw_bird(markings: Markings, side: int, rng: np.random.Generator) -> Image.
     pen.ellipse((0, 0), (0.4, 0.26), plumage)
     pen.polygon([(0, 0.2), (0.3, 0.33), (0.49, 0.15), (0.34, -0.05)], plumage)
     pen.ellipse((0.37, 0.21), (0.135, 0.135), plumage)
-    pen.ellipse((0.17, -0.06), (0.18, 0.14), breast)
+    chest = Strip((0.35, -0.01), (0.04, -0.13), (0.08, 0.13, 0.13, 0.1))
+    pen.polygon(chest.outline(), breast)
     if markings.spotted_breast:
-        for x, y in [(0.08, -0.15), (0.17, -0.16), (0.26, -0.13), (0.2, -0.06), (0.3, -0.04), (0.26, 0.03)]:
-            pen.ellipse((x, y), (0.032, 0.032), ink)
+        pen.spots(chest, 4, 3, ink)
     wing = Strip((0.22, 0.06), (-0.52, rng.uniform(-0.06, 0.02)), (0.06, 0.16, 0.18, 0.16, 0.11, 0.03))
     pen.polygon(wing.outline(), dark)
-    _draw_pattern(pen, wing, markings.wing, light)
+    if markings.wing == "spotted":
+        pen.spots(wing, 7, 3, light)
+    elif markings.wing == "streaked":
+        pen.streaks(wing, 3, light)
+    else:
+        pen.bars(wing, 2 if markings.wing == "barred" else 5, light)
     if markings.ringed_eye:
         pen.ellipse((0.4, 0.24), (0.066, 0.066), light)
     pen.ellipse((0.4, 0.24), (0.036, 0.036), ink)
     return picture.reduce(factor)
-
-
-def _draw_pattern(pen: "_Pen", wing: "Strip", pattern: str, colour: Colour) -> None:
-    if pattern == "spotted":
-        for along, across in itertools.product((0.12, 0.29, 0.46, 0.63, 0.8), (-0.55, 0, 0.55)):
-            pen.ellipse(wing.point(along, across), (0.042, 0.042), colour)
-    elif pattern == "streaked":
-        for across in (-0.85, -0.2, 0.45):
-            pen.polygon(wing.outline(0.1, 0.9, across, across + 0.4), colour)
-    else:
-        pen.bars(wing, 2 if pattern == "two-barred" else 4, 0.1, 0.9, colour)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,8 +170,8 @@ class Strip:
 class _Pen:
     """Draws in the bird's coordinates, body at the origin, beak along x, y upwards, placed at random in the picture."""
 
-    def __init__(self, picture: Image.Image, rng: np.random.Generator):
-        self._draw = ImageDraw.Draw(picture)
+    def __init__(self, picture: Image.Image, fineness: float, rng: np.random.Generator):
+        self._draw, self._fineness = ImageDraw.Draw(picture), fineness
         angle, scale = math.radians(rng.uniform(-18, 18)), picture.width * rng.uniform(0.54, 0.62)
         mirror, squeeze = rng.choice((-1, 1)), rng.uniform(0.9, 1.1)
         rotation = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
@@ -191,11 +185,23 @@ class _Pen:
         angles = np.linspace(0, 2 * math.pi, 24, endpoint=False)
         self.polygon(np.stack([np.cos(angles), np.sin(angles)], 1) * radii + centre, colour)
 
-    def bars(self, strip: Strip, count: int, first: float, last: float, colour: Colour) -> None:
-        """`count` bars across a strip, evenly spaced; together they cover the same area whatever their number."""
-        period = (last - first) / count
-        for start in first + period * (np.arange(count) + 0.25):
-            self.polygon(strip.outline(start, start + period / 2), colour)
+    def bars(self, strip: Strip, count: int, colour: Colour) -> None:
+        for first, last in self._intervals(count):
+            self.polygon(strip.outline(first, last), colour)
+
+    def streaks(self, strip: Strip, count: int, colour: Colour) -> None:
+        for low, high in self._intervals(count):
+            self.polygon(strip.outline(0.02, 0.98, 2 * low - 1, 2 * high - 1), colour)
+
+    def spots(self, strip: Strip, columns: int, rows: int, colour: Colour) -> None:
+        radius = 0.38 * math.dist(strip.start, strip.end) / (columns * self._fineness)
+        for along, across in itertools.product(self._intervals(columns), self._intervals(rows)):
+            self.ellipse(strip.point(along.mean(), 2 * across.mean() - 1), (radius, radius), colour)
+
+    def _intervals(self, count: int) -> np.ndarray:
+        """`count` evenly spaced intervals (for 64-pixel pictures; more for larger ones) that cover half of 0…1."""
+        count = max(1, round(count * self._fineness))
+        return (np.arange(count)[:, None] + (0.25, 0.75)) / count
 
 
 def _background(side: int, rng: np.random.Generator) -> Image.Image:
