@@ -64,8 +64,10 @@ def _small(stage):
         classifier.depth = 4
         classifier.patch_size = 8
         classifier.stride = 8
+        classifier.input_normalization = True
     config.optimizer.weight_decay = 0.05
-    config.schedule.learning_rate = 1e-3
-    config.schedule.warmup_epochs = 1
-    config.schedule.num_epochs = 15
+    config.optimizer.clip_norm = 1.0
+    config.schedule.learning_rate = 2e-3
+    config.schedule.warmup_epochs = 2
+    config.schedule.num_epochs = 16
     return config
