@@ -32,6 +32,14 @@ def test_published_layout_val_is_the_test_set(dataset_config, picture_folder):
     assert len(load_source(config, "validation")) == 3
 
 
+@pytest.mark.parametrize("folder", ["val", "test"])
+def test_evaluation_needs_no_training_pictures(dataset_config, picture_folder, folder):
+    config = dataset_config(name="folder", directory=str(picture_folder({f"{folder}/a": 2, f"{folder}/b": 1})))
+    assert len(load_source(config, "test")) == 3
+    with pytest.raises(DatasetError, match=f"holds {folder}/; expected train/"):
+        load_source(config, "train")
+
+
 def test_held_out_pictures(dataset_config, picture_folder):
     folder = picture_folder({"train/many": 40, "train/two": 2, "train/one": 1, "test/one": 1})
     config = dataset_config(name="folder", directory=str(folder), validation_fraction=0.1)
@@ -114,7 +122,7 @@ def test_catalog_holds_the_published_numbers():
         "imagenet": (1000, 1281167, 50000),
     }
     found = {name: (info.num_classes, info.train_sizes[0], info.test_size) for name, info in DATASETS.items()}
-    assert published.items() <= found.items()
+    assert found == published
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The eight fine-grained datasets of the ViMD experiments, and ImageNet: class counts, split sizes, where to have them."""
+"""The eight fine-grained datasets of the ViMD experiments, and ImageNet: classes, split sizes, where to find them."""
 
 import dataclasses
 

@@ -73,8 +73,9 @@ def eval_batches(
 ) -> Iterator[Batch]:
     """Every picture of the source exactly once, in order, in ceil(n / batch_size) batches.
 
-    Arguments and batches are those of `train_batches`, with two kinds of examples of weight 0 and black pictures: the
-    padding of the last batch (index -1, label 0), and unreadable pictures if config.on_error = "skip" (skipped 1).
+    Arguments and batches are those of `train_batches`; the view is `eval_view` with config.eval_crop. Two kinds of
+    examples are black pictures of weight 0: the padding of the last batch (index -1, label 0), and unreadable pictures
+    if config.on_error = "skip" (skipped 1).
     """
     steps = range(-(-len(source) // max(1, batch_size)))
     return _batches(EvalExamples(source, config), steps, config, batch_size, process_index, process_count)
