@@ -1,7 +1,7 @@
 """Selective scan in C++ (native.cc) through `jax.ffi`: CPU.
 
 The library is compiled for this machine on first use, with `$CXX` (and `$CXXFLAGS`) or else the first of c++, g++ and
-clang++, and kept in `$XDG_CACHE_HOME/vimd_jax` (usually ~/.cache/vimd_jax) under a name made from all that goes into it.
+clang++, and kept in `$XDG_CACHE_HOME/vimd_jax` (usually ~/.cache/vimd_jax) under a name made of all that goes into it.
 """
 
 import ctypes
