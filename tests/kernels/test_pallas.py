@@ -41,9 +41,9 @@ def specs(batch, length, channels, state, groups=1, without=(), constant=(), dty
 
 
 def random_inputs(seed=0, **sizes) -> dict:
-    """Arrays for `specs(**sizes)`, A negative and delta positive."""
+    """Arrays for `specs(**sizes)`: A negative, step sizes positive even without softplus, lest states overflow."""
     rng = np.random.default_rng(seed)
-    sign = dict(A=lambda x: -np.exp(x), delta=np.abs)
+    sign = dict(A=lambda x: -np.exp(x), delta=np.abs, delta_bias=np.abs)
     draws = {name: (spec, rng.normal(size=spec.shape)) for name, spec in specs(**sizes).items() if spec is not None}
     arrays = {name: sign.get(name, np.asarray)(x).astype(spec.dtype) for name, (spec, x) in draws.items()}
     return dict.fromkeys(NAMES) | arrays
