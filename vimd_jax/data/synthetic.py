@@ -120,7 +120,7 @@ def draw_bird(markings: Markings, side: int, rng: np.random.Generator) -> Image.
     shade = rng.uniform(0, 0.7)  # a plain tail is as bright as a banded one, on average
     pen.polygon(tail.outline(), dark if markings.banded_tail else _mix(dark, light, shade))
     if markings.banded_tail:
-        pen.bars(tail, 4, light)
+        pen.bars(tail, 3, light)
     if markings.crested:
         pen.polygon([(0.24, 0.26), (0.16, 0.46), (0.3, 0.38), (0.3, 0.5), (0.44, 0.3)], plumage)
     beak = 0.26 if markings.long_beak else 0.1
@@ -135,11 +135,11 @@ def draw_bird(markings: Markings, side: int, rng: np.random.Generator) -> Image.
     wing = Strip((0.22, 0.06), (-0.52, rng.uniform(-0.06, 0.02)), (0.06, 0.16, 0.18, 0.16, 0.11, 0.03))
     pen.polygon(wing.outline(), dark)
     if markings.wing == "spotted":
-        pen.spots(wing, 7, 3, light)
+        pen.spots(wing, 5, 2, light)
     elif markings.wing == "streaked":
-        pen.streaks(wing, 3, light)
+        pen.streaks(wing, 2, light)
     else:
-        pen.bars(wing, 2 if markings.wing == "barred" else 5, light)
+        pen.bars(wing, 2 if markings.wing == "barred" else 4, light)
     if markings.ringed_eye:
         pen.ellipse((0.4, 0.24), (0.066, 0.066), light)
     pen.ellipse((0.4, 0.24), (0.036, 0.036), ink)
@@ -194,7 +194,7 @@ class _Pen:
             self.polygon(strip.outline(0.02, 0.98, 2 * low - 1, 2 * high - 1), colour)
 
     def spots(self, strip: Strip, columns: int, rows: int, colour: Colour) -> None:
-        radius = 0.38 * math.dist(strip.start, strip.end) / (columns * self._fineness)
+        radius = 0.4 * math.dist(strip.start, strip.end) / (columns * self._fineness)
         for along, across in itertools.product(self._intervals(columns), self._intervals(rows)):
             self.ellipse(strip.point(along.mean(), 2 * across.mean() - 1), (radius, radius), colour)
 
