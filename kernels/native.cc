@@ -75,7 +75,7 @@ inline Vec AtMost(Vec x, float high) { return Splat(high) < x ? Splat(high) : x;
 #endif
 inline Vec MinusAbs(Vec x) { return x < Splat(0) ? x : -x; }
 
-constexpr float kLog2e = 1.44269504f, kLog2eRest = 1.92596299e-8f, kLn2 = 0.693147181f;
+constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
 // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits, here with the exponent's bias.
 constexpr float kShift = 12582912.0f + 127.0f;
 
@@ -95,11 +95,11 @@ inline Vec Exp2(Vec x) {
   return Power(x - (shifted - kShift), shifted);
 }
 
-// e^x where it is needed once per position and channel; kLog2eRest keeps it exact for large |x| too.
+// e^x where it is needed once per position and channel; n log(2) is subtracted in two parts to be exact for large |x| too.
 inline Vec Exp(Vec x) {
   x = AtMost(AtLeast(x, -88.0f), 88.8f);
-  const Vec shifted = x * kLog2e + kShift;
-  return Power((x * kLog2e - (shifted - kShift)) + x * kLog2eRest, shifted);
+  const Vec shifted = x * kLog2e + kShift, n = shifted - kShift;
+  return Power(((x - n * 0.693359375f) + n * 2.12194440e-4f) * kLog2e, shifted);
 }
 
 // log(1 + w) for w in [0, 1]: w times a minimax polynomial.
