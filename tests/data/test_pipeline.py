@@ -1,4 +1,6 @@
 import itertools
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -87,6 +89,24 @@ def test_worker_processes_change_nothing_and_report_errors(dataset_config, pictu
     with pytest.raises(UnreadableImage, match=r"b/003\.png: the file is empty; remove .*on_error=skip") as error:
         take(source, parallel, 4)
     assert "\n" not in str(error.value)
+
+
+def test_workers_end_with_a_killed_main_process(dataset_config):
+    code = f"""
+from ml_collections import ConfigDict
+from vimd_jax.data import load_source, train_batches
+config = ConfigDict({dataset_config(num_workers=1).to_dict()!r})
+batches = train_batches(load_source(config, "train"), config, batch_size=8, seed=0)
+next(batches)
+print("ready", flush=True)
+input()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as process:
+        assert process.stdout.readline() == b"ready\n"
+        process.kill()
+        process.communicate(timeout=30)  # its end is that of the last process that holds the output
 
 
 def test_every_epoch_is_another_order_of_all_pictures(dataset_config):

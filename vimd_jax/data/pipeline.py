@@ -8,6 +8,10 @@ import atexit
 import functools
 import itertools
 import logging
+import multiprocessing
+import os
+import signal
+import threading
 import weakref
 from collections.abc import Iterator
 
@@ -169,10 +173,18 @@ def _batches(
     if config.num_workers:
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # Grain's workers read absl flags, which outside absl's app.run nobody parses
-        batches = batches.mp_prefetch(grain.MultiprocessingOptions(config.num_workers, per_worker_buffer_size=2))
+        options = grain.MultiprocessingOptions(config.num_workers, per_worker_buffer_size=2)
+        batches = batches.mp_prefetch(options, _start_worker)
     iterator = _iterate(batches, len(steps))
     _open.add(iterator)
     return iterator
+
+
+def _start_worker(worker_index: int, worker_count: int) -> None:
+    """Has a worker process leave Ctrl-C to the main process, and end with it even if that one is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    main = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (main.join(), os._exit(1)), daemon=True).start()
 
 
 def _iterate(batches: grain.IterDataset, count: int) -> Iterator[Batch]:
