@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
@@ -220,8 +221,9 @@ def _forward_kernel(plan: Plan, options: Options, inputs: Inputs, outputs: dict)
     program = Program(plan, options, inputs)
 
     def window(index, h):
+        index = index.astype(jnp.int32)  # with jax_enable_x64 it is an int64
         if "states" in outputs:
-            saved, rest = lax.div(index, SAVED // WINDOW), lax.rem(index, SAVED // WINDOW)
+            saved, rest = _divide(index, SAVED // WINDOW)
             program.store_states(outputs["states"], h, saved, condition=rest == 0)
         for tile in program.load_tiles(index):
             y = program.zero_tile
@@ -261,11 +263,11 @@ def _backward_kernel(
         return h
 
     def window(number, sums):
-        index = plan.windows - 1 - number
-        saved, tiles_in_window = lax.div(index, SAVED // WINDOW), WINDOW // program.steps
+        index = (plan.windows - 1 - number).astype(jnp.int32)
+        saved, _ = _divide(index, SAVED // WINDOW)
         h = program.load_states(saved_states, saved)
         first_tile = saved * (SAVED // program.steps)
-        h = lax.fori_loop(first_tile, index * tiles_in_window, advance_tile, h)
+        h = lax.fori_loop(first_tile, index * (WINDOW // program.steps), advance_tile, h)
         states = [h]
         tiles = program.load_tiles(index)
         for tile in tiles:
@@ -372,11 +374,9 @@ class Program:
             for axis in range(4)
         )
         self.state = self.state_lane * registers + self.register
-        thread = lax.iota(jnp.int32, plan.threads)
-        lane_group = lax.div(thread, channel_lanes)
-        channel = lax.div(lane_group, self.steps) * channel_lanes + lax.rem(thread, channel_lanes)
-        channel += pl.program_id(0) * plan.block
-        self.thread_lane = lax.rem(lane_group, self.steps)
+        rest, channel_lane = _divide(lax.iota(jnp.int32, plan.threads), channel_lanes)
+        channel_group, self.thread_lane = _divide(rest, self.steps)
+        channel = pl.program_id(0) * plan.block + channel_group * channel_lanes + channel_lane
         self.thread_channel = pl.program_id(1) * plan.channels + channel
         self.thread_mask = channel < plan.channels
         self.zero_tile = jnp.zeros((1, *plan.shape[1:]), jnp.float32)
@@ -522,6 +522,11 @@ class MatrixGradient:
         self.rows = jnp.where(self.program.channel_lane == self.lane, _sum(contribution, axis=3), self.rows)
         if self.lane == 0:
             self.program.store_rows(self.reference, step, _sum(self.rows, axis=1))
+
+
+def _divide(x, divisor: int):
+    """Quotient and remainder of 32-bit integers that are not negative."""
+    return lax.div(x, np.int32(divisor)), lax.rem(x, np.int32(divisor))
 
 
 def _sum(x, axis: int):
