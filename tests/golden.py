@@ -10,7 +10,7 @@ FOLDER = Path(__file__).parent / "golden"
 
 
 def cases(pattern: str) -> list[str]:
-    """Names of the recorded cases that match a glob pattern; never empty, so that a test over them cannot pass unseen."""
+    """Names of the recorded cases that match a glob pattern; never empty, so that no test over them passes unseen."""
     names = sorted(path.name for path in FOLDER.glob(pattern) if path.is_dir())
     assert names, f"no golden case matches {pattern}"
     return names
