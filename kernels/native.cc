@@ -19,6 +19,7 @@
 #include <memory>
 #include <mutex>
 #include <type_traits>
+#include <utility>
 
 #if defined(__AVX__)
 #include <immintrin.h>
@@ -51,8 +52,8 @@ constexpr int kMaxStates = 8;
 #endif
 #define UNROLL _Pragma("GCC unroll 16")  // so that arrays of vectors are registers
 
-constexpr int kChunk = 16;         // steps between two kept states: CHUNK in native.py
-constexpr int64_t kRange = 64;     // channels of a task: CHANNELS_PER_TASK in native.py
+constexpr int kChunk = 16;      // steps between two kept states: CHUNK in native.py
+constexpr int64_t kRange = 64;  // channels of a task: CHANNELS_PER_TASK in native.py
 
 typedef float Vec __attribute__((vector_size(kLanes * 4)));
 typedef float MemoryVec __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
@@ -62,7 +63,7 @@ typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
 
 inline Vec Splat(float x) { return x - Vec{}; }
 
-// The order of the operands is such that a NaN in x comes out again. Compilers do not find these instructions themselves.
+// The order of the operands lets a NaN in x come out again. Compilers do not find these instructions by themselves.
 #if defined(__AVX512F__)
 inline Vec AtLeast(Vec x, float low) { return (Vec)_mm512_max_ps((__m512)Splat(low), (__m512)x); }
 inline Vec AtMost(Vec x, float high) { return (Vec)_mm512_min_ps((__m512)Splat(high), (__m512)x); }
@@ -79,8 +80,8 @@ constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
 // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits, here with the exponent's bias.
 constexpr float kShift = 12582912.0f + 127.0f;
 
-// 2^(n + f) for f in [-1/2, 1/2] and n = shifted - kShift in [-127, 128]: the exponent field times 1 + f q(f), where q is
-// a minimax polynomial. Relative error 1.5e-7, exact at f = 0; zero at n = -127, infinite at 128.
+// 2^(n + f) for f in [-1/2, 1/2] and n = shifted - kShift in [-127, 128]: n as the exponent field, times 1 + f q(f)
+// with a minimax polynomial q. Relative error 1.5e-7, exact at f = 0; zero at n = -127, infinite at n = 128.
 inline Vec Power(Vec f, Vec shifted) {
   Vec q = 0.0013264727f * f + 0.0096715128f;
   q = q * f + 0.0555073374f;
@@ -95,7 +96,7 @@ inline Vec Exp2(Vec x) {
   return Power(x - (shifted - kShift), shifted);
 }
 
-// e^x where it is needed once per position and channel; n log(2) is subtracted in two parts to be exact for large |x| too.
+// e^x where it is needed once per position and channel; n log(2) is subtracted in two parts, to be exact for large |x|.
 inline Vec Exp(Vec x) {
   x = AtMost(AtLeast(x, -88.0f), 88.8f);
   const Vec shifted = x * kLog2e + kShift, n = shifted - kShift;
@@ -133,8 +134,9 @@ inline Vec PairSums(Vec a, Vec b) { return SHUFFLE(a, b, EVEN_LANES) + SHUFFLE(a
 inline Vec LaneSums(const Vec* from) {
   Vec sums[kLanes];
   UNROLL for (int i = 0; i < kLanes; ++i) sums[i] = from[i];
-  UNROLL for (int width = kLanes / 2; width > 0; width /= 2)
+  UNROLL for (int width = kLanes / 2; width > 0; width /= 2) {
     UNROLL for (int i = 0; i < width; ++i) sums[i] = PairSums(sums[2 * i], sums[2 * i + 1]);
+  }
   return sums[0];
 }
 
@@ -177,8 +179,8 @@ inline Bits ToFloat16(Vec v) {
   const Bits normal = (x - (112u << 23) + 0xfff + ((x >> 13) & 1)) >> 13;
   const Bits subnormal = (Bits)((Vec)x + 0.5f) - 0x3f000000;  // the addition rounds to multiples of 2^-24
   Bits half = x < Bits{} + 0x38800000 ? subnormal : normal;
-  half = x < Bits{} + 0x477ff000 ? half : Bits{} + 0x7c00;    // rounds to infinity
-  half = x > Bits{} + 0x7f800000 ? Bits{} + 0x7e00 : half;    // NaN
+  half = x < Bits{} + 0x477ff000 ? half : Bits{} + 0x7c00;  // rounds to infinity
+  half = x > Bits{} + 0x7f800000 ? Bits{} + 0x7e00 : half;  // NaN
   return half | sign >> 16;
 }
 
@@ -226,8 +228,8 @@ class Arena {
 // ---------------------------------------------------------------------------------------------------------------------
 // The recurrences, over `count` steps of one block of channels and N of its states.
 
-// B or C over the steps of a chunk: one number per state for all lanes (kSplat) or a vector per state, for matrices that
-// differ between channels. Step k starts at data + k * stride.
+// B or C over the steps of a chunk: one number per state for all lanes (kSplat) or a vector per state, for matrices
+// that differ between channels. Step k starts at data + k * stride.
 struct Matrix {
   const float* data;
   int64_t stride;
@@ -236,7 +238,6 @@ struct Matrix {
   Vec Get(int64_t k, int n) const {
     return kSplat ? Splat(data[k * stride + n]) : Load(data + k * stride + n * kLanes);
   }
-  Matrix From(int64_t first_state, bool splat) const { return {data + first_state * (splat ? 1 : kLanes), stride}; }
 };
 
 // A chunk of one block of channels, step by step: what both passes need, and what the backward pass adds.
@@ -245,9 +246,9 @@ struct Steps {
 };
 
 struct Gradients {
-  Vec delta_slope[kChunk], gate_slope[kChunk];        // of softplus, of silu
-  Vec y[kChunk], core[kChunk];                        // incoming, after and before the gate
-  Vec delta[kChunk], u[kChunk];                       // outgoing
+  Vec delta_slope[kChunk], gate_slope[kChunk];  // of softplus, of silu
+  Vec y[kChunk], core[kChunk];                  // incoming, after and before the gate
+  Vec delta[kChunk], u[kChunk];                 // outgoing
 };
 
 // A is in units of log(2): A[n] * log2(e).
@@ -328,7 +329,7 @@ void ForStates(int64_t states, F&& f) {
 // One call, and the tasks it is cut into.
 
 struct Scan {
-  // `rows` sequences, of which each `batch` share the parameters A, D and so on (under vmap there is more than one batch).
+  // `rows` sequences, of which each `batch` share the parameters A, D and so on; under vmap there are several batches.
   int64_t rows, batch, length, channels, state, groups, ranges;
   Stream u, delta, z;
   const float *A, *B, *C, *D, *delta_bias, *initial_state;
@@ -586,7 +587,8 @@ void BackwardTask(const Scan& scan, const Incoming& incoming, const BackwardResu
         constexpr int kStates = decltype(states)::value;
         const int64_t at = block * scan.state + first;
         const Matrix b = B.Get(block, first), c = C.Get(block, first);
-        for (int n = 0; n < kStates; ++n) start[n] = Load(incoming.starts + task.StartAt(chunk, first + n, block), lanes);
+        for (int n = 0; n < kStates; ++n)
+          start[n] = Load(incoming.starts + task.StartAt(chunk, first + n, block), lanes);
         const auto replay = scan.splat() ? Replay<kStates, true> : Replay<kStates, false>;
         replay(count, steps, b, c, A + at, start, decays, carried);
         const auto adjoint = scan.splat() ? Adjoint<kStates, true> : Adjoint<kStates, false>;
@@ -680,6 +682,20 @@ float* AsFloats(Buffer&& buffer) {
   return buffer.element_count() ? static_cast<float*>(buffer.untyped_data()) : nullptr;
 }
 
+// The caller shapes two arrays by constants it shares with us.
+template <class Buffer>
+bool HasKeptStates(const Scan& scan, Buffer&& starts) {
+  return static_cast<int64_t>(starts.element_count()) == scan.rows * scan.chunks() * scan.state * scan.channels;
+}
+
+template <class Buffer>
+bool HasPartialSums(const Scan& scan, bool constant, Buffer&& gradient) {
+  const int64_t per_row = constant ? scan.channels : scan.ranges * scan.length * scan.groups;
+  return static_cast<int64_t>(gradient.element_count()) == scan.rows * per_row * scan.state;
+}
+
+ffi::Error Mismatch() { return ffi::Error::Internal("native.cc and native.py disagree about kChunk or kRange"); }
+
 // u, delta, A, B, C, D, z and delta_bias come first in both calls.
 Scan MakeScan(const ffi::RemainingArgs& args, bool softplus, bool reverse) {
   const auto get = [&](size_t i) { return *args.get<ffi::AnyBuffer>(i); };
@@ -715,6 +731,7 @@ ffi::Error ForwardCall(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remai
   Scan scan = MakeScan(args, softplus, reverse);
   scan.initial_state = AsFloats(*args.get<ffi::AnyBuffer>(8));
   const ForwardResults results{AsStream(result(0)), AsFloats(result(1)), AsFloats(result(2))};
+  if (results.starts && !HasKeptStates(scan, result(2))) return Mismatch();
   return ForEachTask(pool, scan, [&](int64_t task, Arena arena) { ForwardTask(scan, results, task, arena); });
 }
 
@@ -724,6 +741,9 @@ ffi::Error BackwardCall(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Rema
   const auto result = [&](size_t i) { return **rets.get<ffi::AnyBuffer>(i); };
   const Scan scan = MakeScan(args, softplus, reverse);
   const Incoming incoming{AsStream(argument(8)), AsFloats(argument(9)), AsFloats(argument(10))};
+  if (!HasKeptStates(scan, argument(10)) || !HasPartialSums(scan, scan.constant_B, result(3)) ||
+      !HasPartialSums(scan, scan.constant_C, result(4)))
+    return Mismatch();
   BackwardResults results;
   results.u = AsStream(result(0));
   results.delta = AsStream(result(1));
@@ -739,8 +759,8 @@ ffi::Error BackwardCall(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Rema
 }
 
 const auto Binding = [] {
-  return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().RemainingRets().Attr<bool>("delta_softplus").Attr<bool>(
-      "reverse");
+  auto arguments = ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().RemainingRets();
+  return std::move(arguments).Attr<bool>("delta_softplus").Attr<bool>("reverse");
 };
 
 }  // namespace

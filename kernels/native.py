@@ -51,7 +51,9 @@ def _register() -> str | None:
 
 def _build() -> Path:
     """Path of the compiled library, from the cache if it is there."""
-    compiler = _compiler()
+    if not compilers():
+        raise RuntimeError("no C++ compiler: install g++ or clang++, or set CXX")
+    compiler = shlex.split(compilers()[0])
     tune = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
     flags = [*FLAGS, tune, f"-I{jax.ffi.include_dir()}", *shlex.split(os.environ.get("CXXFLAGS", ""))]
     version = _run([*compiler, "--version"])
@@ -67,13 +69,11 @@ def _build() -> Path:
     return library
 
 
-def _compiler() -> list[str]:
+def compilers() -> list[str]:
+    """The commands that could compile the kernel here, preferred first."""
     if named := os.environ.get("CXX"):
-        return shlex.split(named)
-    for name in ("c++", "g++", "clang++"):
-        if path := shutil.which(name):
-            return [path]
-    raise RuntimeError("no C++ compiler: install g++ or clang++, or set CXX")
+        return [named]
+    return [path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))]
 
 
 def _run(command: list[str]) -> str:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from kernels import native, reference, selective_scan
 from kernels.shapes import SHAPES
 
-needs_compiler = pytest.mark.skipif(native.why_unavailable() is not None, reason=str(native.why_unavailable()))
+needs_compiler = pytest.mark.skipif(not native.compilers(), reason="no C++ compiler")
 NATIVE = pytest.param("native", marks=needs_compiler)
 EXACT = [NATIVE, "sequential"]  # the same operations in the same order each time
 ALL = [*EXACT, "associative"]
