@@ -103,6 +103,11 @@ def selective_scan(
     return (y, last_state) if return_last_state else y
 
 
+def why_unavailable(name: str) -> str | None:
+    """One line that says why a named implementation cannot run here, None if it can."""
+    return importlib.import_module(f"kernels.{name}").why_unavailable()
+
+
 def choose_implementation() -> str:
     """What `implementation=None` takes on the default backend. Logs once if that is not the platform's fastest."""
     return _choose(jax.default_backend())
@@ -112,7 +117,7 @@ def choose_implementation() -> str:
 def _choose(platform: str) -> str:
     reasons = []
     for name in FASTEST_FIRST.get(platform, ("associative",)):
-        reason = _module(name).why_unavailable()
+        reason = why_unavailable(name)
         if reason is None:
             break
         reasons.append(f"{name!r} cannot run: {reason}")
@@ -123,16 +128,12 @@ def _choose(platform: str) -> str:
 
 def _implementation(name: str | None):
     if name is None:
-        return _module(choose_implementation()).scan
-    if name not in IMPLEMENTATIONS:
+        name = choose_implementation()
+    elif name not in IMPLEMENTATIONS:
         raise ValueError(f"implementation: unknown {name!r}, choose one of {', '.join(IMPLEMENTATIONS)} or None")
-    if reason := _module(name).why_unavailable():
+    elif reason := why_unavailable(name):
         raise ValueError(f"implementation: {name!r} cannot run here: {reason}")
-    return _module(name).scan
-
-
-def _module(name: str):
-    return importlib.import_module(f"kernels.{name}")
+    return importlib.import_module(f"kernels.{name}").scan
 
 
 def _check(u, delta, A, B, C, D, z, delta_bias, initial_state) -> None:
