@@ -6,12 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch_writer
-from absl import logging
 
 from vimd_jax.models.srresnet import SRResNet
 from vimd_jax.models.srvm import SRVM
 from vimd_jax.models.vim import Vim
-from weight_convert import convert_state_dict, export_state_dict, load_pretrained, resize_position_embedding
+from weight_convert import checkpoint, convert_state_dict, export_state_dict, load_pretrained, resize_position_embedding
 
 SMALL = Vim(num_classes=5, image_size=32, stride=8, embed_dim=16, depth=2, state_size=4)  # a grid of 3×3
 
@@ -88,7 +87,7 @@ def test_bad_arguments(arguments, message):
 @pytest.fixture
 def logged(monkeypatch) -> list[str]:
     lines = []
-    monkeypatch.setattr(logging, "info", lambda line, *values: lines.append(line % values))
+    monkeypatch.setattr(checkpoint.log, "info", lambda line, *values: lines.append(line % values))
     return lines
 
 
