@@ -38,6 +38,9 @@ def student():
     config = _small("student")
     config.sr.init = "{workdir}/../sr"
     config.teacher.init = "{workdir}/../teacher"
+    # The authors start teacher and student from one pretrained Vim; here nothing is pretrained but the teacher.
+    config.student.init = "{workdir}/../teacher"
+    config.schedule.num_epochs = 12
     return config
 
 

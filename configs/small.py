@@ -18,11 +18,17 @@ def get_config():
     for stage in config.order:
         _real_pictures(config.stages[stage])
         config.stages[stage].dataset.directory = config.get_ref("directory")
-    config.stages.sr.schedule.num_epochs = 4
     return config
 
 
 def _real_pictures(config):
     config.dataset.name = "folder"
     config.dataset.crop_scale = (0.4, 1.0)
-    config.schedule.num_epochs = 20
+    for classifier in (config.teacher, config.student):
+        classifier.input_normalization = False
+    config.student.init = ""
+    config.optimizer.clip_norm = None
+    config.schedule.warmup_epochs = 1
+    if config.stage != "sr":
+        config.schedule.learning_rate = 1e-3
+        config.schedule.num_epochs = 20
