@@ -1,0 +1,195 @@
+"""Speed and memory of whole networks, and what the selective scan has to do with it.
+
+    python scripts/benchmark_model.py [--implementations native sequential associative] [--batch 1] [--sizes 224 1248]
+                                      [--repeats 5] [--json FILE]
+
+First table: inference of Vim-tiny at stride 8 (224 pixels) and of the whole student (56 pixels, enlarged to 224), and a
+training step of the student by the paper's recipe (teacher, all loss terms, gradients, AdamW), with each implementation
+of the scan. "scan" is the share of the time that this many scans take on their own. Second table: inference of Vim-tiny
+at growing image sizes beside an attention network with as many parameters. Memory is XLA's plan: arguments, results and
+temporaries. Weights are random.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+
+from kernels import selective_scan
+from kernels.selective_scan import FASTEST_FIRST, why_unavailable
+from kernels.shapes import SHAPES
+from vimd_jax.config import default_config
+from vimd_jax.models import create_model
+from vimd_jax.training.optimizer import create_optimizer
+from vimd_jax.training.parallel import replicate, shard
+from vimd_jax.training.steps import create_state, make_train_step
+
+CLASSES = 200
+DEPTH = 24  # of Vim-tiny; two scans a layer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    usual = [*FASTEST_FIRST[jax.default_backend()], "associative"]
+    parser.add_argument("--implementations", nargs="+", default=list(dict.fromkeys(usual)))
+    parser.add_argument("--batch", type=int, default=1, help="images, per device where training")
+    parser.add_argument("--sizes", type=int, nargs="*", default=[224, 384, 512, 768, 1024, 1248])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="also write everything here")
+    arguments = parser.parse_args()
+    implementations = [name for name in arguments.implementations if why_unavailable(name) is None]
+
+    rows = []
+    print(f"{jax.devices()[0].device_kind}, batch {arguments.batch}")
+    print(f"{'':<34}{'scan by':<12}{'ms':>9}{'images/s':>10}{'scan':>7}{'memory MB':>11}")
+    for implementation in implementations:
+        alone = scan_seconds(implementation, arguments.batch, arguments.repeats)
+        for name, measure in (
+            ("Vim-tiny stride 8", vim),
+            ("student", student),
+            ("student, training step", training_step),
+        ):
+            row = measure(implementation, arguments.batch, arguments.repeats)
+            scans = 2 * DEPTH * (alone[0] + alone[1] if measure is training_step else alone[0])
+            row |= {"network": name, "implementation": implementation, "scan_share": scans / row["seconds"]}
+            print(f"{name:<34}{implementation:<12}{columns(row, arguments.batch)}", flush=True)
+            rows.append(row)
+    for size in arguments.sizes:
+        for name, network in networks_of_size(size).items():
+            row = inference(network, size, arguments.batch, arguments.repeats)
+            row |= {"network": name, "size": size}
+            print(f"{f'{name}, {size} pixels':<46}{columns(row, arguments.batch)}", flush=True)
+            rows.append(row)
+    if arguments.json:
+        device = jax.devices()[0].device_kind
+        arguments.json.write_text(json.dumps({"device": device, "batch": arguments.batch, "rows": rows}, indent=1))
+
+
+def columns(row: dict, batch: int) -> str:
+    share = f"{row['scan_share']:>7.0%}" if "scan_share" in row else " " * 7
+    return f"{1e3 * row['seconds']:>9.1f}{batch / row['seconds']:>10.2f}{share}{row['memory'] / 1e6:>11.0f}"
+
+
+# --------------------------------------------------------------------------------------------------- what is measured
+
+
+def vim(implementation: str, batch: int, repeats: int) -> dict:
+    """Inference of the classifier at the published size."""
+    model = create_model("vim_tiny_stride8", num_classes=CLASSES, scan_implementation=implementation)
+    return inference(model, 224, batch, repeats)
+
+
+def student(implementation: str, batch: int, repeats: int) -> dict:
+    """Inference of the whole student."""
+    model = create_model("srvm_tiny", num_classes=CLASSES, scan_implementation=implementation)
+    return inference(model, 56, batch, repeats)
+
+
+def inference(model: nn.Module, size: int, batch: int, repeats: int) -> dict:
+    """Median seconds and memory of one application to a batch of square images."""
+    images = jnp.full((batch, size, size, 3), 0.5)
+    variables = jax.jit(model.init)(jax.random.key(0), images)
+    program = jax.jit(model.apply).lower(variables, images).compile()
+    return {"seconds": median_seconds(program, repeats, variables, images), "memory": planned(program)}
+
+
+def training_step(implementation: str, batch: int, repeats: int) -> dict:
+    """Median seconds and memory of one optimiser step on all local devices."""
+    network = create_model("srvm_tiny", num_classes=CLASSES, scan_implementation=implementation)
+    teacher = create_model("vim_tiny_stride8", num_classes=CLASSES, scan_implementation=implementation)
+    config = default_config("student")
+    count = batch * jax.local_device_count()
+    pictures = {name: jnp.zeros((count, size, size, 3), jnp.uint8) for name, size in (("high", 224), ("low", 56))}
+    pictures |= {"label": jnp.zeros(count, jnp.int32), "weight": jnp.ones(count)}
+
+    variables = jax.jit(network.init)(jax.random.key(0), pictures["low"] / 255)
+    frozen = {name: {} for name in ("sr", "teacher")}
+    frozen["sr"] = {"params": variables["params"]["sr"], "batch_stats": variables["batch_stats"]["sr"]}
+    frozen["teacher"] = jax.jit(teacher.init)(jax.random.key(1), pictures["high"] / 255)
+    params = variables["params"]["classifier"]
+    optimizer = create_optimizer(config.optimizer, params, optax.constant_schedule(1e-5))
+    state = replicate(create_state(config, params, {}, optimizer))
+    frozen, pictures = replicate(frozen), shard(pictures)
+    program = make_train_step(config, network, teacher, optimizer).lower(state, frozen, pictures).compile()
+
+    seconds = []
+    for _ in range(repeats + 1):
+        began = time.perf_counter()
+        state, metrics = jax.block_until_ready(program(state, frozen, pictures))
+        seconds.append(time.perf_counter() - began)
+    return {"seconds": statistics.median(seconds[1:]), "memory": planned(program)}
+
+
+def scan_seconds(implementation: str, batch: int, repeats: int) -> tuple[float, float]:
+    """Median seconds of one scan of Vim-tiny at stride 8: forward, and forward and backward."""
+    shape = SHAPES["vim_tiny_stride8"]
+    keys = jax.random.split(jax.random.key(0), 3)
+    u, delta, z = (jax.random.normal(key, (batch, shape.length, shape.channels)) for key in keys)
+    A = -jnp.tile(jnp.arange(1.0, shape.state + 1), (shape.channels, 1))
+    B = C = u[:, :, : shape.state]
+    D = bias = jnp.ones(shape.channels)
+
+    def forward(*arrays):
+        return selective_scan(*arrays, delta_softplus=True, implementation=implementation)
+
+    def both(*arrays):
+        y, pullback = jax.vjp(forward, *arrays)
+        return pullback(y)
+
+    arrays = (u, delta, A, B, C, D, z, bias - 4)
+    return tuple(median_seconds(jax.jit(function), 3 * repeats, *arrays) for function in (forward, both))
+
+
+def networks_of_size(size: int) -> dict[str, nn.Module]:
+    """Two classifiers of about 7 million parameters for square images of this size."""
+    return {"Vim-tiny": create_model("vim_tiny", image_size=size), "attention": Attention()}
+
+
+class Attention(nn.Module):
+    """A plain vision transformer (Dosovitskiy et al., 2021) as wide as Vim-tiny and as large."""
+
+    num_classes: int = 1000
+    embed_dim: int = 192
+    depth: int = 15
+    heads: int = 3
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Class scores of images (batch, height, width, 3)."""
+        x = nn.Conv(self.embed_dim, (16, 16), strides=16)(images)
+        x = x.reshape(len(x), -1, self.embed_dim)
+        x += self.param("positions", nn.initializers.normal(0.02), x.shape[1:])
+        for _ in range(self.depth):
+            x += nn.MultiHeadDotProductAttention(self.heads)(nn.LayerNorm()(x))
+            hidden = nn.gelu(nn.Dense(4 * self.embed_dim)(nn.LayerNorm()(x)))
+            x += nn.Dense(self.embed_dim)(hidden)
+        return nn.Dense(self.num_classes)(nn.LayerNorm()(x).mean(1))
+
+
+def median_seconds(function: Callable, repeats: int, *arguments: Any) -> float:
+    """Of `repeats` calls after one to warm up."""
+    seconds = []
+    for _ in range(repeats + 1):
+        began = time.perf_counter()
+        jax.block_until_ready(function(*arguments))
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds[1:])
+
+
+def planned(program: jax.stages.Compiled) -> int:
+    """Bytes of a program's arguments, results and temporaries, what is donated counted once."""
+    memory = program.memory_analysis()
+    used = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    return used - memory.alias_size_in_bytes
+
+
+if __name__ == "__main__":
+    main()
