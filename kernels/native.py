@@ -19,6 +19,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import jaxlib.version
 
 SOURCE = Path(__file__).with_name("native.cc")
 # Explicit flags instead of -ffast-math, which would let the compiler assume that NaN and infinity do not happen.
@@ -57,7 +58,8 @@ def _build() -> Path:
     tune = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
     flags = [*FLAGS, tune, f"-I{jax.ffi.include_dir()}", *shlex.split(os.environ.get("CXXFLAGS", ""))]
     version = _run([*compiler, "--version"])
-    key = hashlib.sha256("\0".join([SOURCE.read_text(), *compiler, *flags, version, _processor()]).encode()).hexdigest()
+    parts = [SOURCE.read_text(), jaxlib.version.__version__, *compiler, *flags, version, _processor()]
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()
     folder = _cache_folder()
     library = folder / f"selective_scan-{key[:16]}.so"
     if not library.exists():

@@ -62,7 +62,8 @@ def selective_scan(
 
         h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t u_t        y_t = C_t · h_t + D u_t        y_t ← y_t silu(z_t) if z is given
 
-    State and arithmetic are float32 whatever the inputs are. Every array can be differentiated, the states included.
+    State and arithmetic are float32 whatever the inputs are. Every array has a gradient (in reverse mode), the states
+    included.
 
     Args:
       u: input, (batch, length, channels), any floating dtype.
@@ -79,7 +80,8 @@ def selective_scan(
       initial_state: the state before the first step (which is at the last position if `reverse`),
         (batch, channels, state); zero if None.
       return_last_state: also return the state after the final step, (batch, channels, state) float32.
-      implementation: one of the names above; None takes the fastest that can run on the default backend.
+      implementation: one of the names above; None takes the fastest that can run on JAX's default backend. To compile
+        for another platform than that, name one.
 
     Returns:
       y, (batch, length, channels) in u's dtype; with `return_last_state` the pair (y, last state).
