@@ -40,7 +40,7 @@ def student():
     config.teacher.init = "{workdir}/../teacher"
     # The authors start teacher and student from one pretrained Vim; here nothing is pretrained but the teacher.
     config.student.init = "{workdir}/../teacher"
-    config.schedule.num_epochs = 12
+    config.schedule.num_epochs = 10
     return config
 
 
@@ -56,6 +56,7 @@ def _small(stage):
     config = default_config(stage)
     config.batch_size = 32
     config.dataset.name = "synthetic"
+    config.dataset.synthetic_train_size = 1600
     config.dataset.high_resolution = 64
     config.dataset.low_resolution = 16
     config.dataset.crop_scale = (0.7, 1.0)
@@ -72,5 +73,5 @@ def _small(stage):
     config.optimizer.clip_norm = 1.0
     config.schedule.learning_rate = 2e-3
     config.schedule.warmup_epochs = 2
-    config.schedule.num_epochs = 16
+    config.schedule.num_epochs = 14
     return config
