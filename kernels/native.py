@@ -26,7 +26,10 @@ SOURCE = Path(__file__).with_name("native.cc")
 FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fPIC", "-shared"]
 FORWARD, BACKWARD = "vimd_selective_scan_forward", "vimd_selective_scan_backward"
 CHUNK = 16  # kChunk in native.cc: steps between two kept states
-CHANNELS_PER_TASK = 64  # kRange in native.cc
+# A group's channels are cut into ranges of at least and at most so many, for about this many tasks in all: long rows are
+# read faster, but every core shall have work. Each range makes its part of the gradients of B and C.
+RANGE_CHANNELS = 64, 512
+TASKS = 16
 
 _lock = threading.Lock()
 
@@ -149,40 +152,29 @@ def _forward(inputs, delta_softplus, reverse, chunks):
         jax.ShapeDtypeStruct((batch, channels, state), jnp.float32),
         jax.ShapeDtypeStruct((batch, chunks, state, channels), jnp.float32),  # the state before every CHUNK steps
     )
-    return _call(FORWARD, results, inputs, delta_softplus, reverse)
+    return _call(FORWARD, results, inputs, ranges=_ranges(inputs), delta_softplus=delta_softplus, reverse=reverse)
 
 
 def _backward(inputs, dy, d_last_state, starts, delta_softplus, reverse):
-    """Gradients of the inputs. The kernel leaves the sums over the batch and over a group's tasks to us."""
-    u, delta, A, B, C, D, z, delta_bias, initial_state = inputs
-    batch, _, channels = u.shape
-    groups = max(x.shape[2] if x.ndim == 4 else 1 for x in (B, C))
-    tasks = -(-channels // groups // CHANNELS_PER_TASK)
+    """Gradients of the inputs. The kernel leaves the sums over the batch and over a group's ranges to us."""
+    u, _, A, B, C, D, z, delta_bias, initial_state = inputs
+    ranges = _ranges(inputs)
+    float32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    long, nothing = jax.ShapeDtypeStruct(u.shape, u.dtype), float32((0,))
 
-    def like(x):
-        return (0,) if x is None else x.shape
+    def each_sequence(x):
+        return nothing if x is None else float32((len(u), *x.shape))
 
-    def summed(x):
-        return (0,) if x is None else (batch, *x.shape)
+    def each_range(x):
+        return each_sequence(x) if x.ndim == 2 else float32((len(u), ranges, *x.shape[1:]))
 
-    def matrix(x):
-        return (batch, *x.shape) if x.ndim == 2 else (batch, tasks, *x.shape[1:])
-
-    shapes = (
-        u.shape,
-        u.shape,
-        summed(A),
-        matrix(B),
-        matrix(C),
-        summed(D),
-        like(z),
-        summed(delta_bias),
-        (batch, *A.shape),
+    results = (
+        *(long, long, each_sequence(A), each_range(B), each_range(C)),
+        *(each_sequence(D), nothing if z is None else long, each_sequence(delta_bias), each_sequence(A)),
     )
-    dtypes = (u.dtype, u.dtype, *[jnp.float32] * 4, u.dtype, *[jnp.float32] * 2)
-    results = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in zip(shapes, dtypes)]
+    arrays = (*inputs[:-1], dy, d_last_state, starts)
     du, d_delta, dA, dB, dC, dD, dz, d_bias, d_initial = _call(
-        BACKWARD, results, (*inputs[:-1], dy, d_last_state, starts), delta_softplus, reverse
+        BACKWARD, results, arrays, ranges=ranges, delta_softplus=delta_softplus, reverse=reverse
     )
     return (
         du,
@@ -197,8 +189,14 @@ def _backward(inputs, dy, d_last_state, starts, delta_softplus, reverse):
     )
 
 
-def _call(target, results, arrays, delta_softplus, reverse):
+def _ranges(inputs) -> int:
+    u, _, _, B, C, *_ = inputs
+    groups = max(x.shape[2] if x.ndim == 4 else 1 for x in (B, C))
+    most, least = (-(-u.shape[2] // groups // channels) for channels in RANGE_CHANNELS)
+    return max(least, min(most, -(-TASKS // (len(u) * groups))))
+
+
+def _call(target, results, arrays, **attributes):
     """Absent arrays are passed as empty ones; vmapped axes come first, as native.cc expects them."""
     arrays = [jnp.zeros((0,), jnp.float32) if x is None else x for x in arrays]
-    call = jax.ffi.ffi_call(target, results, vmap_method="broadcast_all")
-    return call(*arrays, delta_softplus=delta_softplus, reverse=reverse)
+    return jax.ffi.ffi_call(target, results, vmap_method="broadcast_all")(*arrays, **attributes)
