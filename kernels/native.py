@@ -26,8 +26,8 @@ SOURCE = Path(__file__).with_name("native.cc")
 FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fPIC", "-shared"]
 FORWARD, BACKWARD = "vimd_selective_scan_forward", "vimd_selective_scan_backward"
 CHUNK = 16  # kChunk in native.cc: steps between two kept states
-# A group's channels are cut into ranges of at least and at most so many, for about this many tasks in all: long rows are
-# read faster, but every core shall have work. Each range makes its part of the gradients of B and C.
+# A group's channels are cut into ranges of at least and at most so many, for about this many tasks in all: long rows
+# are read faster, but every core shall have work. Each range makes its part of the gradients of B and C.
 RANGE_CHANNELS = 64, 512
 TASKS = 16
 
