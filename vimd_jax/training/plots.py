@@ -56,7 +56,8 @@ def save_panel(columns: dict[str, np.ndarray], captions: list[str], path: Path) 
             axes[row, column].imshow(pictures[row], interpolation="nearest")
             axes[row, column].set_axis_off()
         axes[0, column].set_title(f"{title} ({pictures.shape[1]} px)", fontsize=9)
-    figure.get_layout_engine().set(rect=(0, 0.12 / rows, 1, 1 - 0.12 / rows))  # room for the last caption
+    # Room for the captions: between rows, and below the last.
+    figure.get_layout_engine().set(h_pad=0.12, rect=(0, 0.12 / rows, 1, 1 - 0.12 / rows))
     for row, caption in enumerate(captions):
         axes[row, 0].text(0, -0.04, caption, transform=axes[row, 0].transAxes, fontsize=8, va="top", in_layout=False)
     _save(figure, path)
