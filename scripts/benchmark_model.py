@@ -39,7 +39,7 @@ DEPTH = 24  # of Vim-tiny; two scans a layer
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     usual = [*FASTEST_FIRST[jax.default_backend()], "associative"]
-    parser.add_argument("--implementations", nargs="+", default=list(dict.fromkeys(usual)))
+    parser.add_argument("--implementations", nargs="*", default=list(dict.fromkeys(usual)))
     parser.add_argument("--batch", type=int, default=1, help="images, per device where training")
     parser.add_argument("--sizes", type=int, nargs="*", default=[224, 384, 512, 768, 1024, 1248])
     parser.add_argument("--repeats", type=int, default=5)
