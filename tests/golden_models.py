@@ -19,6 +19,8 @@ def vim(constructor: dict, **overrides) -> Vim:
     if not constructor["if_cls_token"]:
         class_token = None
     divide = constructor.get("if_divide_out", constructor.get("if_devide_out"))
+    bimamba_type = "v1" if constructor.get("if_bimamba") else constructor["bimamba_type"]
+    pool = constructor["final_pool_type"]
     options = {
         "num_classes": constructor["num_classes"],
         "image_size": tuple(size) if isinstance(size, list) else size,
@@ -28,8 +30,14 @@ def vim(constructor: dict, **overrides) -> Vim:
         "depth": constructor["depth"],
         "state_size": constructor.get("d_state", 16),
         "class_token": class_token,
-        "pool": constructor["final_pool_type"],
+        "pool": "last" if pool == "none" else pool,
         "merge": "mean" if divide else "sum",
+        "bimamba_type": None if bimamba_type == "none" else bimamba_type,
+        "norm": "rms" if constructor.get("rms_norm", True) else "layer",
+        "layer_scale": constructor.get("init_layer_scale"),
+        "rope": constructor.get("if_rope_residual", False),
+        "paired_layers": constructor.get("if_bidirectional", False),
+        "flip_tokens": constructor.get("flip_img_sequences_ratio", 0) >= 1,
     }
     return Vim(**(options | overrides))
 

@@ -74,7 +74,7 @@ def _super_resolution() -> ConfigDict:
 
 
 def _classifier() -> ConfigDict:
-    """A Vim. Fields left at None keep the value of the named variant."""
+    """A Vim: see `vimd_jax.models.vim.Vim`. Fields left at None keep the value of the named variant; "none" is None."""
     return ConfigDict(
         {
             "name": "vim_tiny_stride8",
@@ -87,6 +87,12 @@ def _classifier() -> ConfigDict:
             "class_token": config_dict.placeholder(str),
             "pool": config_dict.placeholder(str),
             "merge": config_dict.placeholder(str),
+            "bimamba_type": config_dict.placeholder(str),
+            "norm": config_dict.placeholder(str),
+            "layer_scale": config_dict.placeholder(float),
+            "rope": config_dict.placeholder(bool),
+            "paired_layers": config_dict.placeholder(bool),
+            "flip_tokens": config_dict.placeholder(bool),
             "drop_path_rate": 0.0,
             "input_normalization": False,  # subtract ImageNet's mean and divide by its deviation first
             "dtype": "float32",  # of the matrix products: "bfloat16" halves memory; weights and scan stay float32

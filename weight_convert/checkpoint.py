@@ -68,7 +68,7 @@ def _check_same_network(path: Path, source: nn.Module, model: nn.Module) -> None
     if different := sorted(set(variable_shapes(source)) ^ set(variable_shapes(model))):
         raise ValueError(f"{path}: the networks differ in {', '.join(different[:20])}")
     source, model = getattr(source, "classifier", source), getattr(model, "classifier", model)
-    for field in ("class_token", "merge"):
+    for field in ("class_token", "merge", "rope", "paired_layers", "flip_tokens"):
         if getattr(source, field, None) != getattr(model, field, None):
             raise ValueError(
                 f"{path}: {field} is {getattr(source, field)!r} there, {getattr(model, field)!r} in the model"

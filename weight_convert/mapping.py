@@ -2,7 +2,7 @@
 
 Every difference of layout between the two frameworks is a transposition, so a table row is a PyTorch name, a Flax
 path and the axes. `{i}` in a PyTorch name counts layers; where the Flax path has no `{i}`, the layers are stacked on a
-leading axis (`nn.scan`).
+leading axis (`nn.scan`). Rows of variables that a model does not have, by its options, are skipped.
 """
 
 from collections import Counter
@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
+
+from vimd_jax.models.position import rotary_angles
 
 
 class Rule(NamedTuple):
@@ -63,11 +65,15 @@ VIM = (
     Rule("cls_token_tail", "params/class_token_tail"),
     Rule("pos_embed", "params/position_embedding"),
     Rule("layers.{i}.norm.weight", "params/layers/norm/scale"),
+    Rule("layers.{i}.norm.bias", "params/layers/norm/bias"),
     Rule(f"{_MIXER}.in_proj.weight", f"{_STACKED_MIXER}/in_proj/kernel", _LINEAR),
     *_direction("forward", "A_log", ""),
     *_direction("backward", "A_b_log", "_b"),
+    Rule(f"{_MIXER}.A_b_log", f"{_STACKED_MIXER}/forward/A_log_backward"),
+    Rule(f"{_MIXER}.gamma", f"{_STACKED_MIXER}/layer_scale"),
     Rule(f"{_MIXER}.out_proj.weight", f"{_STACKED_MIXER}/out_proj/kernel", _LINEAR),
     Rule("norm_f.weight", "params/norm/scale"),
+    Rule("norm_f.bias", "params/norm/bias"),
     Rule("head.weight", "params/head/kernel", _LINEAR),
     Rule("head.bias", "params/head/bias"),
 )
@@ -113,9 +119,15 @@ def _inside(part: str, rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
 
 TABLES = {"Vim": VIM, "SRResNet": SRRESNET, "SRVM": (*_inside("sr", SRRESNET), *_inside("classifier", VIM))}
 
-_UNSUPPORTED = {
-    "rope.freqs": "rotary position embeddings (the first release of Vim) are not supported",
-    "mixer.gamma": "layer scale is not supported",
+# The option of Vim on which tensors depend, by a part of their names.
+_OPTIONS = {
+    "rope.freqs": "rope",
+    "mixer.gamma": "layer_scale",
+    "norm.bias": "norm",
+    "norm_f.bias": "norm",
+    "_b.": "bimamba_type",
+    "A_b_log": "bimamba_type",
+    "cls_token": "class_token",
 }
 
 
@@ -175,13 +187,23 @@ def step_counters(entries: list[Entry]) -> list[str]:
     return [e.source.removesuffix(ending) + "num_batches_tracked" for e in entries if e.source.endswith(ending)]
 
 
+def rotary_tables(model: nn.Module) -> dict[str, np.ndarray]:
+    """PyTorch's buffers of a Vim with rotary positions, which are computed here."""
+    classifier = getattr(model, "classifier", model)
+    if not getattr(classifier, "rope", False):
+        return {}
+    prefix = "" if classifier is model else "classifier."
+    angles = rotary_angles(classifier.grid, None, classifier.embed_dim)
+    return {f"{prefix}rope.freqs_cos": np.cos(angles), f"{prefix}rope.freqs_sin": np.sin(angles)}
+
+
 def convert_state_dict(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     """PyTorch weights as the variables of `model`, strictly: every tensor is used once, every variable is filled once.
 
     Args:
       state_dict: PyTorch name → array, of the original classes (`VisionMamba`, `SRResNet`). For SRVM-Net the two
         halves: `{"sr": {...}, "classifier": {...}}`, or one flat dict with these prefixes. `num_batches_tracked` is
-        ignored.
+        ignored, rotary tables are compared with ours.
       model: Vim, SRResNet or SRVM; its options decide the expected names and shapes.
 
     Returns:
@@ -189,7 +211,7 @@ def convert_state_dict(state_dict: dict[str, Any], model: nn.Module) -> dict[str
       whatever floating-point dtype the tensors have.
 
     Raises:
-      ValueError: missing or unexpected names, or wrong shapes or dtypes; one message lists them all.
+      ValueError: missing or unexpected names, wrong shapes, dtypes or rotary tables; one message lists them all.
     """
     return nested(fill(state_dict, model))
 
@@ -208,7 +230,7 @@ def fill(state_dict: dict[str, Any], model: nn.Module, flexible: tuple[str, ...]
     """`convert_state_dict` to path → array; paths that end with one of `flexible` keep the shape they come with."""
     state_dict = flat_state_dict(state_dict)
     entries = plan(model)
-    _check(state_dict, entries, type(model).__name__, flexible)
+    _check(state_dict, entries, model, flexible)
     layers = Counter(entry.target for entry in entries)
     leaves: dict[str, np.ndarray] = {}
     for entry in entries:
@@ -223,12 +245,12 @@ def fill(state_dict: dict[str, Any], model: nn.Module, flexible: tuple[str, ...]
     return leaves
 
 
-def _check(state_dict: dict[str, Any], entries: list[Entry], kind: str, flexible: tuple[str, ...]) -> None:
-    expected = {entry.source for entry in entries}
+def _check(state_dict: dict[str, Any], entries: list[Entry], model: nn.Module, flexible: tuple[str, ...]) -> None:
+    expected, tables = {entry.source for entry in entries}, rotary_tables(model)
     found = [(entry, np.asarray(state_dict[entry.source])) for entry in entries if entry.source in state_dict]
     differences = {
         "missing": sorted(expected - set(state_dict)),
-        "unexpected": sorted(set(state_dict) - expected - set(step_counters(entries))),
+        "unexpected": sorted(set(state_dict) - expected - set(step_counters(entries)) - set(tables)),
         "wrong shape": [
             f"{entry.source} is {tensor.shape}, expected {entry.shape}"
             for entry, tensor in found
@@ -239,11 +261,23 @@ def _check(state_dict: dict[str, Any], entries: list[Entry], kind: str, flexible
             for entry, tensor in found
             if not jnp.issubdtype(tensor.dtype, jnp.floating)
         ],
+        "not the rotary table of this grid": [
+            name for name in tables if name in state_dict and not _same_table(state_dict[name], tables[name], flexible)
+        ],
     }
     problems = [f"{what} ({len(names)}): {_listed(names)}" for what, names in differences.items() if names]
-    problems += [why for part, why in _UNSUPPORTED.items() if any(part in name for name in differences["unexpected"])]
+    odd = [*differences["missing"], *differences["unexpected"]]
+    if options := sorted({option for part, option in _OPTIONS.items() if any(part in name for name in odd)}):
+        problems.append(f"look at the options {', '.join(options)} of the model")
     if problems:
-        raise ValueError(f"the weights do not fit {kind}: {'; '.join(problems)}")
+        raise ValueError(f"the weights do not fit {type(model).__name__}: {'; '.join(problems)}")
+
+
+def _same_table(table: Any, expected: np.ndarray, other_grid: Any) -> bool:
+    table = np.asarray(table, np.float32)
+    if table.shape != expected.shape:
+        return bool(other_grid)
+    return np.allclose(table, expected, atol=1e-3)
 
 
 def _listed(names: list[str], most: int = 20) -> str:
@@ -258,7 +292,7 @@ def export_state_dict(variables: dict[str, Any], model: nn.Module) -> dict[str, 
       model: the module they belong to.
 
     Returns:
-      PyTorch name → float32 array; `num_batches_tracked` is 0, since Flax does not count.
+      PyTorch name → float32 array, rotary tables included; `num_batches_tracked` is 0, since Flax does not count.
     """
     leaves = {path: np.asarray(leaf) for path, leaf in flatten_dict(variables, sep="/").items()}
     entries = plan(model)
@@ -268,4 +302,5 @@ def export_state_dict(variables: dict[str, Any], model: nn.Module) -> dict[str, 
         if entry.axes is not None:
             tensor = tensor.transpose(np.argsort(entry.axes))
         tensors[entry.source] = np.ascontiguousarray(tensor, np.float32)
-    return tensors | {name: np.zeros((), np.int64) for name in step_counters(entries)}
+    counters = {name: np.zeros((), np.int64) for name in step_counters(entries)}
+    return tensors | rotary_tables(model) | counters

@@ -112,10 +112,11 @@ def cast(name, dtype):
         (cast("head.bias", np.complex64), r"not floating point \(1\): head.bias is complex64$"),
         (
             lambda w: w.update({"rope.freqs_cos": np.zeros((4, 16))}),
-            "unexpected.*rotary position embeddings.*not supported",
+            "unexpected.*; look at the options rope of the",
         ),
-        (lambda w: w.update({"layers.0.mixer.gamma": np.zeros(16)}), "unexpected.*layer scale is not supported"),
-        (lambda w: w.clear(), r"missing \(41\): .* and 21 more$"),
+        (lambda w: w.update({"layers.0.mixer.gamma": np.zeros(16)}), "unexpected.*options layer_scale of"),
+        (without("cls_token"), "missing.*options class_token of"),
+        (lambda w: w.clear(), r"missing \(41\): .* and 21 more"),
     ],
 )
 def test_differences_are_listed(change, message):
@@ -123,6 +124,15 @@ def test_differences_are_listed(change, message):
     change(weights)
     with pytest.raises(ValueError, match=message):
         convert_state_dict(weights, SMALL)
+
+
+def test_rotary_tables_are_compared():
+    model = Vim(num_classes=5, image_size=32, patch_size=8, stride=8, embed_dim=16, depth=1, rope=True)
+    weights = random_state_dict(model)
+    assert weights["rope.freqs_cos"].shape == (16, 16)
+    convert_state_dict(weights, model)
+    with pytest.raises(ValueError, match=r"not the rotary table of this grid \(1\): rope.freqs_sin$"):
+        convert_state_dict(weights | {"rope.freqs_sin": weights["rope.freqs_cos"]}, model)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])

@@ -1,4 +1,4 @@
-"""Where class tokens stand in a sequence of patches, and position tables for another grid of patches."""
+"""Where class tokens stand in a sequence of patches, position tables for another grid, rotary positions."""
 
 from collections.abc import Sequence
 
@@ -73,3 +73,36 @@ def _cubic(t: np.ndarray, a: float = -0.75) -> np.ndarray:
     near = (a + 2) * t**3 - (a + 3) * t**2 + 1
     far = a * (t**3 - 5 * t**2 + 8 * t - 4)
     return np.where(t <= 1, near, far)
+
+
+def rotary_angles(grid: tuple[int, int], class_token: str | None, dim: int) -> np.ndarray:
+    """Angles of rotary position embeddings in two dimensions (Su et al., "RoFormer", 2021, as Vim uses them).
+
+    The first half of the channels turns with a patch's row, the second with its column, each pair of channels at a
+    frequency of its own. Positions span 14 on any grid. Class tokens do not turn; one in the middle is taken, as
+    published, to be the first token, so that the patches before it turn by their successor's angle.
+
+    Args:
+      grid: (rows, columns) of patches.
+      class_token: "middle", "head", "double" or None.
+      dim: channels, divisible by 4.
+
+    Returns:
+      (tokens, dim) float32 radians.
+    """
+    frequencies = np.repeat(10000.0 ** (-np.arange(0, dim // 2, 2) / (dim // 2)), 2)
+    rows, columns = (14 * np.arange(size)[:, None] / size * frequencies for size in grid)
+    shape = (*grid, dim // 2)
+    angles = np.concatenate(
+        [np.broadcast_to(rows[:, None], shape), np.broadcast_to(columns[None], shape)], axis=-1
+    ).reshape(-1, dim)
+    positions = class_token_positions("head" if class_token == "middle" else class_token, len(angles))
+    places = [position - k for k, position in enumerate(positions)]
+    return np.insert(angles, places, 0, axis=0).astype(np.float32)
+
+
+def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
+    """Turns neighbouring pairs of channels (a, b) to (a cos - b sin, b cos + a sin); x (..., tokens, dim)."""
+    a, b = x[..., ::2], x[..., 1::2]
+    turned = jnp.stack([-b, a], axis=-1).reshape(x.shape)
+    return x * jnp.cos(angles) + turned * jnp.sin(angles)

@@ -11,6 +11,8 @@ the same sum. Parameters, stream, norms, scan state and head are float32; `dtype
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,13 +20,24 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from kernels import selective_scan
-from vimd_jax.models.initializers import uniform, uniform_fan_in
-from vimd_jax.models.position import CLASS_TOKENS, class_token_positions, insert_tokens, resize_positions
+from vimd_jax.models.initializers import uniform_fan_in
+from vimd_jax.models.mamba import SSM, inverse_softplus_of_steps
+from vimd_jax.models.position import (
+    CLASS_TOKENS,
+    class_token_positions,
+    insert_tokens,
+    resize_positions,
+    rotary_angles,
+    rotate,
+)
 
 POOLS = ("mean", "max", "last")
 MERGES = ("mean", "sum")
-CONV_WIDTH = 4
+BIMAMBA_TYPES = ("v2", "v1", None)
+NORMS = {
+    "rms": partial(nn.RMSNorm, epsilon=1e-5, dtype=jnp.float32),
+    "layer": partial(nn.LayerNorm, epsilon=1e-5, dtype=jnp.float32),
+}
 EXPAND = 2
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -45,7 +58,15 @@ class Vim(nn.Module):
       class_token: "middle" of the sequence, at its "head", "double" (one at each end, averaged) or None.
       pool: without a class token, what the head reads: the "mean" of the tokens, the "last" token, or every token, of
         whose logits the "max" is taken.
-      merge: "mean" or "sum" of the two scan directions.
+      merge: "mean" or "sum" of the two scan directions of bimamba_type "v2"; "v1" always sums.
+      bimamba_type: "v2", two directions with weights of their own; "v1", two directions that differ in the state
+        matrix only; None, a forward scan only.
+      norm: "rms" or "layer", of the layers and at the end.
+      layer_scale: a learned factor per channel of what a layer adds, and where it starts; None leaves it out.
+      rope: rotate the stream before every layer, by rotary position embeddings (Vim's first release).
+      paired_layers: every second layer reads the sequence from its end, and each pair adds up beside the stream.
+      flip_tokens: reverse the sequence behind the position embedding. As published, the head still reads the place
+        where the class token was.
       drop_path_rate: stochastic depth of the last layer while training; it grows linearly from 0 at the first.
       input_normalization: subtract ImageNet's mean and divide by its deviation first, as pretraining on ImageNet did.
       dtype: of the projections and what they yield, float32 or bfloat16.
@@ -63,6 +84,12 @@ class Vim(nn.Module):
     class_token: str | None = "middle"
     pool: str = "mean"
     merge: str = "mean"
+    bimamba_type: str | None = "v2"
+    norm: str = "rms"
+    layer_scale: float | None = None
+    rope: bool = False
+    paired_layers: bool = False
+    flip_tokens: bool = False
     drop_path_rate: float = 0.0
     input_normalization: bool = False
     dtype: Any = jnp.float32
@@ -71,8 +98,8 @@ class Vim(nn.Module):
 
     def __post_init__(self):
         super().__post_init__()
-        choices = {"class_token": CLASS_TOKENS, "pool": POOLS, "merge": MERGES}
-        for field, allowed in choices.items():
+        choices = {"class_token": CLASS_TOKENS, "pool": POOLS, "merge": MERGES, "bimamba_type": BIMAMBA_TYPES}
+        for field, allowed in (choices | {"norm": tuple(NORMS)}).items():
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{field}: {getattr(self, field)!r} is unknown, choose one of {allowed}")
         for field in ("num_classes", "patch_size", "stride", "embed_dim", "depth", "state_size"):
@@ -80,6 +107,10 @@ class Vim(nn.Module):
                 raise ValueError(f"{field}: {getattr(self, field)} is too small, it must be at least 1")
         if not 0 <= self.drop_path_rate < 1:
             raise ValueError(f"drop_path_rate: {self.drop_path_rate} is no probability below 1")
+        if self.rope and (self.embed_dim % 4 or self.paired_layers):
+            raise ValueError("rope: it needs an embed_dim divisible by 4, and no paired_layers")
+        if self.paired_layers and self.depth % 2:
+            raise ValueError(f"paired_layers: {self.depth} layers (depth) make no pairs")
         self.grid  # noqa: B018  an image_size below one patch is an error now, not at the first image
 
     @property
@@ -118,22 +149,10 @@ class Vim(nn.Module):
         positions = class_token_positions(self.class_token, grid[0] * grid[1])
         x = self._embed(images, grid, positions)
 
-        layer = nn.remat(Layer, prevent_cse=False) if self.remat else Layer
-        layers = nn.scan(
-            layer, variable_axes={"params": 0}, split_rngs={"params": True, "drop_path": True}, length=self.depth
-        )
-        x, states = layers(
-            depth=self.depth,
-            state_size=self.state_size,
-            merge=self.merge,
-            drop_path=train and self.drop_path_rate > 0,
-            return_state=return_features,
-            dtype=jnp.dtype(self.dtype),
-            scan_implementation=self.scan_implementation,
-            name="layers",
-        )(x, jnp.linspace(0.0, self.drop_path_rate, self.depth))
+        angles = rotary_angles(grid, self.class_token, self.embed_dim) if self.rope else None
+        x, states = self._run_layers(x, angles, train, return_features)
 
-        norm = nn.RMSNorm(epsilon=1e-5, dtype=jnp.float32, name="norm")
+        norm = NORMS[self.norm](name="norm")
         head = nn.Dense(self.num_classes, kernel_init=nn.initializers.normal(0.02), dtype=jnp.float32, name="head")
         pre_logits = self._pool(norm(x), positions)
         logits = head(pre_logits)
@@ -142,6 +161,32 @@ class Vim(nn.Module):
         if not return_features:
             return logits
         return logits, {"hidden_states": norm(states), "pre_logits": pre_logits}
+
+    def _run_layers(self, x, angles, train, return_states):
+        """The stream after the last layer and, stacked, after each layer."""
+        mixer = partial(
+            Mixer,
+            depth=self.depth,
+            state_size=self.state_size,
+            bimamba_type=self.bimamba_type,
+            merge=self.merge,
+            layer_scale=self.layer_scale,
+            dtype=jnp.dtype(self.dtype),
+            scan_implementation=self.scan_implementation,
+        )
+        layer = PairedLayer if self.paired_layers else Layer
+        layers = nn.scan(
+            nn.remat(layer, prevent_cse=False) if self.remat else layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "drop_path": True},
+            in_axes=(0, nn.broadcast),
+            length=self.depth,
+        )(mixer, NORMS[self.norm], train and self.drop_path_rate > 0, return_states, name="layers")
+        drop_rates = jnp.linspace(0.0, self.drop_path_rate, self.depth)
+        if not self.paired_layers:
+            return layers(x, drop_rates, angles)
+        (x, *_), states = layers((x, jnp.zeros_like(x), False), drop_rates, angles)
+        return x, states
 
     def _check(self, images) -> tuple[int, int]:
         if images.ndim != 4 or images.shape[3] != 3:
@@ -174,7 +219,8 @@ class Vim(nn.Module):
         table = self.param("position_embedding", normal, (1, table_length, dim))
         if grid != self.grid:
             table = resize_positions(table, self.grid, grid, self.class_token)
-        return insert_tokens(patches, tokens, positions) + table
+        x = insert_tokens(patches, tokens, positions) + table
+        return x[:, ::-1] if self.flip_tokens else x
 
     def _pool(self, tokens, positions):
         if positions:
@@ -183,141 +229,98 @@ class Vim(nn.Module):
 
 
 class Layer(nn.Module):
-    """x + mixer(norm(x)), the mixer's part dropped for whole images at random where `drop_path` is on."""
+    """x + mixer(norm(x)), the mixer's part dropped for whole images at random where `drop_path` is on.
 
-    depth: int
-    state_size: int
-    merge: str
+    Attributes:
+      mixer: makes the mixer, given a name.
+      norm: makes the norm, given a name.
+      drop_path: whether drop rates apply.
+      return_state: whether to return the stream for stacking too.
+    """
+
+    mixer: Callable[..., nn.Module]
+    norm: Callable[..., nn.Module]
     drop_path: bool
     return_state: bool
-    dtype: Any
-    scan_implementation: str | None
 
     @nn.compact
-    def __call__(self, x: jax.Array, drop_rate: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        """Maps x (batch, tokens, dim) to (next x, the same for the stack of states or None): a step of nn.scan."""
-        y = nn.RMSNorm(epsilon=1e-5, dtype=jnp.float32, name="norm")(x)
-        y = Mixer(self.depth, self.state_size, self.merge, self.dtype, self.scan_implementation, name="mixer")(
-            y
-        ).astype(jnp.float32)
+    def __call__(
+        self, x: jax.Array, drop_rate: jax.Array, angles: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Maps x (batch, tokens, dim) to (next x, the same for the stack of states or None): a step of nn.scan.
+
+        `angles`, (tokens, dim), rotate x first.
+        """
+        if angles is not None:
+            x = rotate(x, angles)
+        x = x + self._update(x, drop_rate)
+        return x, (x if self.return_state else None)
+
+    def _update(self, x, drop_rate):
+        y = self.mixer(name="mixer")(self.norm(name="norm")(x)).astype(jnp.float32)
         if self.drop_path:
             keep = jax.random.bernoulli(self.make_rng("drop_path"), 1 - drop_rate, (x.shape[0], 1, 1))
             y = jnp.where(keep, y / (1 - drop_rate), 0)
-        x = x + y
-        return x, (x if self.return_state else None)
+        return y
+
+
+class PairedLayer(Layer):
+    """Half of a pair that reads the same stream from both ends: x becomes (x + f(x)) + (x + flip(g(flip(x)))).
+
+    That doubles the stream, as published; what the first layer of a pair makes waits for the second.
+    """
+
+    @nn.compact
+    def __call__(self, carry, drop_rate: jax.Array, angles: None):
+        """Maps (x, the first layer's result, whether this layer is the second) to the next such triple."""
+        x, first, second = carry
+        y = self._update(jnp.where(second, x[:, ::-1], x), drop_rate)
+        result = x + jnp.where(second, y[:, ::-1], y)
+        x = jnp.where(second, first + result, x)
+        state = jnp.where(second, x, result)
+        return (x, result, ~second), (state if self.return_state else None)
 
 
 class Mixer(nn.Module):
-    """Vim's bidirectional mixer: the two directions share the projections in and out, and nothing else."""
+    """Vim's bidirectional mixer: the two directions share the projections in and out, and nothing else.
+
+    Ablations share everything but the state matrix (bimamba_type "v1") or have one direction (None).
+    """
 
     depth: int
     state_size: int
+    bimamba_type: str | None
     merge: str
+    layer_scale: float | None
     dtype: Any
     scan_implementation: str | None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps x (batch, tokens, dim) to the same shape."""
         dim = x.shape[-1]
         channels = EXPAND * dim
         xz = nn.Dense(2 * channels, use_bias=False, kernel_init=uniform_fan_in, dtype=self.dtype, name="in_proj")(x)
-        x, z = jnp.split(xz, 2, axis=-1)
-        ssm = {"delta_rank": math.ceil(dim / 16), "state_size": self.state_size, "dtype": self.dtype}
-        ssm["scan_implementation"] = self.scan_implementation
-        forward = SSM(reverse=False, delta_bias_init=inverse_softplus_of_steps, **ssm, name="forward")(x, z)
+        y = self._scan(*jnp.split(xz, 2, axis=-1), math.ceil(dim / 16))
+        shrunk = nn.initializers.variance_scaling(1 / (3 * self.depth), "fan_in", "uniform")  # uniform_fan_in / √depth
+        y = nn.Dense(dim, use_bias=False, kernel_init=shrunk, dtype=self.dtype, name="out_proj")(y)
+        if self.layer_scale is None:
+            return y
+        return y * self.param("layer_scale", nn.initializers.constant(self.layer_scale), (dim,))
+
+    def _scan(self, x, z, delta_rank):
+        ssm = partial(
+            SSM,
+            delta_rank=delta_rank,
+            state_size=self.state_size,
+            dtype=self.dtype,
+            scan_implementation=self.scan_implementation,
+        )
+        direction = "both" if self.bimamba_type == "v1" else "forward"
+        forward = ssm(direction=direction, delta_bias_init=inverse_softplus_of_steps, name="forward")(x, z)
+        if self.bimamba_type != "v2":
+            return forward
         # The backward bias starts at 0, a step of 0.69 against 0.001 to 0.1 forward: an oversight of the original, with
         # which its published weights were trained.
-        backward = SSM(reverse=True, delta_bias_init=nn.initializers.zeros, **ssm, name="backward")(x, z)
-        merged = forward + backward
-        if self.merge == "mean":
-            merged = merged / 2
-        shrunk = nn.initializers.variance_scaling(1 / (3 * self.depth), "fan_in", "uniform")  # uniform_fan_in / √depth
-        return nn.Dense(dim, use_bias=False, kernel_init=shrunk, dtype=self.dtype, name="out_proj")(merged)
-
-
-class SSM(nn.Module):
-    """One direction of a mixer: short convolution, step sizes and matrices from its output, selective scan, gate.
-
-    `reverse` looks and runs from the last token to the first, by index: nothing is flipped.
-    """
-
-    delta_rank: int
-    state_size: int
-    reverse: bool
-    delta_bias_init: nn.initializers.Initializer
-    dtype: Any
-    scan_implementation: str | None
-
-    @nn.compact
-    def __call__(self, x: jax.Array, z: jax.Array) -> jax.Array:
-        """Maps x and the gate z, both (batch, length, channels), to the same shape."""
-        channels, rank, state = x.shape[-1], self.delta_rank, self.state_size
-        u = ShortConv(self.reverse, name="conv")(x)
-        projected = nn.Dense(
-            rank + 2 * state, use_bias=False, kernel_init=uniform_fan_in, dtype=self.dtype, name="x_proj"
-        )(u)
-        delta, B, C = jnp.split(projected, [rank, rank + state], axis=-1)
-        delta, delta_bias = DeltaProjection(channels, self.delta_bias_init, name="dt_proj")(delta)
-        return selective_scan(
-            u,
-            delta,
-            -jnp.exp(self.param("A_log", log_of_counting, (channels, state))),
-            B,
-            C,
-            self.param("D", nn.initializers.ones, (channels,)),
-            z,
-            delta_bias,
-            delta_softplus=True,
-            reverse=self.reverse,
-            implementation=self.scan_implementation,
-        )
-
-
-class ShortConv(nn.Module):
-    """Causal convolution of each channel with its own filter, anti-causal if `reverse`; then SiLU."""
-
-    reverse: bool
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps x (batch, length, channels) to the same shape and dtype."""
-        channels = x.shape[-1]
-        kernel = self.param("kernel", uniform_fan_in, (CONV_WIDTH, 1, channels))
-        bias = self.param("bias", uniform(CONV_WIDTH**-0.5), (channels,))
-        # Computed again in the backward pass, which would otherwise keep every shifted copy of x.
-        return jax.checkpoint(_silu_of_conv, static_argnums=3, prevent_cse=False)(x, kernel, bias, self.reverse)
-
-
-def _silu_of_conv(x, kernel, bias, reverse):
-    # A sum of shifted copies: on a CPU over ten times faster than XLA's grouped convolution, on a GPU one fused loop.
-    length, past = x.shape[1], CONV_WIDTH - 1
-    padded = jnp.pad(x, ((0, 0), (0, past) if reverse else (past, 0), (0, 0)))
-    taps = kernel[::-1, 0] if reverse else kernel[:, 0]  # the last tap meets the current token
-    y = sum(padded[:, k : k + length] * taps[k] for k in range(CONV_WIDTH)) + bias
-    return jax.nn.silu(y).astype(x.dtype)
-
-
-class DeltaProjection(nn.Module):
-    """Step sizes from their low-rank code. The bias is handed on: the scan adds it in float32."""
-
-    channels: int
-    bias_init: nn.initializers.Initializer
-
-    @nn.compact
-    def __call__(self, code: jax.Array) -> tuple[jax.Array, jax.Array]:
-        kernel = self.param("kernel", uniform_fan_in, (code.shape[-1], self.channels))
-        bias = self.param("bias", self.bias_init, (self.channels,))
-        return code @ kernel.astype(code.dtype), bias
-
-
-def log_of_counting(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-    """log(1), log(2), … along the last axis: the state matrix starts as -1, -2, … in every channel (S4D-real)."""
-    del key
-    return jnp.broadcast_to(jnp.log(jnp.arange(1, shape[-1] + 1, dtype=dtype)), shape)
-
-
-def inverse_softplus_of_steps(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-    """Biases whose softplus is log-uniform between 0.001 and 0.1: the step sizes at the start (Mamba)."""
-    log_step = jax.random.uniform(key, shape, dtype, math.log(0.001), math.log(0.1))
-    step = jnp.exp(log_step)
-    return step + jnp.log(-jnp.expm1(-step))
+        backward = ssm(direction="backward", delta_bias_init=nn.initializers.zeros, name="backward")(x, z)
+        return (forward + backward) / 2 if self.merge == "mean" else forward + backward

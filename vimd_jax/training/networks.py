@@ -22,7 +22,10 @@ log = logging.getLogger(__name__)
 
 
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-_OVERRIDES = ("embed_dim", "depth", "patch_size", "stride", "state_size", "class_token", "pool", "merge")
+_OVERRIDES = (
+    *("embed_dim", "depth", "patch_size", "stride", "state_size", "class_token", "pool", "merge"),
+    *("bimamba_type", "norm", "layer_scale", "rope", "paired_layers", "flip_tokens"),
+)
 
 
 def check_resolutions(config: ConfigDict) -> None:
@@ -62,9 +65,8 @@ def _build_classifier(config: ConfigDict, role: str, num_classes: int) -> nn.Mod
     fields = config[role]
     if fields.dtype not in _DTYPES:
         raise ValueError(f"config.{role}.dtype is {fields.dtype!r}: choose {' or '.join(_DTYPES)}.")
-    overrides = {name: fields[name] for name in _OVERRIDES if fields[name] is not None}
-    if overrides.get("class_token") == "none":
-        overrides["class_token"] = None
+    given = {name: fields[name] for name in _OVERRIDES if fields[name] is not None}
+    overrides = {name: None if value == "none" else value for name, value in given.items()}
     return create_model(
         fields.name,
         num_classes=num_classes,
