@@ -87,10 +87,9 @@ def check_recorded(case: str):
         assert golden.relative_error(actual[name], value) < 1e-5, name
 
 
-# Together they have and lack every option; the other recorded cases combine the same ones.
-@pytest.mark.parametrize("case", ["L65_constB", "L65_grouped", "L7_D_z_nosoftplus"])
+@pytest.mark.parametrize("case", golden.cases("c01_scan_*"))
 def test_recorded_results_and_gradients(case, short_windows):
-    check_recorded(f"c01_scan_{case}")
+    check_recorded(case)
 
 
 def test_recorded_results_and_gradients_in_full_windows():

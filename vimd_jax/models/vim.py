@@ -36,7 +36,7 @@ MERGES = ("mean", "sum")
 BIMAMBA_TYPES = ("v2", "v1", None)
 NORMS = {
     "rms": partial(nn.RMSNorm, epsilon=1e-5, dtype=jnp.float32),
-    "layer": partial(nn.LayerNorm, epsilon=1e-5, dtype=jnp.float32),
+    "layer": partial(nn.LayerNorm, epsilon=1e-5, use_fast_variance=False, dtype=jnp.float32),
 }
 EXPAND = 2
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
