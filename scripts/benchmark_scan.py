@@ -9,8 +9,8 @@ inputs and outputs, as XLA plans it, as a fraction of all states in float32. Imp
 machine slows all of them alike. `--large` instead checks the fastest implementation on arrays of more than 2 GB each.
 
 The floor is the larger of two times, at rates measured first: to move each input and output once (twice the inputs for
-a backward pass), as fast as as many bytes are changed in place, which may fit a cache; and to compute one exponential per state
-(two with a backward pass), with the device's exp2 or with nine multiply-adds, whichever is faster.
+a backward pass), as fast as a plain program changes as many bytes in place, which may fit a cache; and to compute one
+exponential per state (two with a backward pass), with the device's exp2 or with nine multiply-adds, the faster of them.
 """
 
 import argparse
