@@ -147,6 +147,13 @@ def test_a_workdir_belongs_to_one_config(trained):
         train.train(tiny_config("teacher", schedule__num_epochs=3), trained / "teacher")
 
 
+def test_a_workdir_of_before_a_field_existed_is_read(trained, tmp_path):
+    stored = json.loads((trained / "teacher" / "config.json").read_text())
+    del stored["teacher"]["rope"], stored["ema_decay"]
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    assert workdirs.read_config(tmp_path) == workdirs.read_config(trained / "teacher")
+
+
 @pytest.mark.parametrize("flag", ["--config.dataset.nmae=cub", "--config.batch_size=many"])
 def test_a_misspelt_or_mistyped_field_ends_the_program(tmp_path, flag):
     command = [

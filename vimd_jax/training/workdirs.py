@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from vimd_jax.config import CHANGEABLE
+from vimd_jax.config import CHANGEABLE, default_config
 
 
 def stages(config: ConfigDict, workdir: Path) -> list[tuple[ConfigDict, Path]]:
@@ -31,7 +31,7 @@ def claim(workdir: Path, config: ConfigDict, class_names: tuple[str, ...]) -> No
     """
     path = workdir / "config.json"
     if path.exists():
-        now, then = _flat(_as_json(config)), _flat(json.loads(path.read_text()))
+        now, then = _flat(_as_json(config)), _flat(_as_json(read_config(workdir)))
         changed = [key for key in sorted(now.keys() | then.keys()) if now.get(key) != then.get(key)]
         differences = [
             f"config.{key} was {then.get(key)!r}, is {now.get(key)!r}" for key in changed if key not in CHANGEABLE
@@ -52,7 +52,7 @@ def is_workdir(path: Path) -> bool:
 
 
 def read_config(workdir: Path) -> ConfigDict:
-    """The settings of the run in a workdir.
+    """The settings of the run in a workdir; fields that did not exist when it began have their defaults.
 
     Raises:
       FileNotFoundError: the folder holds no run.
@@ -60,7 +60,11 @@ def read_config(workdir: Path) -> ConfigDict:
     path = workdir / "config.json"
     if not path.exists():
         raise FileNotFoundError(f"{workdir} is not a workdir of vimd_jax.train: it holds no config.json.")
-    return ConfigDict(json.loads(path.read_text()))
+    stored = json.loads(path.read_text())
+    config = default_config(stored.get("stage"))
+    with config.unlocked():
+        config.update(stored)
+    return config
 
 
 def read_class_names(workdir: Path) -> list[str]:
