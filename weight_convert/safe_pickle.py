@@ -25,6 +25,8 @@ _PUSH = {"BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT"}
 _PUSH |= {"BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "SHORT_BINBYTES", "BINBYTES", "BINBYTES8"}
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_MAX_BITS = 1024  # of an integer: a short pickle can use a long one a million times
+_MAX_ARGUMENTS = 16  # of a constructor
 _KEY_TYPES = (str, int, float, bool, bytes, type(None))  # hashing a deeply nested tuple can overflow the C stack
 
 
@@ -53,6 +55,8 @@ def interpret(pickle: bytes, names: dict[str, Any], persistent: Callable[[Any], 
     for opcode, argument, _ in pickletools.genops(pickle):
         instruction = opcode.name
         if instruction in _PUSH:
+            if type(argument) is int and argument.bit_length() > _MAX_BITS:
+                raise PickleError(f"holds an integer of more than {_MAX_BITS} bits")
             stack.append(argument)
         elif instruction in _CONSTANTS:
             stack.append(_CONSTANTS[instruction])
@@ -110,13 +114,13 @@ def _look_up(names: dict[str, Any], name: str) -> Any:
         module, _, attribute = name.rpartition(" ")
         raise PickleError(
             f"asks for {module}.{attribute}; only tensors, containers, numbers, strings and argparse.Namespace are "
-            "read, and nothing was executed"
+            "read, and nothing was executed; save model.state_dict() alone"
         )
     return names[name]
 
 
 def _construct(constructor: Any, arguments: Any) -> Any:
-    if not isinstance(constructor, Constructor) or type(arguments) is not tuple:
+    if not isinstance(constructor, Constructor) or type(arguments) is not tuple or len(arguments) > _MAX_ARGUMENTS:
         raise PickleError("calls something that is not a constructor of data")
     return constructor.build(*arguments)
 

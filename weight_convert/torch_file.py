@@ -20,9 +20,10 @@ from safetensors import safe_open
 from weight_convert.safe_pickle import Constructor, PickleError, interpret
 
 # Far beyond any real checkpoint (Vim-base with its optimizer state: 2,000 tensors); a hostile file stops here.
-_MAX_PICKLE_BYTES = 16 * 2**20
+_MAX_PICKLE_BYTES = 8 * 2**20
 _MAX_ITEMS = 200_000
 _MAX_NAME_LENGTH = 1_000
+_MAX_RANK = 64
 
 _LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # what PyTorch before 1.6 wrote first
 
@@ -49,10 +50,11 @@ def load_torch_checkpoint(path: str | Path, *, key: str | None = None) -> dict[s
     """
     path = Path(path)
     with _errors_naming(path):
-        if path.suffix == ".safetensors":
-            return _load_safetensors(path, key)
         with path.open("rb") as file:
-            _check_format(file.read(512))
+            start = file.read(512)
+        if start[8:9] == b"{":  # behind the length of a JSON header
+            return _load_safetensors(path, key)
+        _check_format(start)
         with zipfile.ZipFile(path) as archive:
             checkpoint = _Archive(archive, path.stat().st_size)
             content = interpret(checkpoint.read("data.pkl", _MAX_PICKLE_BYTES), _NAMES, _persistent)
@@ -87,14 +89,17 @@ def _check_format(start: bytes) -> None:
             "torch.save(torch.load('OLD.pth', map_location='cpu'), 'NEW.pth')\""
         )
     if not start.startswith(b"PK"):
-        raise CheckpointError("not a PyTorch checkpoint (no zip archive)")
+        raise CheckpointError("neither a PyTorch checkpoint (no zip archive) nor .safetensors; download it again")
 
 
 def _load_safetensors(path: Path, key: str | None) -> dict[str, np.ndarray]:
     if key is not None:
         raise CheckpointError(f"a .safetensors file holds one set of tensors; leave out key={key!r}")
     with safe_open(path, framework="numpy") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open cannot be iterated)
+        names = list(file.keys())
+        if eighths := [name for name in names if file.get_slice(name).get_dtype().startswith("F8")]:
+            raise CheckpointError(f"{eighths[0]} is stored in 8-bit floats, which are not read; save it as float32")
+        return {name: file.get_tensor(name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -127,7 +132,7 @@ class _Archive:
             raise CheckpointError("not a PyTorch checkpoint (the archive needs one data.pkl, and no name twice)")
         # PyTorch never compresses, so entries that claim more bytes than the file has are an attack or damage.
         if any(e.compress_type != zipfile.ZIP_STORED or e.compress_size != e.file_size for e in entries):
-            raise CheckpointError("compressed entries, which PyTorch never writes")
+            raise CheckpointError("compressed entries, which torch.save never writes; save model.state_dict() with it")
         if sum(entry.file_size for entry in entries) > file_size:
             raise CheckpointError("truncated or damaged, download it again (its entries exceed its size)")
         self._root = roots[0]
@@ -154,6 +159,8 @@ class _Archive:
 
 
 def _view(data: bytes, tensor: _Tensor, most_bytes: int) -> np.ndarray:
+    if len(tensor.shape) > _MAX_RANK:
+        raise CheckpointError(f"a tensor has more than {_MAX_RANK} dimensions")
     if any(type(n) is not int or n < 0 for n in (tensor.offset, *tensor.shape, *tensor.strides)):
         raise CheckpointError("a tensor's offset, shape or strides are not natural numbers")
     size, numbers = tensor.dtype.itemsize, math.prod(tensor.shape)
@@ -214,14 +221,31 @@ def _persistent(identity: Any) -> _Storage:
     return _Storage(key, dtype, count)
 
 
-def _tensor_v2(storage: _Storage, offset: int, shape: tuple, strides: tuple, *_: Any) -> _Tensor:
-    return _Tensor(storage, storage.dtype, offset, shape, strides)
+def _tensor_v2(
+    storage: _Storage, offset: int, shape: tuple, strides: tuple, grad: Any = None, hooks: Any = None, views: Any = None
+) -> _Tensor:
+    return _tensor_v3(storage, offset, shape, strides, grad, hooks, storage.dtype, views)
 
 
 def _tensor_v3(
-    storage: _Storage, offset: int, shape: tuple, strides: tuple, _grad: Any, _hooks: Any, dtype: np.dtype, *_: Any
+    storage: _Storage,
+    offset: int,
+    shape: tuple,
+    strides: tuple,
+    _grad: Any,
+    _hooks: Any,
+    dtype: np.dtype,
+    views: Any = None,
 ) -> _Tensor:
+    if views:
+        raise PickleError("holds a conjugated or negated view; save it after resolve_conj() and resolve_neg()")
     return _Tensor(storage, dtype, offset, shape, strides)
+
+
+def _size(dimensions: tuple) -> tuple:
+    if type(dimensions) is not tuple:
+        raise PickleError("a torch.Size is made of something that is not a tuple")
+    return dimensions
 
 
 def _number(*_: Any) -> None:
@@ -248,12 +272,20 @@ _STORAGE_TYPES = {
     "torch uint64": np.uint64,
     "torch float8_e4m3fn": ml_dtypes.float8_e4m3fn,
     "torch float8_e5m2": ml_dtypes.float8_e5m2,
+    "torch float8_e4m3fnuz": ml_dtypes.float8_e4m3fnuz,
+    "torch float8_e5m2fnuz": ml_dtypes.float8_e5m2fnuz,
+    "torch float8_e8m0fnu": ml_dtypes.float8_e8m0fnu,
+    # Settings may name the others.
+    "torch float32": np.float32,
+    "torch float64": np.float64,
+    "torch float16": np.float16,
+    "torch bfloat16": ml_dtypes.bfloat16,
 }
 
 _CONSTRUCTORS = {
     "collections OrderedDict": lambda: {},
     "argparse Namespace": lambda: {},
-    "torch Size": tuple,
+    "torch Size": _size,
     "torch._utils _rebuild_tensor_v2": _tensor_v2,
     "torch._utils _rebuild_tensor_v3": _tensor_v3,
     "torch._utils _rebuild_parameter": lambda tensor, *_: tensor,

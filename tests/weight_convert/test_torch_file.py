@@ -56,13 +56,13 @@ def test_malicious_file_is_refused_and_nothing_runs(tmp_path, monkeypatch):
     ("content", "message"),
     [
         (b"", "is empty"),
-        ((FILES / "not_a_checkpoint.pth").read_bytes(), "not a PyTorch checkpoint"),
+        ((FILES / "not_a_checkpoint.pth").read_bytes(), "neither a PyTorch checkpoint"),
         ((FILES / "vim_style.pth").read_bytes()[:591269], "truncated or damaged, download it again"),
         (
             (FILES / "vim_style_legacy_format_start.pth").read_bytes(),
             're-save it once .*python -c "import argparse, torch',
         ),
-        (pickle.dumps({"model": {}}), "not a PyTorch checkpoint"),
+        (pickle.dumps({"model": {}}), "neither a PyTorch checkpoint"),
     ],
 )
 def test_other_files_get_one_clear_line(content, message, tmp_path):
@@ -156,6 +156,21 @@ def test_only_what_is_asked_for_is_read(tmp_path):
     assert peak < 2_000_000 < big.nbytes
 
 
+def test_the_content_tells_the_format_not_the_name(tmp_path):
+    expected = {"a": np.arange(6, dtype=np.float32)}
+    save_file(expected, tmp_path / "x.pth")
+    torch_writer.save(tmp_path / "x.safetensors", expected)
+    assert digest(load_torch_checkpoint(tmp_path / "x.pth")) == digest(expected)
+    assert digest(load_torch_checkpoint(tmp_path / "x.safetensors")) == digest(expected)
+
+
+def test_safetensors_in_8_bit_floats_are_named(tmp_path):
+    header = b'{"a": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}}'
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"8888")
+    with pytest.raises(CheckpointError, match="a is stored in 8-bit floats, which are not read; save it as float32"):
+        load_torch_checkpoint(tmp_path / "x.safetensors")
+
+
 def test_safetensors(tmp_path):
     expected = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones((), np.int64)}
     save_file(expected, tmp_path / "x.safetensors")
@@ -181,7 +196,8 @@ TENSOR = Global("torch._utils _rebuild_tensor_v2")
         (View((STORAGE, 0, (2.0,), (1,))), "not natural numbers"),
         (View((STORAGE, 0, (2, 2), (1,))), "truncated or damaged"),
         (View((STORAGE, 0, (2**40,), (0,))), "larger than the whole file"),
-        (View((STORAGE, 0, (1,) * 80, (1,) * 80)), "truncated or damaged"),
+        (View((STORAGE, 0, (1,) * 80, (1,) * 80)), "more than 64 dimensions"),
+        (Call((TENSOR, (STORAGE, 0, (1,), (1,), False, {}, {"conj": True}))), "resolve_conj"),
         (Call((TENSOR, ("no storage", 0, (1,), (1,)))), "truncated or damaged"),
         (Call((Global("torch FloatStorage"), ())), "not a constructor"),
         (Call((Global("builtins eval"), ("1",))), "asks for builtins.eval"),
@@ -211,7 +227,10 @@ def test_hostile_tensors_and_names(content, message, tmp_path):
         (b"\x80\x02\x82\x01.", "pickle instruction EXT1"),
         (b"\x80\x02K\x01K\x01a.", "not a list"),
         (b"\x80\x02}", "truncated or damaged"),
-        (b"\x80\x02" + b"]" * (16 * 2**20), "more than the 16777216"),
+        (b"\x80\x02" + b"]" * (8 * 2**20), "more than the 8388608"),
+        (b"\x80\x02ctorch\nSize\nX\x02\0\0\0xy\x85R.", "torch.Size is made of something that is not a tuple"),
+        (b"\x80\x02\x8a\x90" + b"\x7f" * 144 + b".", "more than 1024 bits"),
+        (b"\x80\x02ctorch\ndevice\n(" + b"N" * 17 + b"tR.", "not a constructor"),
     ],
 )
 def test_hostile_pickles(pickled, message, tmp_path):
