@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import golden
 import jax
 import numpy as np
 import pytest
@@ -199,6 +200,19 @@ def test_predict_labels_files_and_folders(trained, tmp_path, capsys):
     labelled = dict(predict.predict(classifier, paths, 2, downsample=True))
     assert len(labelled) == 2
     np.testing.assert_allclose([p.sum() for p in labelled.values()], 1, rtol=1e-5)
+
+
+def test_predict_reads_a_file_as_it_is(tmp_path):
+    file = golden.FOLDER / "checkpoints" / "vim_style.pth"
+    options = {"embed_dim": 48, "depth": 4, "stride": 8, "image_size": 64}
+    classifier = predict.load_classifier(file, "vim_tiny", options=options)
+    assert len(classifier.class_names) == classifier.network.num_classes == 10
+    with pytest.raises(ValueError, match="fits the model only after changes: the position embedding"):
+        predict.load_classifier(file, "vim_tiny", options=options | {"image_size": 96})
+    with pytest.raises(ValueError, match="vim_style.pth does not say of which network it is: .*--model"):
+        predict.load_classifier(file)
+    with pytest.raises(ValueError, match="reads 400x16 pixels"):
+        predict.load_classifier(file, "vim_tiny", options=options | {"image_size": (16, 400)})
 
 
 @pytest.mark.parametrize("form", ["table", "json", "csv"])

@@ -12,6 +12,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,11 +21,11 @@ from flax import linen as nn
 from vimd_jax.command import readable_errors, show_log
 from vimd_jax.data import DatasetError, eval_view, low_resolution_view, read_image
 from vimd_jax.data.sources import EXTENSIONS
-from vimd_jax.models import create_model
 from vimd_jax.models.srresnet import SRResNet
 from vimd_jax.models.srvm import SRVM
 from vimd_jax.training import networks, workdirs
-from weight_convert import load_converted, load_pretrained
+from weight_convert import load_converted, load_pretrained, load_torch_checkpoint
+from weight_convert.options import create_model_for, parse_option
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,12 +57,17 @@ class Classifier:
         return np.asarray(image, np.float32) / 255
 
 
-def load_classifier(checkpoint: Path, model: str | None = None, classes: Path | None = None) -> Classifier:
-    """Loads a classifier from a workdir, a converted checkpoint or (with `model`, its name) a PyTorch file.
+def load_classifier(
+    checkpoint: Path, model: str | None = None, classes: Path | None = None, options: dict[str, Any] | None = None
+) -> Classifier:
+    """Loads a classifier from a workdir, a converted checkpoint, or (with `model`, its name, and `options`, fields of
+    that network) from a PyTorch file.
 
     Raises:
       FileNotFoundError, ValueError: nothing is there, or it is no classifier, or the class names do not fit it.
     """
+    if (model or options) and not checkpoint.is_file():
+        raise ValueError(f"{checkpoint} is no PyTorch file and knows its network: leave out --model and --option.")
     if workdirs.is_workdir(checkpoint):
         config, class_names = workdirs.read_config(checkpoint), workdirs.read_class_names(checkpoint)
         if config.stage == "sr":
@@ -69,19 +75,24 @@ def load_classifier(checkpoint: Path, model: str | None = None, classes: Path | 
         network, variables = networks.load_run(checkpoint)
         low = config.dataset.low_resolution if config.stage == "student" else 0
         return Classifier(network, variables, tuple(class_names), config.dataset.high_resolution, low)
-    if model:
-        network = create_model(model)
-        variables = load_pretrained(checkpoint, network)
+    if checkpoint.is_file():
+        if not model:
+            raise ValueError(f"{checkpoint} does not say of which network it is: name it with --model.")
+        network, _ = create_model_for(load_torch_checkpoint(checkpoint), model, options or {})
+        variables = load_pretrained(checkpoint, network, adapt=False)
     else:
         network, variables, _ = load_converted(checkpoint)
     if isinstance(network, SRResNet):
         raise ValueError(f"{checkpoint} holds an SR network, which labels nothing: name a classifier.")
     vim = getattr(network, "classifier", network)
-    low = vim.image_size // network.sr.scale if isinstance(network, SRVM) else 0
+    height, width = (vim.image_size, vim.image_size) if isinstance(vim.image_size, int) else vim.image_size
+    if height != width:
+        raise ValueError(f"{checkpoint} reads {width}x{height} pixels, but pictures are cut to squares only.")
+    low = height // network.sr.scale if isinstance(network, SRVM) else 0
     names = classes.read_text().splitlines() if classes else [f"class {i}" for i in range(vim.num_classes)]
     if len(names) != vim.num_classes:
         raise ValueError(f"{classes} names {len(names)} classes, but {checkpoint} has {vim.num_classes}.")
-    return Classifier(network, variables, tuple(names), vim.image_size, low)
+    return Classifier(network, variables, tuple(names), height, low)
 
 
 def find_pictures(paths: list[Path]) -> list[Path]:
@@ -142,6 +153,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("pictures", nargs="+", type=Path, help="files and folders")
     parser.add_argument("--checkpoint", required=True, type=Path, help="workdir, converted checkpoint, or PyTorch file")
     parser.add_argument("--model", help="name of the network in a PyTorch file, as in vim_tiny_stride8")
+    parser.add_argument(
+        "--option",
+        action="append",
+        type=parse_option,
+        default=[],
+        metavar="NAME=VALUE",
+        help="of that network, as in input_normalization=True",
+    )
     parser.add_argument("--classes", type=Path, help="text file of class names, for a checkpoint that brings none")
     parser.add_argument("--top", type=int, default=5, help="labels for each picture (default 5)")
     parser.add_argument("--format", choices=["table", "json", "csv"], default="table", help="of standard output")
@@ -156,7 +175,7 @@ def main() -> None:
     show_log()
     with readable_errors():
         paths = find_pictures(arguments.pictures)
-        classifier = load_classifier(arguments.checkpoint, arguments.model, arguments.classes)
+        classifier = load_classifier(arguments.checkpoint, arguments.model, arguments.classes, dict(arguments.option))
         labels = []
         for path, probabilities in predict(
             classifier, paths, min(arguments.batch_size, len(paths)), arguments.downsample

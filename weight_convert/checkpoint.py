@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vimd_jax.models import create_model
 from weight_convert.finetune import FLEXIBLE, fit
-from weight_convert.mapping import fill, nested, variable_shapes
+from weight_convert.mapping import fill, half_of_srvm, nested, variable_shapes
 from weight_convert.torch_file import CheckpointError, load_torch_checkpoint
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ def load_pretrained(
 
     Args:
       path: a directory written by `python -m weight_convert.convert`, or a `.pth` or `.safetensors` file as
-        `load_torch_checkpoint` reads it.
+        `load_torch_checkpoint` reads it. Of an SRVM-Net either half can be started alone.
       model: the network to start.
       adapt: where the model's number of classes differs, initialise the head anew; where its grid of patches differs,
         resize the position embedding; log either. False: such a difference is an error too.
@@ -49,16 +49,29 @@ def load_pretrained(
     path, grid = Path(path), None
     if path.is_dir():
         source, variables, _ = load_converted(path)
+        variables = half(variables, model)
+        source = getattr(source, half_of_srvm(model) or "", source)
         _check_same_network(path, source, model)
         leaves, grid = flatten_dict(variables, sep="/"), getattr(getattr(source, "classifier", source), "grid", None)
     else:
-        leaves = fill(load_torch_checkpoint(path, key=key), model, FLEXIBLE)
+        state_dict, prefix = load_torch_checkpoint(path, key=key), f"{half_of_srvm(model)}."
+        if any(name.startswith(prefix) for name in state_dict):
+            state_dict = {name.removeprefix(prefix): x for name, x in state_dict.items() if name.startswith(prefix)}
+        leaves = fill(state_dict, model, FLEXIBLE, str(path))
     leaves, notes = fit(leaves, model, grid=grid, mode=position_mode)
     if notes and not adapt:
         raise ValueError(f"{path}: fits the model only after changes: {'; '.join(notes)}")
     for note in notes:
         log.info("%s: %s", path, note)
     return nested(leaves)
+
+
+def half(variables: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Of the variables of an SRVM-Net those of one of its halves, if that is what `model` is; others as they are."""
+    name = half_of_srvm(model)
+    if name not in variables["params"]:
+        return variables
+    return {collection: tree[name] for collection, tree in variables.items() if name in tree}
 
 
 def _check_same_network(path: Path, source: nn.Module, model: nn.Module) -> None:
@@ -68,7 +81,7 @@ def _check_same_network(path: Path, source: nn.Module, model: nn.Module) -> None
     if different := sorted(set(variable_shapes(source)) ^ set(variable_shapes(model))):
         raise ValueError(f"{path}: the networks differ in {', '.join(different[:20])}")
     source, model = getattr(source, "classifier", source), getattr(model, "classifier", model)
-    for field in ("class_token", "merge", "rope", "paired_layers", "flip_tokens"):
+    for field in ("class_token", "pool", "merge", "rope", "paired_layers", "flip_tokens", "input_normalization"):
         if getattr(source, field, None) != getattr(model, field, None):
             raise ValueError(
                 f"{path}: {field} is {getattr(source, field)!r} there, {getattr(model, field)!r} in the model"
@@ -125,6 +138,9 @@ def load_converted(directory: str | Path) -> tuple[nn.Module, dict[str, Any], di
         raise CheckpointError(f"{directory}/variables: damaged, convert again ({type(error).__name__})") from error
     if checksum(variables) != provenance.get("checksum"):
         raise CheckpointError(f"{directory}/variables: the checksum in provenance.json is another; convert again")
+    shapes = {path: leaf.shape for path, leaf in flatten_dict(variables, sep="/").items()}
+    if shapes != {path: leaf.shape for path, leaf in variable_shapes(model).items()}:
+        raise CheckpointError(f"{directory}: provenance.json names another network than its variables are of")
     return model, nested(flatten_dict(variables, sep="/")), provenance
 
 

@@ -9,7 +9,6 @@ Every tensor of the file is used once and every variable of the model is filled 
 """
 
 import argparse
-import ast
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -24,6 +23,7 @@ from vimd_jax.models import create_model
 from weight_convert.checkpoint import checksum, file_sha256, save_converted
 from weight_convert.finetune import FLEXIBLE, MODES, fit
 from weight_convert.mapping import fill, flat_state_dict, plan, step_counters, variable_shapes
+from weight_convert.options import create_model_for, parse_option
 from weight_convert.torch_file import load_torch_checkpoint
 
 
@@ -48,8 +48,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, help="directory to write; must not exist")
     parser.add_argument("--num_classes", type=int, help="as in the checkpoint by default; otherwise the head is new")
     parser.add_argument("--image_size", type=_size, help="pixels, S or HEIGHTxWIDTH; resizes the position embedding")
+    parser.add_argument("--source_size", type=_size, help="what the checkpoint was trained at, unless square")
     parser.add_argument(
-        "--option", action="append", type=_option, default=[], metavar="NAME=VALUE", help="of the model"
+        "--option", action="append", type=parse_option, default=[], metavar="NAME=VALUE", help="of the model"
     )
     parser.add_argument("--key", help='entry of the file, e.g. model_ema; default: "model" or "state_dict"')
     parser.add_argument("--position_mode", choices=MODES, default="correct", help="reference: resize as published")
@@ -58,18 +59,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _size(text: str) -> int | tuple[int, int]:
-    sides = tuple(int(side) for side in text.split("x"))
-    return sides if len(sides) == 2 else int(text)
-
-
-def _option(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
-    try:
-        return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return name, value
+    sides = text.split("x")
+    if len(sides) > 2 or not all(side.isdecimal() for side in sides):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of pixels nor HEIGHTxWIDTH")
+    return int(text) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
 
 
 def _convert(flags: argparse.Namespace) -> None:
@@ -77,13 +70,15 @@ def _convert(flags: argparse.Namespace) -> None:
         raise ValueError("output: name the directory to write with --output, or only check with --dry_run")
     if flags.output is not None and flags.output.exists():
         raise ValueError(f"output: {flags.output} exists; name another directory or remove it")
-    state_dict = load_torch_checkpoint(flags.checkpoint, key=flags.key)
-    if flags.model.startswith("srvm") and "classifier.head.bias" not in state_dict:
-        sr = {"sr": load_torch_checkpoint(flags.sr_checkpoint)} if flags.sr_checkpoint else {}
-        state_dict = flat_state_dict({"classifier": state_dict} | sr)
-    model, options = _create_model(flags, state_dict)
-    leaves, changes = fit(fill(state_dict, model, FLEXIBLE), model, mode=flags.position_mode)
+    state_dict = _load(flags)
+    given = {"image_size": flags.image_size, "num_classes": flags.num_classes}
+    options = dict(flags.option) | {name: value for name, value in given.items() if value is not None}
+    model, options = create_model_for(state_dict, flags.model, options)
+    leaves = fill(state_dict, model, FLEXIBLE, str(flags.checkpoint))
+    leaves, changes = fit(leaves, model, grid=_source_grid(flags, options), mode=flags.position_mode)
     variables = unflatten_dict(leaves, sep="/")
+    if broken := [path for path, leaf in leaves.items() if not np.isfinite(leaf).all()]:
+        changes.append(f"warning: {len(broken)} variables hold numbers that are not finite, first {broken[0]}")
     counters = {name: state_dict[name].item() for name in step_counters(plan(model)) if name in state_dict}
 
     _print_table(model)
@@ -109,26 +104,26 @@ def _convert(flags: argparse.Namespace) -> None:
     print(f"written to {flags.output}")
 
 
-def _create_model(flags: argparse.Namespace, state_dict: dict[str, np.ndarray]) -> tuple[nn.Module, dict[str, Any]]:
-    """The model and its options; without --num_classes, with as many classes as the head in the checkpoint has."""
-    options = dict(flags.option)
-    if flags.image_size is not None:
-        options["image_size"] = flags.image_size
-    if flags.num_classes is not None:
-        options["num_classes"] = flags.num_classes
-    try:
-        model = create_model(flags.model, **options)
-        bias = state_dict.get("head.bias", state_dict.get("classifier.head.bias"))
-        if (
-            flags.num_classes is None
-            and bias is not None
-            and hasattr(getattr(model, "classifier", model), "num_classes")
-        ):
-            options["num_classes"] = bias.size
-            model = create_model(flags.model, **options)
-    except TypeError as error:
-        raise ValueError(f"option: a value of the wrong type among {options} ({error})") from error
-    return model, options
+def _load(flags: argparse.Namespace) -> dict[str, np.ndarray]:
+    """The state dict, for SRVM-Net with both halves under their names."""
+    state_dict = load_torch_checkpoint(flags.checkpoint, key=flags.key)
+    half = flags.model.startswith("srvm") and not any(name.startswith("classifier.") for name in state_dict)
+    if flags.sr_checkpoint and not half:
+        raise ValueError(
+            f"sr_checkpoint: nothing of {flags.sr_checkpoint} is wanted: it is the other half of a srvm_* model whose "
+            "--checkpoint is the classifier alone"
+        )
+    if not half:
+        return state_dict
+    sr = {"sr": load_torch_checkpoint(flags.sr_checkpoint)} if flags.sr_checkpoint else {}
+    return flat_state_dict({"classifier": state_dict} | sr)
+
+
+def _source_grid(flags: argparse.Namespace, options: dict[str, Any]) -> tuple[int, int] | None:
+    if flags.source_size is None:
+        return None
+    trained = create_model(flags.model, **options | {"image_size": flags.source_size})
+    return getattr(trained, "classifier", trained).grid
 
 
 def _print_table(model: nn.Module) -> None:

@@ -37,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _export(checkpoint: Path, output: Path, part: str | None) -> None:
     if output.suffix != ".safetensors":
         raise ValueError(f"output: {output} must end in .safetensors")
+    if output.exists():
+        raise ValueError(f"output: {output} exists; name another file or remove it")
     if workdirs.is_workdir(checkpoint):
         (model, variables), counters = networks.load_run(checkpoint), {}
     else:
@@ -51,6 +53,7 @@ def _export(checkpoint: Path, output: Path, part: str | None) -> None:
     scratch = output.with_name(f".{output.name}.{os.getpid()}")
     try:
         save_file(tensors, scratch, metadata={"format": "pt"})
+        scratch.chmod(0o644)
         scratch.replace(output)
     finally:
         scratch.unlink(missing_ok=True)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
-from vimd_jax.models.position import class_token_positions, resize_positions
+from vimd_jax.models.position import CLASS_TOKENS, class_token_positions, resize_positions
 from weight_convert.mapping import input_images, variable_shapes
 
 MODES = ("correct", "reference")
@@ -45,6 +45,11 @@ def resize_position_embedding(
     """
     if mode not in MODES:
         raise ValueError(f"mode: {mode!r} is unknown, choose one of {MODES}")
+    if class_token not in CLASS_TOKENS:
+        raise ValueError(f"class_token: {class_token!r} is unknown, choose one of {CLASS_TOKENS}")
+    new_grid = (new_grid, new_grid) if isinstance(new_grid, int) else tuple(new_grid)
+    if len(new_grid) != 2 or min(new_grid) < 1:
+        raise ValueError(f"new_grid: {new_grid} are not two numbers of patches, rows and columns")
     if mode == "reference" and class_token == "double":
         raise ValueError("mode: 'reference' is not defined for class_token 'double'; use 'correct'")
     num_patches = table.shape[1] - len(class_token_positions(class_token, 0))
@@ -53,9 +58,8 @@ def resize_position_embedding(
     if table.ndim != 3 or math.prod(grid) != num_patches:
         raise ValueError(
             f"table: shape {table.shape} with class_token {class_token!r} does not hold {grid[0]}×{grid[1]} patches; "
-            "name the grid it was made for"
+            "name the grid it was made for (convert: --source_size)"
         )
-    new_grid = (new_grid, new_grid) if isinstance(new_grid, int) else tuple(new_grid)
     kept = "head" if mode == "reference" and class_token == "middle" else class_token
     return resize_positions(jnp.asarray(table, jnp.float32), grid, new_grid, kept)
 

@@ -226,11 +226,17 @@ def flat_state_dict(state_dict: dict[str, Any]) -> dict[str, Any]:
     return flatten_dict(state_dict, sep=".")
 
 
-def fill(state_dict: dict[str, Any], model: nn.Module, flexible: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
-    """`convert_state_dict` to path → array; paths that end with one of `flexible` keep the shape they come with."""
+def fill(
+    state_dict: dict[str, Any], model: nn.Module, flexible: tuple[str, ...] = (), source: str = "the state dict"
+) -> dict[str, np.ndarray]:
+    """`convert_state_dict` to path → array; paths that end with one of `flexible` keep the shape they come with.
+
+    Errors name the `source`.
+    """
     state_dict = flat_state_dict(state_dict)
     entries = plan(model)
-    _check(state_dict, entries, model, flexible)
+    if problems := _differences(state_dict, entries, model, flexible):
+        raise ValueError(f"{source}: the weights do not fit {type(model).__name__}: {'; '.join(problems)}")
     layers = Counter(entry.target for entry in entries)
     leaves: dict[str, np.ndarray] = {}
     for entry in entries:
@@ -245,7 +251,10 @@ def fill(state_dict: dict[str, Any], model: nn.Module, flexible: tuple[str, ...]
     return leaves
 
 
-def _check(state_dict: dict[str, Any], entries: list[Entry], model: nn.Module, flexible: tuple[str, ...]) -> None:
+def _differences(
+    state_dict: dict[str, Any], entries: list[Entry], model: nn.Module, flexible: tuple[str, ...]
+) -> list[str]:
+    """What keeps the weights from fitting, each kind in a few words; nothing if they do."""
     expected, tables = {entry.source for entry in entries}, rotary_tables(model)
     found = [(entry, np.asarray(state_dict[entry.source])) for entry in entries if entry.source in state_dict]
     differences = {
@@ -269,8 +278,7 @@ def _check(state_dict: dict[str, Any], entries: list[Entry], model: nn.Module, f
     odd = [*differences["missing"], *differences["unexpected"]]
     if options := sorted({option for part, option in _OPTIONS.items() if any(part in name for name in odd)}):
         problems.append(f"look at the options {', '.join(options)} of the model")
-    if problems:
-        raise ValueError(f"the weights do not fit {type(model).__name__}: {'; '.join(problems)}")
+    return problems
 
 
 def _same_table(table: Any, expected: np.ndarray, other_grid: Any) -> bool:
@@ -282,6 +290,14 @@ def _same_table(table: Any, expected: np.ndarray, other_grid: Any) -> bool:
 
 def _listed(names: list[str], most: int = 20) -> str:
     return ", ".join(names[:most]) + (f", … and {len(names) - most} more" if len(names) > most else "")
+
+
+_HALVES = {"SRResNet": "sr", "Vim": "classifier"}
+
+
+def half_of_srvm(model: nn.Module) -> str | None:
+    """Which half of SRVM-Net a network of this kind can be: "sr", "classifier" or None."""
+    return _HALVES.get(type(model).__name__)
 
 
 def export_state_dict(variables: dict[str, Any], model: nn.Module) -> dict[str, np.ndarray]:

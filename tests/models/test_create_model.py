@@ -66,9 +66,17 @@ def test_overrides_reach_the_module():
         ("vim_tiny", {"sr_channels": 3}, "^sr_channels: vim_tiny"),
         ("srresnet_x4", {"depth": 3}, "^depth: srresnet_x4 .*num_blocks"),
         ("srvm_tiny", {"classifier_depth": 3}, "^classifier_depth: srvm_tiny .*sr_num_blocks"),
+        ("vim_tiny", {"depth": 2.5}, "^depth: 2.5 is no int$"),
+        ("vim_tiny", {"depth": True}, "^depth: True is no int$"),
+        ("vim_tiny", {"remat": "maybe"}, "^remat: 'maybe' is no bool$"),
+        ("vim_tiny", {"image_size": (224, 7.5)}, "^image_size: .* is no int | tuple"),
+        ("vim_tiny", {"layer_scale": "small"}, "^layer_scale: 'small' is no float | None$"),
+        ("vim_tiny", {"dtype": "fast"}, "^dtype: 'fast' is no floating-point type"),
+        ("srvm_tiny", {"sr_channels": "8"}, "^sr_channels: '8' is no int$"),
+        ("srresnet_x4", {"num_blocks": 0}, "^num_blocks: 0 is too small"),
     ],
 )
-def test_misspelt_names_are_explained(name, overrides, message):
+def test_bad_names_and_values_are_explained(name, overrides, message):
     with pytest.raises(ValueError, match=message) as error:
         create_model(name, **overrides)
     assert "\n" not in str(error.value)

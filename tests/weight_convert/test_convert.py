@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from vimd_jax.models import create_model
 from weight_convert import CheckpointError, load_converted, load_pretrained, load_torch_checkpoint
@@ -88,6 +88,12 @@ def test_srvm_from_two_files_and_back(tmp_path, capsys):
     first, second = (json.loads((tmp_path / name / "provenance.json").read_text()) for name in ("srvm", "again"))
     assert first["checksum"] == second["checksum"]
 
+    student, variables, _ = load_converted(tmp_path / "srvm")
+    for half, network in (("sr", student.sr), ("classifier", student.classifier)):
+        for source in (tmp_path / "srvm", tmp_path / "both.safetensors"):
+            params = load_pretrained(source, network, adapt=False)["params"]
+            jax.tree.map(np.testing.assert_array_equal, params, variables["params"][half])
+
 
 def test_the_converted_directory_gives_the_network_and_its_variables(tmp_path):
     assert convert(*VIM, "--key", "model_ema", "--output", tmp_path / "vim") == 0
@@ -121,9 +127,36 @@ def test_a_grid_of_the_same_size_but_another_shape_is_resized_too(tmp_path):
     assert np.abs(resized - load_converted(tmp_path / "wide")[1]["params"]["position_embedding"]).max() > 0.1
 
 
+def test_a_file_of_pictures_that_are_no_squares(tmp_path):
+    """A state dict does not tell its grid; --source_size does, and gives what the directory in between gives."""
+    assert convert(*VIM[:-1], "64x96", "--output", tmp_path / "wide") == 0
+    assert export("--checkpoint", tmp_path / "wide", "--output", tmp_path / "wide.safetensors") == 0
+    file = [*VIM[:2], "--checkpoint", tmp_path / "wide.safetensors", *VIM_OPTIONS]
+    assert convert(*file, "--source_size", "64x96", "--output", tmp_path / "square") == 0
+    square, variables, _ = load_converted(tmp_path / "square")
+    jax.tree.map(np.testing.assert_array_equal, load_pretrained(tmp_path / "wide", square), variables)
+
+
+def test_classes_may_be_an_option_too(tmp_path):
+    assert convert(*VIM, "--option", "num_classes=3", "--output", tmp_path / "vim") == 0
+    assert load_converted(tmp_path / "vim")[0].num_classes == 3
+
+
+def test_numbers_that_are_not_finite_are_pointed_out(tmp_path, capsys):
+    state_dict = dict(load_torch_checkpoint(FILES / "vim_style.pth"))
+    state_dict["head.bias"] = np.full(10, np.nan, np.float32)
+    save_file(state_dict, tmp_path / "x.safetensors")
+    assert convert(*VIM[:2], "--checkpoint", tmp_path / "x.safetensors", *VIM_OPTIONS, "--dry_run") == 0
+    assert "warning: 1 variables hold numbers that are not finite, first params/head/bias" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
-    [({"class_token": "head"}, "class_token is 'middle'"), ({"merge": "sum"}, "merge is 'mean'")],
+    [
+        ({"class_token": "head"}, "class_token is 'middle'"),
+        ({"merge": "sum"}, "merge is 'mean'"),
+        ({"input_normalization": True}, "input_normalization is False"),
+    ],
 )
 def test_a_network_that_differs_in_more_than_shapes_is_refused(override, message, tmp_path):
     assert convert(*VIM, "--output", tmp_path / "vim") == 0
@@ -150,11 +183,14 @@ def test_dry_run_writes_nothing(tmp_path, capsys):
         ([*VIM[:2], "--checkpoint", FILES / "malicious.pth"], "asks for posix.system"),
         (["--model", "vim_tny", *VIM[2:]], "no network is called 'vim_tny'"),
         ([*VIM, "--option", "depht=4"], "depht: vim_tiny has no such option"),
-        ([*VIM, "--option", "depth=many"], "option"),
+        ([*VIM, "--option", "depth=many"], "depth: 'many' is no int"),
+        ([*VIM, "--option", "rope=false"], "rope: 'false' is no bool"),
+        ([*VIM, "--sr_checkpoint", SR_FILE], "sr_checkpoint: nothing of"),
+        ([*VIM, "--source_size", "64x32"], "does not hold 7×3 patches"),
         ([*VIM, "--option", "depth=5"], "missing (17): layers.4"),
         ([*VIM, "--key", "state_dict"], "no state dict named 'state_dict'"),
         ([*VIM, "--image_size", "8"], "image_size"),
-        ([*SR[:2], *VIM[2:4]], "do not fit SRResNet: missing"),
+        ([*SR[:2], *VIM[2:4]], "vim_style.pth: the weights do not fit SRResNet: missing"),
     ],
 )
 def test_errors_are_one_line_and_leave_nothing_behind(arguments, message, tmp_path, capsys):
@@ -192,6 +228,9 @@ def test_damaged_directories_are_refused(tmp_path):
     provenance.write_text(json.dumps(written | {"checksum": "0"}))
     with pytest.raises(CheckpointError, match="checksum"):
         load_converted(tmp_path / "sr")
+    provenance.write_text(json.dumps(written | {"options": written["options"] | {"num_blocks": 2}}))
+    with pytest.raises(CheckpointError, match="names another network"):
+        load_converted(tmp_path / "sr")
     provenance.write_text("{")
     with pytest.raises(CheckpointError, match="not a directory that weight_convert.convert wrote"):
         load_converted(tmp_path / "sr")
@@ -213,6 +252,9 @@ def test_export_errors(tmp_path, capsys):
     assert export("--checkpoint", tmp_path / "sr", "--output", tmp_path / "x.safetensors", "--part", "sr") == 1
     assert "has no part 'sr'" in capsys.readouterr().err
     assert not (tmp_path / "x.safetensors").exists()
+    (tmp_path / "x.safetensors").write_text("precious")
+    assert export("--checkpoint", tmp_path / "sr", "--output", tmp_path / "x.safetensors") == 1
+    assert "exists; name another file" in capsys.readouterr().err
 
 
 def test_as_a_command_without_pytorch(tmp_path):

@@ -7,9 +7,11 @@ student of ViMD). A name is a builder with its defaults; another family is anoth
 import difflib
 import fnmatch
 import inspect
+import numbers
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin
 
 from flax import linen as nn
 
@@ -61,9 +63,11 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
         close = difflib.get_close_matches(name, _BUILDERS, n=3) or list_models()
         raise ValueError(f"name: no network is called {name!r}, did you mean {' or '.join(close)}?")
     allowed = _overrides(_BUILDERS[name])
-    for override in overrides:
+    for override, value in overrides.items():
         if override not in allowed:
             raise ValueError(f"{override}: {name} has no such option, choose from {', '.join(sorted(allowed))}")
+        if not _fits(value, kind := allowed[override]):
+            raise ValueError(f"{override}: {value!r} is no {kind.__name__ if isinstance(kind, type) else kind}")
     return _BUILDERS[name](**overrides)
 
 
@@ -72,8 +76,21 @@ def list_models(pattern: str = "*") -> list[str]:
     return sorted(fnmatch.filter(_BUILDERS, pattern))
 
 
-def _overrides(builder: Callable[..., nn.Module]) -> set[str]:
-    names = set(inspect.signature(builder).parameters)
-    if "overrides" in names:  # _srvm hands them to its classifier
-        names |= _overrides(builder.args[0])
-    return names - {"parent", "name", "overrides", "classifier"}
+def _overrides(builder: Callable[..., nn.Module]) -> dict[str, Any]:
+    """Name → annotation of what a builder takes."""
+    kinds = {name: parameter.annotation for name, parameter in inspect.signature(builder).parameters.items()}
+    if "overrides" in kinds:  # _srvm hands them to its classifier
+        kinds = _overrides(builder.args[0]) | kinds
+    return {name: kinds[name] for name in kinds if name not in {"parent", "name", "overrides", "classifier"}}
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of an annotated kind; whole numbers are floats too, True and False are no numbers."""
+    if isinstance(kind, UnionType):
+        return any(_fits(value, part) for part in get_args(kind))
+    if get_origin(kind) is tuple:
+        parts = get_args(kind)
+        return isinstance(value, tuple | list) and len(value) == len(parts) and all(map(_fits, value, parts))
+    if isinstance(value, bool):
+        return kind in (bool, Any)
+    return kind is Any or isinstance(value, {int: numbers.Integral, float: numbers.Real}.get(kind, kind))

@@ -34,6 +34,9 @@ class SRResNet(nn.Module):
         super().__post_init__()
         if self.scale not in SCALES:
             raise ValueError(f"scale: {self.scale} is unknown, choose one of {SCALES}")
+        for field in ("channels", "num_blocks"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field}: {getattr(self, field)} is too small, it must be at least 1")
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:

@@ -105,6 +105,12 @@ class Vim(nn.Module):
         for field in ("num_classes", "patch_size", "stride", "embed_dim", "depth", "state_size"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field}: {getattr(self, field)} is too small, it must be at least 1")
+        try:
+            floating = jnp.issubdtype(jnp.dtype(self.dtype), jnp.floating)
+        except TypeError:
+            floating = False
+        if not floating:
+            raise ValueError(f"dtype: {self.dtype!r} is no floating-point type, choose float32 or bfloat16")
         if not 0 <= self.drop_path_rate < 1:
             raise ValueError(f"drop_path_rate: {self.drop_path_rate} is no probability below 1")
         if self.rope and (self.embed_dim % 4 or self.paired_layers):

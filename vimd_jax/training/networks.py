@@ -15,6 +15,7 @@ from vimd_jax.models.srvm import SRVM
 from vimd_jax.training import checkpoints, workdirs
 from vimd_jax.training.parallel import AXIS
 from weight_convert import load_pretrained
+from weight_convert.checkpoint import half
 from weight_convert.finetune import fit
 from weight_convert.mapping import input_images, variable_shapes
 
@@ -113,7 +114,7 @@ def load_variables(path: str | Path, model: nn.Module, *, fine_tune: bool = Fals
     """Variables of `model` from a workdir (its best checkpoint), a converted checkpoint or a PyTorch file.
 
     Args:
-      path: where they are. A student's workdir also gives its halves, the SR network or the classifier.
+      path: where they are. A student also gives its halves, the SR network or the classifier.
       model: the network to fill.
       fine_tune: adapt another class count (a new head) and another grid (resized positions), with a line in the log.
 
@@ -125,7 +126,7 @@ def load_variables(path: str | Path, model: nn.Module, *, fine_tune: bool = Fals
         raise FileNotFoundError(f"{path}: no such workdir, converted checkpoint or PyTorch file.")
     if not workdirs.is_workdir(path):
         return load_pretrained(path, model, adapt=fine_tune)
-    leaves = flatten_dict(_part(checkpoints.load_best(path)[1], model), sep="/")
+    leaves = flatten_dict(half(checkpoints.load_best(path)[1], model), sep="/")
     shapes = variable_shapes(model)
     if leaves.keys() != shapes.keys():
         differing = ", ".join(sorted(leaves.keys() ^ shapes.keys())[:5])
@@ -154,14 +155,6 @@ def load_run(workdir: Path) -> tuple[nn.Module, Any]:
     """The network that a run trained, and its best variables; raises FileNotFoundError where there are none."""
     num_classes = len(workdirs.read_class_names(workdir))
     return build_network(workdirs.read_config(workdir), num_classes), checkpoints.load_best(workdir)[1]
-
-
-def _part(variables: Any, model: nn.Module) -> Any:
-    """Of a student's variables those of one of its halves, if that is what `model` is."""
-    half = {"SRResNet": "sr", "Vim": "classifier"}.get(type(model).__name__)
-    if half not in variables["params"]:
-        return variables
-    return {collection: tree[half] for collection, tree in variables.items() if half in tree}
 
 
 def count(params: Any) -> int:
