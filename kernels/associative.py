@@ -29,7 +29,8 @@ def scan(u, delta, A, B, C, D, z, delta_bias, initial_state, *, delta_softplus, 
 
 def softplus(x: jax.Array) -> jax.Array:
     """log(1 + e^x), the identity above 20 as in the published kernels."""
-    return jnp.where(x > 20, x, jnp.log1p(jnp.exp(jnp.minimum(x, 20))))
+    large = x > 20
+    return jnp.where(large, x, jnp.log1p(jnp.exp(jnp.where(large, 0, x))))
 
 
 def _compose(earlier, later):

@@ -4,6 +4,7 @@ The library is compiled for this machine on first use, with `$CXX` (and `$CXXFLA
 clang++, and kept in `$XDG_CACHE_HOME/vimd_jax` (usually ~/.cache/vimd_jax) under a name made of all that goes into it.
 """
 
+import atexit
 import ctypes
 import functools
 import hashlib
@@ -45,12 +46,21 @@ def why_unavailable() -> str | None:
 @functools.cache
 def _register() -> str | None:
     try:
-        library = ctypes.CDLL(str(_build()))
-    except (OSError, RuntimeError) as error:
-        return str(error)
-    for target in (FORWARD, BACKWARD):
-        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
+        library = _load()
+        for target in (FORWARD, BACKWARD):
+            jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
+    except Exception as error:  # there are many ways to be without a compiler that works
+        return " ".join(str(error).split())
     return None
+
+
+def _load() -> ctypes.CDLL:
+    library = _build()
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError:  # damaged in the cache
+        library.unlink()
+        return ctypes.CDLL(str(_build()))
 
 
 def _build() -> Path:
@@ -63,12 +73,15 @@ def _build() -> Path:
     version = _run([*compiler, "--version"])
     parts = [SOURCE.read_text(), jaxlib.version.__version__, *compiler, *flags, version, _processor()]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()
-    folder = _cache_folder()
-    library = folder / f"selective_scan-{key[:16]}.so"
+    name = f"selective_scan-{key[:16]}.so"
+    cached = _cache_folder() / name
+    if cached.exists():
+        return cached
+    library = _writable(cached.parent) / name
     if not library.exists():
         logging.getLogger(__name__).info("compiling %s into %s (once)", SOURCE.name, library)
         # Renaming is atomic: whoever builds at the same time, nobody ever loads half a file.
-        with tempfile.TemporaryDirectory(dir=folder) as work:
+        with tempfile.TemporaryDirectory(dir=library.parent) as work:
             _run([*compiler, *flags, str(SOURCE), "-o", f"{work}/{library.name}"])
             os.replace(f"{work}/{library.name}", library)
     return library
@@ -82,7 +95,7 @@ def compilers() -> list[str]:
 
 
 def _run(command: list[str]) -> str:
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if result.returncode:
         reason = next((line for line in result.stderr.splitlines() if "error" in line), result.stderr.strip()[:200])
         raise RuntimeError(f"{command[0]} failed: {reason}")
@@ -101,19 +114,26 @@ def _processor() -> str:
 
 
 def _cache_folder() -> Path:
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vimd_jax"
+    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return _private_folder() if folder.startswith("~") else Path(folder) / "vimd_jax"  # "~" is who has no home
+
+
+def _writable(folder: Path) -> Path:
+    """The folder, or where it cannot be written one for this process alone."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError:
-        folder = _private_folder()
+        return _private_folder()
     return folder
 
 
 @functools.cache
 def _private_folder() -> Path:
-    """For this process alone, where no cache can be written."""
-    return Path(tempfile.mkdtemp(prefix="vimd_jax-"))
+    """Is removed when the process ends."""
+    folder = tempfile.mkdtemp(prefix="vimd_jax-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 def scan(u, delta, A, B, C, D, z, delta_bias, initial_state, *, delta_softplus, reverse) -> tuple[jax.Array, jax.Array]:

@@ -58,10 +58,10 @@ class Options(NamedTuple):
 
 
 def why_unavailable() -> str | None:
-    """One line that says why the kernels cannot run on the default backend; None if they can."""
-    if (platform := jax.default_backend()) != "gpu":
-        return f"it needs a GPU, and JAX runs on {platform} in this process"
-    return None
+    """One line that says why the kernels can neither run on the default backend nor be lowered for an abstract GPU."""
+    abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    platform = getattr(abstract, "platform", None) or jax.default_backend()
+    return None if platform == "gpu" else f"it needs a GPU, and JAX runs on {platform} in this process"
 
 
 def scan(

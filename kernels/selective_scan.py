@@ -24,9 +24,12 @@ import functools
 import importlib
 import logging
 import math
+import threading
 
 import jax
 import jax.numpy as jnp
+
+_lock = threading.Lock()
 
 IMPLEMENTATIONS = ("native", "pallas", "sequential", "associative")
 
@@ -80,8 +83,8 @@ def selective_scan(
       initial_state: the state before the first step (which is at the last position if `reverse`),
         (batch, channels, state); zero if None.
       return_last_state: also return the state after the final step, (batch, channels, state) float32.
-      implementation: one of the names above; None takes the fastest that can run on JAX's default backend. To compile
-        for another platform than that, name one.
+      implementation: one of the names above; None takes the fastest that can run on JAX's default backend. To lower
+        "pallas" for a GPU without having one, name it under `jax.sharding.use_abstract_mesh` with an abstract GPU.
 
     Returns:
       y, (batch, length, channels) in u's dtype; with `return_last_state` the pair (y, last state).
@@ -99,7 +102,9 @@ def selective_scan(
     B, C = _common_groups(_narrow(B), _narrow(C))
     A, D, delta_bias, initial_state = (_float32(x) for x in (A, D, delta_bias, initial_state))
     y, last_state = scan(
-        u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus=delta_softplus, reverse=reverse
+        *(u, delta, A, B, C, D, z, delta_bias, initial_state),
+        delta_softplus=bool(delta_softplus),
+        reverse=bool(reverse),
     )
     y = y.astype(dtype)
     return (y, last_state) if return_last_state else y
@@ -112,7 +117,8 @@ def why_unavailable(name: str) -> str | None:
 
 def choose_implementation() -> str:
     """What `implementation=None` takes on the default backend. Logs once if that is not the platform's fastest."""
-    return _choose(jax.default_backend())
+    with _lock:  # so that threads that come first together log once together
+        return _choose(jax.default_backend())
 
 
 @functools.cache
@@ -141,6 +147,8 @@ def _implementation(name: str | None):
 def _check(u, delta, A, B, C, D, z, delta_bias, initial_state) -> None:
     arrays = dict(u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias, initial_state=initial_state)
     for name, array in arrays.items():
+        if array is None and name in ("u", "delta", "A", "B", "C"):
+            raise ValueError(f"{name}: it is None, expected an array")
         if array is not None and not jnp.issubdtype(array.dtype, jnp.floating):
             raise ValueError(f"{name}: dtype is {array.dtype}, expected a real floating dtype")
     if u.ndim != 3 or 0 in u.shape:
@@ -190,5 +198,6 @@ def _common_groups(B, C):
     B, C = (x[:, :, None] if x.ndim == 3 else x for x in (B, C))
     if B.ndim == C.ndim == 4 and B.shape[2] != C.shape[2]:
         groups = math.lcm(B.shape[2], C.shape[2])
-        B, C = (jnp.repeat(x, groups // x.shape[2], axis=2) for x in (B, C))
+        # In float32, for the gradients of the repetitions to be added before they are rounded.
+        B, C = (jnp.repeat(x.astype(jnp.float32), groups // x.shape[2], axis=2) for x in (B, C))
     return B, C

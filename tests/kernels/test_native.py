@@ -194,6 +194,7 @@ def test_builds_at_the_same_time_never_show_half_a_file(empty_cache, tmp_path, m
         ("/nonexistent/c++", "No such file or directory: '/nonexistent/c++'"),
         ("false", "false failed"),
         ("fake", "failed: native.cc:1: error: no such flag"),
+        ("g++ '", "No closing quotation"),
     ],
 )
 def test_without_a_working_compiler_there_is_one_line_of_reason(compiler, reason, empty_cache, tmp_path, monkeypatch):
@@ -213,6 +214,26 @@ def test_no_compiler_at_all(empty_cache, monkeypatch):
 def test_a_library_that_does_not_load_is_a_reason(empty_cache, tmp_path, monkeypatch):
     fake_compiler(tmp_path, monkeypatch, 'echo no library > "$out"')
     assert "invalid ELF header" in native._register.__wrapped__() or "file too short" in native._register.__wrapped__()
+
+
+@needs_compiler
+def test_a_damaged_library_is_built_again(empty_cache):
+    library = native._build()
+    library.write_text("")
+    assert hasattr(native._load(), native.FORWARD)
+
+
+@needs_compiler
+def test_a_library_without_the_kernels_is_a_reason(empty_cache, monkeypatch):
+    monkeypatch.setenv("CXXFLAGS", "-fvisibility=hidden")
+    assert "undefined symbol" in native._register.__wrapped__()
+
+
+def test_what_is_cached_is_used_where_nothing_can_be_written(empty_cache, tmp_path, monkeypatch):
+    fake_compiler(tmp_path, monkeypatch, 'echo library > "$out"')
+    library = native._build()
+    monkeypatch.setattr(native, "_writable", None)
+    assert native._build() == library
 
 
 def test_without_a_writable_cache_it_builds_in_a_private_folder(tmp_path, monkeypatch):

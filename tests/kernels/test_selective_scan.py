@@ -394,6 +394,8 @@ def test_choice_names_a_reason(monkeypatch, caplog):
 
 
 BAD = {
+    "u: it is None": dict(u=None),
+    "B: it is None": dict(B=None),
     "u: shape is (20, 3)": dict(u=jnp.ones((20, 3))),
     "u: shape is (2, 0, 20)": dict(u=jnp.ones((2, 0, 20))),
     "delta: shape is (2, 32, 20), expected (2, 33, 20)": dict(delta=jnp.ones((2, 32, 20))),
@@ -418,6 +420,33 @@ def test_bad_input_is_named(message):
         selective_scan(**make_inputs() | BAD[message])
     text = str(error.value)
     assert text.startswith(message) and "\n" not in text
+
+
+@pytest.mark.parametrize("implementation", ALL)
+def test_gradients_of_repeated_groups_are_rounded_once(implementation):
+    """B has one group, C as many as there are channels; in 16 bits their parts must not be rounded before the sum."""
+    inputs = make_inputs(batch=1, length=5, channels=64, state=4, groups=64, dtype=jnp.bfloat16)
+    inputs["B"] = inputs["B"][:, :, 0]
+    exact = {name: x.astype(jnp.float32) for name, x in inputs.items()}
+    weights = make_weights(inputs)
+    _, grads = run_with_gradients(inputs, weights, implementation)
+    _, expected = run_with_gradients(exact, weights, implementation)
+    np.testing.assert_allclose(np.float32(grads["B"]), expected["B"], rtol=2**-8, atol=2e-2)
+
+
+@pytest.mark.parametrize("implementation", ALL)
+def test_softplus_has_its_slope_where_it_becomes_the_identity(implementation):
+    inputs = make_inputs(batch=1, length=1, channels=1, state=1, absent=("z", "D", "delta_bias", "initial_state"))
+    slopes = []
+    for delta in (20.0, 19.999):
+        _, grads = run_with_gradients(
+            inputs | {"delta": jnp.full((1, 1, 1), delta), "A": jnp.full((1, 1), -1.0)},
+            make_weights(inputs),
+            implementation,
+            delta_softplus=True,
+        )
+        slopes.append(grads["delta"].item())
+    assert slopes[0] == pytest.approx(slopes[1], rel=1e-3)
 
 
 def test_groups_of_b_and_c_may_differ():
