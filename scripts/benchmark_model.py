@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from kernels.selective_scan import FASTEST_FIRST, why_unavailable
+from kernels.selective_scan import FASTEST_FIRST, IMPLEMENTATIONS, why_unavailable
 from vimd_jax.config import default_config
 from vimd_jax.models import create_model
 from vimd_jax.training.optimizer import create_optimizer
@@ -37,13 +37,18 @@ CLASSES = 200
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     usual = [*FASTEST_FIRST[jax.default_backend()], "associative"]
-    parser.add_argument("--implementations", nargs="*", default=list(dict.fromkeys(usual)))
-    parser.add_argument("--batch", type=int, default=1, help="images, per device where training")
-    parser.add_argument("--sizes", type=int, nargs="*", default=[224, 384, 512, 768, 1024, 1248])
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--implementations", nargs="*", default=list(dict.fromkeys(usual)), choices=IMPLEMENTATIONS, metavar="NAME"
+    )
+    parser.add_argument("--batch", type=positive, default=1, help="images, per device where training")
+    parser.add_argument("--sizes", type=positive, nargs="*", default=[224, 384, 512, 768, 1024, 1248])
+    parser.add_argument("--repeats", type=positive, default=5)
     parser.add_argument("--json", type=Path, help="also write everything here")
     arguments = parser.parse_args()
-    implementations = [name for name in arguments.implementations if why_unavailable(name) is None]
+    implementations = []
+    for name in arguments.implementations:
+        reason = why_unavailable(name)
+        print(f"{name}: {reason}") if reason else implementations.append(name)
 
     rows = []
     print(f"{jax.devices()[0].device_kind}, batch {arguments.batch}")
@@ -55,22 +60,29 @@ def main() -> None:
             row = measure(implementation, arguments.batch, arguments.repeats)
             share = 1 - without["seconds"] / row["seconds"]
             row |= {"network": name, "implementation": implementation, "scan_share": share}
-            print(f"{name:<34}{implementation:<12}{columns(row, arguments.batch)}", flush=True)
+            print(f"{name:<34}{implementation:<12}{columns(row)}", flush=True)
             rows.append(row)
     for size in arguments.sizes:
         for name, network in networks_of_size(size).items():
             row = inference(network, size, arguments.batch, arguments.repeats)
             row |= {"network": name, "size": size}
-            print(f"{f'{name}, {size} pixels':<46}{columns(row, arguments.batch)}", flush=True)
+            print(f"{f'{name}, {size} pixels':<46}{columns(row)}", flush=True)
             rows.append(row)
     if arguments.json:
         device = jax.devices()[0].device_kind
         arguments.json.write_text(json.dumps({"device": device, "batch": arguments.batch, "rows": rows}, indent=1))
 
 
-def columns(row: dict, batch: int) -> str:
+def positive(text: str) -> int:
+    """A whole number above 0, for argparse."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
+
+
+def columns(row: dict) -> str:
     share = f"{row['scan_share']:>7.0%}" if "scan_share" in row else " " * 7
-    return f"{1e3 * row['seconds']:>9.1f}{batch / row['seconds']:>10.2f}{share}{row['memory'] / 1e6:>11.0f}"
+    return f"{1e3 * row['seconds']:>9.1f}{row['images'] / row['seconds']:>10.2f}{share}{row['memory'] / 1e6:>11.0f}"
 
 
 # --------------------------------------------------------------------------------------------------- what is measured
@@ -93,7 +105,8 @@ def inference(model: nn.Module, size: int, batch: int, repeats: int) -> dict:
     images = jnp.full((batch, size, size, 3), 0.5)
     variables = jax.jit(model.init)(jax.random.key(0), images)
     program = jax.jit(model.apply).lower(variables, images).compile()
-    return {"seconds": median_seconds(program, repeats, variables, images), "memory": planned(program)}
+    seconds = median_seconds(program, repeats, variables, images)
+    return {"seconds": seconds, "memory": planned(program), "images": batch}
 
 
 def training_step(implementation: str, batch: int, repeats: int) -> dict:
@@ -120,7 +133,7 @@ def training_step(implementation: str, batch: int, repeats: int) -> dict:
         began = time.perf_counter()
         state, metrics = jax.block_until_ready(program(state, frozen, pictures))
         seconds.append(time.perf_counter() - began)
-    return {"seconds": statistics.median(seconds[1:]), "memory": planned(program)}
+    return {"seconds": statistics.median(seconds[1:]), "memory": planned(program), "images": count}
 
 
 def no_scan(u, delta, A, B, C, D, z, delta_bias, **options) -> jax.Array:

@@ -31,10 +31,10 @@ from kernels.shapes import BATCH_SIZES, SHAPES, Shape
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES), metavar="SHAPE")
-    parser.add_argument("--batch", nargs="+", type=int, default=list(BATCH_SIZES))
+    parser.add_argument("--batch", nargs="+", type=positive, default=list(BATCH_SIZES))
     parser.add_argument("--implementations", nargs="+", default=list(IMPLEMENTATIONS), choices=IMPLEMENTATIONS)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--repeats", type=positive, default=9)
     parser.add_argument("--max_states_gb", type=float, default=4, help="leave associative, which stores all, out above")
     parser.add_argument("--json", type=Path, help="also write everything here")
     parser.add_argument("--large", action="store_true", help="check arrays of 2 GB instead; takes 14 GB of memory")
@@ -49,6 +49,8 @@ def main() -> None:
     for name in arguments.implementations:
         reason = why_unavailable(name)
         print(f"{name}: {reason}") if reason else implementations.append(name)
+    if not implementations:
+        parser.exit(1, "error: none of these implementations can run here\n")
     print(f"{'':<41}{'forward':^32}{'forward and backward':^32}")
     columns = "".join(f"{title:>8}" for title in ("ms", "faster", "floor", "memory"))
     print(f"{'shape':<25}{'batch':>5} {'':<10}{columns}{columns}")
@@ -57,6 +59,8 @@ def main() -> None:
         for batch in arguments.batch:
             states = batch * SHAPES[name].length * SHAPES[name].channels * SHAPES[name].state * 4
             fitting = [i for i in implementations if i != "associative" or states <= arguments.max_states_gb * 2**30]
+            if fitting != implementations:
+                print(f"{name:<25}{batch:>5} associative: left out, see --max_states_gb")
             dtype = jnp.dtype(arguments.dtype)
             rates = {"bytes": measure_bytes(SHAPES[name], batch, dtype), "exponentials": exponentials}
             for row in measure(SHAPES[name], batch, dtype, fitting, arguments.repeats, rates):
@@ -65,6 +69,13 @@ def main() -> None:
     if arguments.json:
         device = jax.devices()[0].device_kind
         arguments.json.write_text(json.dumps({"device": device, "rows": rows}, indent=1))
+
+
+def positive(text: str) -> int:
+    """A whole number above 0, for argparse."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
 
 
 def measure(shape: Shape, batch: int, dtype, implementations: list[str], repeats: int, rates: dict) -> list[dict]:
