@@ -5,7 +5,8 @@ stays in the first-level cache and every step is a handful of small vector opera
 several times faster than the same loop over a whole batch. The forward pass keeps the state before every `CHUNK` steps;
 the backward pass walks the chunks in the opposite order, recomputes the states of one at a time and runs the adjoint
 recurrence through it. Every array is read and written where it lies, a row at a time: nothing is transposed, padded or
-flipped.
+flipped. Arrays in bfloat16 go through the loops as integers: XLA's CPU backend would convert such an array to float32
+and back, all of it, at every step.
 """
 
 import functools
@@ -68,6 +69,7 @@ def _scan(inputs, options):
 def _forward(inputs: Inputs, options: Options):
     batch, length, _ = inputs.u.shape
     chunks = -(-length // CHUNK)
+    residuals, inputs = inputs, jax.tree.map(_as_bits, inputs)
 
     def sequence(i, results):
         part = _Part(inputs, options, i)
@@ -92,12 +94,13 @@ def _forward(inputs: Inputs, options: Options):
     starts = jnp.zeros((batch, chunks, *inputs.A.shape), jnp.float32)
     results = (jnp.zeros_like(inputs.u), jnp.zeros_like(inputs.initial_state), starts)
     y, last_state, starts = lax.fori_loop(0, batch * options.groups, sequence, results)
-    return (y, last_state), (inputs, starts)
+    return (_as_floats(y), last_state), (residuals, starts)
 
 
 def _backward(options: Options, residuals, cotangents):
     inputs, starts = residuals
     dy, d_last_state = cotangents
+    inputs, dy = jax.tree.map(_as_bits, (inputs, dy))
     batch, length, channels = inputs.u.shape
     chunks = -(-length // CHUNK)
     empty = jnp.zeros((CHUNK, inputs.A.shape[0], channels // options.groups), jnp.float32)
@@ -160,10 +163,19 @@ def _backward(options: Options, residuals, cotangents):
         d_state, grads = lax.fori_loop(0, chunks, chunk, (part.get(d_last_state, part.batch), grads))
         return grads._replace(initial_state=part.put(grads.initial_state, d_state, part.batch))
 
-    return (lax.fori_loop(0, batch * options.groups, sequence, jax.tree.map(jnp.zeros_like, inputs)),)
+    grads = lax.fori_loop(0, batch * options.groups, sequence, jax.tree.map(jnp.zeros_like, inputs))
+    return (jax.tree.map(_as_floats, grads),)
 
 
 _scan.defvjp(_forward, _backward)
+
+
+def _as_bits(x):
+    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
+
+
+def _as_floats(x):
+    return lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
 
 
 class _Part:
@@ -176,12 +188,14 @@ class _Part:
     def get(self, x, *index):
         """The group's part of x[index]."""
         start, size = self._window(x, index)
-        return lax.dynamic_slice(x, start, size).reshape(size[len(index) :]).astype(jnp.float32)
+        part = lax.dynamic_slice(x, start, size).reshape(size[len(index) :])
+        return _as_floats(part).astype(jnp.float32)
 
     def put(self, x, value, *index):
         """x with the group's part of x[index] replaced."""
         start, size = self._window(x, index)
-        return lax.dynamic_update_slice(x, value.astype(x.dtype).reshape(size), start)
+        value = _as_bits(value.astype(jnp.bfloat16)) if x.dtype == jnp.uint16 else value.astype(x.dtype)
+        return lax.dynamic_update_slice(x, value.reshape(size), start)
 
     def add(self, x, value):
         """x with something added to the group's part; None stays None."""

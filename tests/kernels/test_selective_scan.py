@@ -370,9 +370,18 @@ def test_memory_of_native(name, batch):
     assert temporaries("native", SHAPES[name], batch) < 1 / 8
 
 
-@pytest.mark.parametrize(("name", "batch"), [("vim_tiny", 1), ("vim_base", 16), ("vim_tiny_stride8", 64)])
-def test_memory_of_sequential(name, batch):
-    assert temporaries("sequential", SHAPES[name], batch) < 0.4
+@pytest.mark.parametrize(
+    ("name", "batch", "dtype"),
+    [
+        ("vim_tiny", 1, jnp.float32),
+        ("vim_tiny", 16, jnp.bfloat16),
+        ("vim_base", 16, jnp.float32),
+        ("vim_tiny_stride8", 1, jnp.float16),
+        ("vim_tiny_stride8", 64, jnp.float32),
+    ],
+)
+def test_memory_of_sequential(name, batch, dtype):
+    assert temporaries("sequential", SHAPES[name], batch, dtype) < 0.4
 
 
 # ------------------------------------------------------------------------------------------------ choice and bad input
