@@ -249,7 +249,12 @@ def _size(dimensions: tuple) -> tuple:
 
 
 def _number(*_: Any) -> None:
-    """A NumPy scalar or a device: nothing reads its value."""
+    """A NumPy scalar, a complex number, a device: nothing reads its value."""
+
+
+def _container(items: Any = ()) -> Any:
+    """A set or a counter: what it is made of, not copied."""
+    return items
 
 
 _STORAGE_TYPES = {
@@ -282,6 +287,7 @@ _STORAGE_TYPES = {
     "torch bfloat16": ml_dtypes.bfloat16,
 }
 
+_BUILTINS = ("builtins", "__builtin__")  # from pickle protocol 3 on, and before
 _CONSTRUCTORS = {
     "collections OrderedDict": lambda: {},
     "argparse Namespace": lambda: {},
@@ -289,6 +295,10 @@ _CONSTRUCTORS = {
     "torch._utils _rebuild_tensor_v2": _tensor_v2,
     "torch._utils _rebuild_tensor_v3": _tensor_v3,
     "torch._utils _rebuild_parameter": lambda tensor, *_: tensor,
+    "collections defaultdict": lambda *_: {},
+    "collections Counter": _container,
+    **{f"{module} {name}": _container for module in _BUILTINS for name in ("set", "frozenset")},
+    **{f"{module} {name}": _number for module in _BUILTINS for name in ("complex", "list", "dict", "int", "float")},
     "torch device": _number,
     "numpy dtype": _number,
     "numpy.core.multiarray scalar": _number,

@@ -1,6 +1,7 @@
 """Reading PyTorch files: exactly what is in them, one clear line where that cannot be, and nothing ever executed."""
 
 import argparse
+import collections
 import copy
 import hashlib
 import pickle
@@ -135,6 +136,15 @@ def test_numpy_scalars_and_devices_are_accepted(tmp_path):
     device = Call((Global("torch device"), ("cpu",)))
     torch_writer.save(tmp_path / "x.pth", {"best": scalar, "device": device, "model": {"x": np.ones(3, np.float32)}})
     assert load_torch_checkpoint(tmp_path / "x.pth")["x"].sum() == 3
+
+
+@pytest.mark.parametrize("protocol", [2, 3])
+def test_plain_containers_of_other_kinds_are_accepted(protocol, tmp_path):
+    settings = {"a": {1, 2}, "b": frozenset("x"), "c": 2j, "d": collections.Counter("abba")}
+    settings["e"] = collections.defaultdict(list, {"losses": [1.0]})
+    torch_writer.write_archive(tmp_path / "x.pth", {"data.pkl": pickle.dumps({"model": settings}, protocol)})
+    with pytest.raises(CheckpointError, match="the state dict holds no tensors"):  # understood to the end
+        load_torch_checkpoint(tmp_path / "x.pth")
 
 
 def test_key_chooses_the_state_dict(tmp_path):
