@@ -59,7 +59,7 @@ def _load() -> ctypes.CDLL:
     try:
         return ctypes.CDLL(str(library))
     except OSError:  # damaged in the cache
-        library.unlink()
+        library.unlink(missing_ok=True)
         return ctypes.CDLL(str(_build()))
 
 

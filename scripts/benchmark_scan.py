@@ -6,7 +6,7 @@
 Each line gives, for the forward pass and for forward and backward together: the median time; how many times faster that
 is than the slowest implementation of the same problem; the share that the floor makes up; and the memory used beyond
 inputs and outputs, as XLA plans it, as a fraction of all states in float32. Implementations take turns, so that a busy
-machine slows all of them alike. `--large` instead checks the fastest implementation on arrays of more than 2 GB each.
+machine slows all of them alike, and warm up in each. `--large` instead checks the fastest implementation on arrays of more than 2 GB each.
 
 The floor is the larger of two times, at rates measured first: to move each input and output once (twice the inputs for
 a backward pass), as fast as a plain program changes as many bytes in place, which may fit a cache; and to compute one
@@ -91,7 +91,9 @@ def measure(shape: Shape, batch: int, dtype, implementations: list[str], repeats
     times = {key: [] for key in compiled}
     for _ in range(repeats):
         for key, program in compiled.items():
-            jax.block_until_ready(program(inputs, weights))  # finds its memory after what came before
+            settled = time.perf_counter() + 0.1
+            while time.perf_counter() < settled:  # after what came before, the first calls look for memory
+                jax.block_until_ready(program(inputs, weights))
             began = time.perf_counter()
             jax.block_until_ready(program(inputs, weights))
             times[key].append(1e3 * (time.perf_counter() - began))
