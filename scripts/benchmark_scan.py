@@ -6,7 +6,8 @@
 Each line gives, for the forward pass and for forward and backward together: the median time; how many times faster that
 is than the slowest implementation of the same problem; the share that the floor makes up; and the memory used beyond
 inputs and outputs, as XLA plans it, as a fraction of all states in float32. Implementations take turns, so that a busy
-machine slows all of them alike, and warm up in each. `--large` instead checks the fastest implementation on arrays of more than 2 GB each.
+machine slows all of them alike, and warm up in each. `--large` instead checks the fastest implementation on arrays of
+more than 2 GB each.
 
 The floor is the larger of two times, at rates measured first: to move each input and output once (twice the inputs for
 a backward pass), as fast as a plain program changes as many bytes in place, which may fit a cache; and to compute one
