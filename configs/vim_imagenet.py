@@ -11,8 +11,9 @@ Published   top-1 / top-5: vim_tiny 76.1 / 93.0, vim_tiny_stride8 78.3 / 94.2, v
             vim_small_stride8 81.6 / 95.4, vim_base 81.9 / 95.8 (README of hustvl/Vim)
 Measured    not yet
 
-`python -m vimd_jax.predict --checkpoint weights/vim_tiny --classes configs/imagenet_classes.txt PICTURE` labels with
-names: the first WordNet lemma of each ILSVRC-2012 synset, in the order of the synset numbers.
+Labels with names: `python -m vimd_jax.predict --checkpoint weights/vim_tiny --crop 0.875 --classes
+configs/imagenet_classes.txt PICTURE`. They are the first WordNet lemma of each ILSVRC-2012 synset, in the order of the
+synset numbers.
 """
 
 from vimd_jax.config import default_config

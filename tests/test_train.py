@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 from tiny import tiny_config
 
 from vimd_jax import evaluate, predict, train
-from vimd_jax.data import DatasetError, load_source
+from vimd_jax.data import DatasetError, eval_view, load_source
 from vimd_jax.training import checkpoints, workdirs
 from vimd_jax.training.metrics import TrainingError, read_metrics
 
@@ -213,6 +214,18 @@ def test_predict_reads_a_file_as_it_is(tmp_path):
         predict.load_classifier(file)
     with pytest.raises(ValueError, match="reads 400x16 pixels"):
         predict.load_classifier(file, "vim_tiny", options=options | {"image_size": (16, 400)})
+
+
+def test_predict_looks_at_pictures_as_the_run_did(trained, tmp_path):
+    stored = json.loads((trained / "teacher" / "config.json").read_text())
+    stored["dataset"]["eval_crop"] = 0.5
+    shutil.copytree(trained / "teacher", tmp_path / "teacher")
+    (tmp_path / "teacher" / "config.json").write_text(json.dumps(stored))
+    classifier = predict.load_classifier(tmp_path / "teacher")
+    picture = load_source(tiny_config("teacher").dataset, "test", seed=0).read(0).resize((64, 64))
+    picture.save(tmp_path / "x.png")
+    expected = np.asarray(eval_view(picture, classifier.high, 0.5), np.float32) / 255
+    np.testing.assert_array_equal(classifier.prepare(tmp_path / "x.png", downsample=False), expected)
 
 
 @pytest.mark.parametrize("form", ["table", "json", "csv"])

@@ -30,13 +30,20 @@ from weight_convert.options import create_model_for, parse_option
 
 @dataclasses.dataclass(frozen=True)
 class Classifier:
-    """A trained network, its class names, and the sizes of picture it reads (low: 0 for a network without SR)."""
+    """A trained network, its class names, and the pictures it reads.
+
+    Attributes:
+      high: side of the picture that is classified, in pixels.
+      low: side of the picture that the SR network enlarges; 0 without one.
+      crop: share of a picture's short side that is looked at.
+    """
 
     network: nn.Module
     variables: dict
     class_names: tuple[str, ...]
     high: int
     low: int
+    crop: float = 1.0
 
     def prepare(self, path: Path, downsample: bool) -> np.ndarray:
         """The picture as the network reads it, (size, size, 3) float32 in [0, 1].
@@ -51,9 +58,9 @@ class Classifier:
                     f"{path}: {image.width}x{image.height} pixels, but this network reads {self.low}x{self.low}: "
                     "add --downsample to resize and crop it."
                 )
-            image = low_resolution_view(eval_view(image, self.high), self.low)
+            image = low_resolution_view(eval_view(image, self.high, self.crop), self.low)
         elif not self.low:
-            image = eval_view(image, self.high)
+            image = eval_view(image, self.high, self.crop)
         return np.asarray(image, np.float32) / 255
 
 
@@ -74,7 +81,8 @@ def load_classifier(
             raise ValueError(f"{checkpoint} holds an SR network, which labels nothing: name a teacher or a student.")
         network, variables = networks.load_run(checkpoint)
         low = config.dataset.low_resolution if config.stage == "student" else 0
-        return Classifier(network, variables, tuple(class_names), config.dataset.high_resolution, low)
+        data = config.dataset
+        return Classifier(network, variables, tuple(class_names), data.high_resolution, low, data.eval_crop)
     if checkpoint.is_file():
         if not model:
             raise ValueError(f"{checkpoint} does not say of which network it is: name it with --model.")
@@ -147,6 +155,16 @@ def write(labels: list[dict], form: str) -> None:
                 print(f"  {100 * label['probability']:6.2f} %  {label['class']}")
 
 
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0 and up to 1")
+    return share
+
+
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m vimd_jax.predict", description="Labels pictures.")
@@ -162,6 +180,7 @@ def parse_arguments() -> argparse.Namespace:
         help="of that network, as in input_normalization=True",
     )
     parser.add_argument("--classes", type=Path, help="text file of class names, for a checkpoint that brings none")
+    parser.add_argument("--crop", type=_share, help="share of the short side to look at (default: as trained, or 1)")
     parser.add_argument("--top", type=int, default=5, help="labels for each picture (default 5)")
     parser.add_argument("--format", choices=["table", "json", "csv"], default="table", help="of standard output")
     parser.add_argument("--downsample", action="store_true", help="resize pictures of other sizes than a student reads")
@@ -176,6 +195,8 @@ def main() -> None:
     with readable_errors():
         paths = find_pictures(arguments.pictures)
         classifier = load_classifier(arguments.checkpoint, arguments.model, arguments.classes, dict(arguments.option))
+        if arguments.crop:
+            classifier = dataclasses.replace(classifier, crop=arguments.crop)
         labels = []
         for path, probabilities in predict(
             classifier, paths, min(arguments.batch_size, len(paths)), arguments.downsample
