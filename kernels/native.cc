@@ -621,8 +621,9 @@ void BackwardTask(const Scan& scan, const Incoming& incoming, const BackwardResu
 
 // Vectors that a task takes from its arena at most.
 int64_t ArenaVectors(const Scan& scan) {
-  return scan.state * (7 * scan.blocks_per_task() + 4 * kChunk) + 2 * scan.blocks_per_task() +
-         (2 * kChunk + 1) * kMaxStates;
+  const int64_t blocks = scan.blocks_per_task(), matrix = std::max<int64_t>(blocks, kChunk);
+  const int64_t matrices = scan.splat() ? 2 : 4;  // the gradients of B and C, and these where they are spread
+  return scan.state * (3 * blocks + matrices * matrix) + 2 * blocks + (2 * kChunk + 1) * kMaxStates;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
