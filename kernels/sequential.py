@@ -18,7 +18,7 @@ from jax import lax
 
 from kernels.associative import softplus
 
-CHUNK = 16
+CHUNK = 10
 
 
 class Inputs(NamedTuple):
@@ -114,15 +114,10 @@ def _backward(options: Options, residuals, cotangents):
             count = jnp.minimum(CHUNK, length - first)
 
             def replay(k, carry):
-                state, decays, decayed_states = carry
+                state, decayed_states = carry
                 now = _Step(part, first + k)
-                decay = jnp.exp(now.exponent)
-                decayed = decay * state
-                return (
-                    decayed + _outer(now.B, now.delta * now.u),
-                    decays.at[k].set(decay),
-                    decayed_states.at[k].set(decayed),
-                )
+                decayed = jnp.exp(now.exponent) * state
+                return decayed + _outer(now.B, now.delta * now.u), decayed_states.at[k].set(decayed)
 
             def adjoint(i, carry):
                 d_state, grads = carry
@@ -154,10 +149,10 @@ def _backward(options: Options, residuals, cotangents):
                     D=part.add(grads.D, d_out * now.u),
                     delta_bias=part.add(grads.delta_bias, d_delta),
                 )
-                return d_state * decays[k], grads
+                return d_state * jnp.exp(now.exponent), grads
 
             start = part.get(starts, part.batch, first // CHUNK)
-            _, decays, decayed_states = lax.fori_loop(0, count, replay, (start, empty, empty))
+            _, decayed_states = lax.fori_loop(0, count, replay, (start, empty))
             return lax.fori_loop(0, count, adjoint, carry)
 
         d_state, grads = lax.fori_loop(0, chunks, chunk, (part.get(d_last_state, part.batch), grads))

@@ -374,7 +374,7 @@ def test_memory_of_native(name, batch):
     ("name", "batch", "dtype"),
     [
         ("vim_tiny", 1, jnp.float32),
-        ("vim_tiny", 16, jnp.bfloat16),
+        ("vim_tiny", 1, jnp.bfloat16),
         ("vim_base", 16, jnp.float32),
         ("vim_tiny_stride8", 1, jnp.float16),
         ("vim_tiny_stride8", 64, jnp.float32),
