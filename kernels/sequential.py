@@ -18,7 +18,7 @@ from jax import lax
 
 from kernels.associative import softplus
 
-CHUNK = 10
+CHUNK = 10  # the kept states and the states of a chunk together are least around here, at the lengths of Vim
 
 
 class Inputs(NamedTuple):

@@ -22,9 +22,10 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import optax
+from benchmark_scan import available, positive
 from flax import linen as nn
 
-from kernels.selective_scan import FASTEST_FIRST, IMPLEMENTATIONS, why_unavailable
+from kernels.selective_scan import FASTEST_FIRST, IMPLEMENTATIONS
 from vimd_jax.config import default_config
 from vimd_jax.models import create_model
 from vimd_jax.training.optimizer import create_optimizer
@@ -45,11 +46,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=positive, default=5)
     parser.add_argument("--json", type=Path, help="also write everything here")
     arguments = parser.parse_args()
-    implementations = []
-    for name in arguments.implementations:
-        reason = why_unavailable(name)
-        print(f"{name}: {reason}") if reason else implementations.append(name)
-
+    implementations = available(arguments.implementations)
     rows = []
     print(f"{jax.devices()[0].device_kind}, batch {arguments.batch}")
     print(f"{'':<34}{'scan by':<12}{'ms':>9}{'images/s':>10}{'scan':>7}{'memory MB':>11}")
@@ -73,13 +70,6 @@ def main() -> None:
         arguments.json.write_text(json.dumps({"device": device, "batch": arguments.batch, "rows": rows}, indent=1))
 
 
-def positive(text: str) -> int:
-    """A whole number above 0, for argparse."""
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
-    return int(text)
-
-
 def columns(row: dict) -> str:
     share = f"{row['scan_share']:>7.0%}" if "scan_share" in row else " " * 7
     return f"{1e3 * row['seconds']:>9.1f}{row['images'] / row['seconds']:>10.2f}{share}{row['memory'] / 1e6:>11.0f}"
@@ -88,13 +78,13 @@ def columns(row: dict) -> str:
 # --------------------------------------------------------------------------------------------------- what is measured
 
 
-def vim(implementation: str, batch: int, repeats: int) -> dict:
+def vim(implementation: str | None, batch: int, repeats: int) -> dict:
     """Inference of the classifier at the published size."""
     model = create_model("vim_tiny_stride8", num_classes=CLASSES, scan_implementation=implementation)
     return inference(model, 224, batch, repeats)
 
 
-def student(implementation: str, batch: int, repeats: int) -> dict:
+def student(implementation: str | None, batch: int, repeats: int) -> dict:
     """Inference of the whole student."""
     model = create_model("srvm_tiny", num_classes=CLASSES, scan_implementation=implementation)
     return inference(model, 56, batch, repeats)
@@ -109,7 +99,7 @@ def inference(model: nn.Module, size: int, batch: int, repeats: int) -> dict:
     return {"seconds": seconds, "memory": planned(program), "images": batch}
 
 
-def training_step(implementation: str, batch: int, repeats: int) -> dict:
+def training_step(implementation: str | None, batch: int, repeats: int) -> dict:
     """Median seconds and memory of one optimiser step on all local devices."""
     network = create_model("srvm_tiny", num_classes=CLASSES, scan_implementation=implementation)
     teacher = create_model("vim_tiny_stride8", num_classes=CLASSES, scan_implementation=implementation)

@@ -46,10 +46,7 @@ def main() -> None:
 
     exponentials = measure_exponentials()
     print(f"{jax.devices()[0].device_kind}, {exponentials / 1e9:.1f} G exp/s")
-    implementations = []
-    for name in arguments.implementations:
-        reason = why_unavailable(name)
-        print(f"{name}: {reason}") if reason else implementations.append(name)
+    implementations = available(arguments.implementations)
     if not implementations:
         parser.exit(1, "error: none of these implementations can run here\n")
     print(f"{'':<41}{'forward':^32}{'forward and backward':^32}")
@@ -77,6 +74,15 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
     return int(text)
+
+
+def available(names: list[str]) -> list[str]:
+    """The implementations that can run here; prints why the others cannot."""
+    reasons = {name: why_unavailable(name) for name in names}
+    for name, reason in reasons.items():
+        if reason:
+            print(f"{name}: {reason}")
+    return [name for name in names if reasons[name] is None]
 
 
 def measure(shape: Shape, batch: int, dtype, implementations: list[str], repeats: int, rates: dict) -> list[dict]:

@@ -24,7 +24,8 @@ from vimd_jax.data.sources import EXTENSIONS
 from vimd_jax.models.srresnet import SRResNet
 from vimd_jax.models.srvm import SRVM
 from vimd_jax.training import networks, workdirs
-from weight_convert import load_converted, load_pretrained, load_torch_checkpoint
+from weight_convert import load_converted, load_torch_checkpoint
+from weight_convert.mapping import fill, nested
 from weight_convert.options import create_model_for, parse_option
 
 
@@ -86,8 +87,9 @@ def load_classifier(
     if checkpoint.is_file():
         if not model:
             raise ValueError(f"{checkpoint} does not say of which network it is: name it with --model.")
-        network, _ = create_model_for(load_torch_checkpoint(checkpoint), model, options or {})
-        variables = load_pretrained(checkpoint, network, adapt=False)
+        state_dict = load_torch_checkpoint(checkpoint)
+        network, _ = create_model_for(state_dict, model, options or {})
+        variables = nested(fill(state_dict, network, source=str(checkpoint)))
     else:
         network, variables, _ = load_converted(checkpoint)
     if isinstance(network, SRResNet):

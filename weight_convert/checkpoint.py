@@ -15,10 +15,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vimd_jax.models import create_model
 from weight_convert.finetune import FLEXIBLE, fit
-from weight_convert.mapping import fill, half_of_srvm, nested, variable_shapes
+from weight_convert.mapping import fill, nested, variable_shapes
 from weight_convert.torch_file import CheckpointError, load_torch_checkpoint
 
 log = logging.getLogger(__name__)
+
+_HALVES = {"SRResNet": "sr", "Vim": "classifier"}  # of SRVM-Net, by the kind of network
 
 
 def load_pretrained(
@@ -50,11 +52,11 @@ def load_pretrained(
     if path.is_dir():
         source, variables, _ = load_converted(path)
         variables = half(variables, model)
-        source = getattr(source, half_of_srvm(model) or "", source)
+        source = getattr(source, _half_name(model), source)
         _check_same_network(path, source, model)
         leaves, grid = flatten_dict(variables, sep="/"), getattr(getattr(source, "classifier", source), "grid", None)
     else:
-        state_dict, prefix = load_torch_checkpoint(path, key=key), f"{half_of_srvm(model)}."
+        state_dict, prefix = load_torch_checkpoint(path, key=key), f"{_half_name(model)}."
         if any(name.startswith(prefix) for name in state_dict):
             state_dict = {name.removeprefix(prefix): x for name, x in state_dict.items() if name.startswith(prefix)}
         leaves = fill(state_dict, model, FLEXIBLE, str(path))
@@ -68,10 +70,14 @@ def load_pretrained(
 
 def half(variables: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     """Of the variables of an SRVM-Net those of one of its halves, if that is what `model` is; others as they are."""
-    name = half_of_srvm(model)
+    name = _half_name(model)
     if name not in variables["params"]:
         return variables
     return {collection: tree[name] for collection, tree in variables.items() if name in tree}
+
+
+def _half_name(model: nn.Module) -> str:
+    return _HALVES.get(type(model).__name__, "none")
 
 
 def _check_same_network(path: Path, source: nn.Module, model: nn.Module) -> None:

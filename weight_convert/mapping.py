@@ -292,14 +292,6 @@ def _listed(names: list[str], most: int = 20) -> str:
     return ", ".join(names[:most]) + (f", … and {len(names) - most} more" if len(names) > most else "")
 
 
-_HALVES = {"SRResNet": "sr", "Vim": "classifier"}
-
-
-def half_of_srvm(model: nn.Module) -> str | None:
-    """Which half of SRVM-Net a network of this kind can be: "sr", "classifier" or None."""
-    return _HALVES.get(type(model).__name__)
-
-
 def export_state_dict(variables: dict[str, Any], model: nn.Module) -> dict[str, np.ndarray]:
     """The variables under PyTorch's names and layouts: the inverse of `convert_state_dict`.
 

@@ -56,6 +56,7 @@ def read_config(workdir: Path) -> ConfigDict:
 
     Raises:
       FileNotFoundError: the folder holds no run.
+      ValueError: config.json is damaged.
     """
     path = workdir / "config.json"
     if not path.exists():
