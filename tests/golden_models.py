@@ -8,6 +8,7 @@ from flax import linen as nn
 
 from vimd_jax.models.srresnet import SRResNet
 from vimd_jax.models.vim import Vim
+from vimd_jax.models.vim_ablations import VimAblation
 
 
 def vim(constructor: dict, **overrides) -> Vim:
@@ -32,13 +33,17 @@ def vim(constructor: dict, **overrides) -> Vim:
         "class_token": class_token,
         "pool": "last" if pool == "none" else pool,
         "merge": "mean" if divide else "sum",
+        "rope": constructor.get("if_rope_residual", False),
+    }
+    ablations = {
         "bimamba_type": None if bimamba_type == "none" else bimamba_type,
         "norm": "rms" if constructor.get("rms_norm", True) else "layer",
         "layer_scale": constructor.get("init_layer_scale"),
-        "rope": constructor.get("if_rope_residual", False),
         "paired_layers": constructor.get("if_bidirectional", False),
         "flip_tokens": constructor.get("flip_img_sequences_ratio", 0) >= 1,
     }
+    if any(value != getattr(VimAblation, name) for name, value in ablations.items()):
+        return VimAblation(**(options | ablations | overrides))
     return Vim(**(options | overrides))
 
 

@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import safe_open
 
+from vimd_jax.checkpoints.network import CheckpointError
 from weight_convert.safe_pickle import Constructor, PickleError, interpret
 
 # Far beyond any real checkpoint (Vim-base with its optimizer state: 2,000 tensors); a hostile file stops here.
@@ -26,10 +27,6 @@ _MAX_NAME_LENGTH = 1_000
 _MAX_RANK = 64
 
 _LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # what PyTorch before 1.6 wrote first
-
-
-class CheckpointError(ValueError):
-    """The file is not a checkpoint that can be read; the message names the file, what is wrong and what to do."""
 
 
 def load_torch_checkpoint(path: str | Path, *, key: str | None = None) -> dict[str, np.ndarray]:

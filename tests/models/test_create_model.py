@@ -1,12 +1,13 @@
 """The networks by name: their parameter counts, their options, and what happens to misspelt ones."""
 
+import json
 import math
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from vimd_jax.models import create_model, list_models
+from vimd_jax.models import create_model, describe, list_models
 
 # Counted on the original PyTorch classes at full size (1,000 classes unless stated).
 PARAMETERS = [
@@ -44,7 +45,7 @@ def test_parameter_counts(name, overrides, count):
 
 
 def test_list_models():
-    assert {name for name, *_ in PARAMETERS} == set(list_models())
+    assert {name for name, *_ in PARAMETERS} == set(list_models()) - {"vim_ablation"}  # which is Vim by default
     assert list_models("vim_tiny*") == ["vim_tiny", "vim_tiny_stride8"]
     assert list_models("nothing") == []
 
@@ -66,17 +67,36 @@ def test_overrides_reach_the_module():
         ("vim_tiny", {"sr_channels": 3}, "^sr_channels: vim_tiny"),
         ("srresnet_x4", {"depth": 3}, "^depth: srresnet_x4 .*num_blocks"),
         ("srvm_tiny", {"classifier_depth": 3}, "^classifier_depth: srvm_tiny .*sr_num_blocks"),
-        ("vim_tiny", {"depth": 2.5}, "^depth: 2.5 is no int$"),
-        ("vim_tiny", {"depth": True}, "^depth: True is no int$"),
-        ("vim_tiny", {"remat": "maybe"}, "^remat: 'maybe' is no bool$"),
-        ("vim_tiny", {"image_size": (224, 7.5)}, "^image_size: .* is no int | tuple"),
-        ("vim_tiny", {"layer_scale": "small"}, "^layer_scale: 'small' is no float | None$"),
-        ("vim_tiny", {"dtype": "fast"}, "^dtype: 'fast' is no floating-point type"),
-        ("srvm_tiny", {"sr_channels": "8"}, "^sr_channels: '8' is no int$"),
-        ("srresnet_x4", {"num_blocks": 0}, "^num_blocks: 0 is too small"),
+        ("vim_tiny", {"depth": 2.5}, "^depth: 2.5 is not valid, expected an integer$"),
+        ("vim_tiny", {"depth": True}, "^depth: True is not valid, expected an integer$"),
+        ("vim_tiny", {"remat": "maybe"}, "^remat: 'maybe' is not valid, expected True or False$"),
+        ("vim_tiny", {"image_size": (224, 7.5)}, "^image_size: .* expected an integer or tuple"),
+        ("vim_tiny", {"merge": None}, '^merge: None is not valid, expected "mean" or "sum"$'),
+        ("vim_ablation", {"layer_scale": "small"}, "^layer_scale: 'small' is not valid, expected a number or None$"),
+        ("vim_tiny", {"dtype": "fast"}, "^dtype: 'fast' is not supported, expected float32 or bfloat16"),
+        ("vim_tiny", {"dtype": "float16"}, "^dtype: 'float16' is not supported"),
+        ("srvm_tiny", {"sr_channels": "8"}, "^channels: '8' is not valid, expected an integer$"),
+        ("srvm_tiny", {"classifier": "vim_huge"}, "^name: there is no network 'vim_huge'"),
+        ("srresnet_x4", {"num_blocks": 0}, "^num_blocks: 0 is not valid, expected an integer of at least 1"),
     ],
 )
 def test_bad_names_and_values_are_explained(name, overrides, message):
     with pytest.raises(ValueError, match=message) as error:
         create_model(name, **overrides)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_a_description_makes_the_same_network(name):
+    model = create_model(name)
+    description = json.loads(json.dumps(describe(model)))
+    assert description["architecture"] == name
+    assert create_model(name, **description["options"]) == model
+
+
+def test_a_description_holds_what_decides_a_number_and_nothing_else():
+    student = create_model("srvm_tiny", sr="bicubic", merge="sum", image_size=(64, 48), remat=True, dtype="bfloat16")
+    options = describe(student)["options"]
+    assert (options["sr"], options["merge"], options["image_size"]) == ("bicubic", "sum", [64, 48])
+    assert options["classifier"] == "vim_tiny_stride8"
+    assert not {"remat", "dtype", "scan_implementation"} & set(options)

@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 
 from vimd_jax.models.mamba import ShortConv, inverse_softplus_of_steps
-from vimd_jax.models.position import resize_positions
-from vimd_jax.models.vim import NORMS, Layer, Mixer, Vim
+from vimd_jax.models.positions import resize_positions
+from vimd_jax.models.isotropic import Layer
+from vimd_jax.models.layers import rms_norm
+from vimd_jax.models.vim import Mixer, Vim
+from vimd_jax.models.vim_ablations import VimAblation
 from weight_convert import convert_state_dict
 from weight_convert.mapping import plan
 
@@ -23,7 +26,7 @@ def leaves(tree) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def pictures(batch: int = 2, size: int = 32) -> jax.Array:
+def sample_images(batch: int = 2, size: int = 32) -> jax.Array:
     return jax.random.uniform(jax.random.key(5), (batch, size, size, 3))
 
 
@@ -43,7 +46,7 @@ def gradients(model, variables, images, cotangent):
 
 @pytest.fixture(scope="module")
 def small():
-    return golden_models.random_variables(SMALL, pictures())
+    return golden_models.random_variables(SMALL, sample_images())
 
 
 @pytest.mark.parametrize("case", RECORDED)
@@ -103,7 +106,7 @@ def weight_by_rule(rank: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
 @pytest.mark.parametrize("name", BY_RULE)
 def test_logits_of_weights_by_rule(name):
     overrides, first, total = BY_RULE[name]
-    model = Vim(**(RULE | overrides))
+    model = (VimAblation if "layer_scale" in overrides else Vim)(**(RULE | overrides))
     images = np.sin(0.05 * np.arange(2 * 3 * 32 * 32, dtype=np.float64)).reshape(2, 3, 32, 32)
     images = golden_models.nhwc(images).astype(np.float32)
     shapes = {entry.source: entry.shape for entry in plan(model)}
@@ -115,7 +118,7 @@ def test_logits_of_weights_by_rule(name):
 
 def test_initial_distributions():
     """Means and deviations of the original initialisation (its parameters at seed 0), and the exact bounds."""
-    params = jax.jit(Vim(num_classes=200, depth=4, stride=8).init)(jax.random.key(1), pictures(1, 16))["params"]
+    params = jax.jit(Vim(num_classes=200, depth=4, stride=8).init)(jax.random.key(1), sample_images(1, 16))["params"]
     mixer = params["layers"]["mixer"]
     expected = {
         "patch_embed/kernel": (params["patch_embed"]["kernel"], 0, 0.0412),
@@ -161,7 +164,7 @@ def test_initial_steps_are_log_uniform():
 
 
 def test_last_token_and_max_over_logits(small):
-    images = pictures()
+    images = sample_images()
     params = {name: small["params"][name] for name in small["params"] if name != "class_token"}
     params["position_embedding"] = params["position_embedding"][:, 1:]
     model = SMALL.clone(class_token=None)
@@ -184,7 +187,7 @@ def test_other_image_size_resizes_positions(small):
 
 
 def test_position_table_follows_image_size_not_the_first_image(small):
-    shape = jax.eval_shape(SMALL.init, jax.random.key(0), pictures(1, 64))["params"]["position_embedding"].shape
+    shape = jax.eval_shape(SMALL.init, jax.random.key(0), sample_images(1, 64))["params"]["position_embedding"].shape
     assert shape == small["params"]["position_embedding"].shape == (1, 17, 16)
 
 
@@ -196,16 +199,14 @@ def test_backward_direction_looks_ahead():
 
 
 def test_drop_path_drops_whole_images_and_scales_the_rest():
-    mixer = functools.partial(
-        *(Mixer, 3, 4), bimamba_type=None, merge="mean", layer_scale=None, dtype=jnp.float32, scan_implementation=None
-    )
-    layer = Layer(mixer, NORMS["rms"], drop_path=True, return_state=False)
+    mixer = functools.partial(Mixer, 3, 4, merge="mean", dtype=jnp.float32, scan_implementation=None)
+    layer = Layer(mixer, rms_norm, drops=True, return_state=False)
     x = jax.random.normal(jax.random.key(0), (64, 4, 16))
 
     @jax.jit
     def mixed(rate):
         keys = {"params": jax.random.key(1), "drop_path": jax.random.key(2)}
-        return layer.init_with_output(keys, x, rate, None)[0][0] - x
+        return layer.init_with_output(keys, x, rate, None, None)[0][0] - x
 
     whole, dropped = mixed(0.0), mixed(0.75)
     kept = np.asarray(jnp.any(dropped != 0, axis=(1, 2)))
@@ -215,7 +216,7 @@ def test_drop_path_drops_whole_images_and_scales_the_rest():
 
 def test_drop_path_acts_only_while_training(small):
     model = SMALL.clone(drop_path_rate=0.9)
-    images = pictures()
+    images = sample_images()
 
     @jax.jit
     def train(key):
@@ -230,7 +231,7 @@ def test_drop_path_acts_only_while_training(small):
 
 def test_remat_changes_memory_but_not_numbers():
     """With remat the gradient's memory grows by one state a layer; the numbers are the same."""
-    images = pictures(4)
+    images = sample_images(4)
     state = 4 * 17 * 16 * 4  # batch, tokens, channels, bytes
     growth, results = {}, {}
     for remat in (False, True):
@@ -257,15 +258,15 @@ def _temporary_bytes(compiled) -> int:
 def test_program_does_not_grow_with_depth():
     def program(depth):
         model = SMALL.clone(depth=depth, remat=True)
-        variables = jax.eval_shape(model.init, jax.random.key(0), pictures())
+        variables = jax.eval_shape(model.init, jax.random.key(0), sample_images())
         gradient = jax.grad(lambda v, x: model.apply(v, x, train=True).sum())
-        return len(jax.jit(gradient).lower(variables, pictures()).as_text().splitlines())
+        return len(jax.jit(gradient).lower(variables, sample_images()).as_text().splitlines())
 
     assert program(48) == program(24)
 
 
 def test_bfloat16_is_close_and_finite(small):
-    images = pictures()
+    images = sample_images()
     model = SMALL.clone(dtype="bfloat16")
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
@@ -278,7 +279,7 @@ def test_bfloat16_is_close_and_finite(small):
 
 
 def test_input_normalization_is_imagenet_s(small):
-    images = pictures()
+    images = sample_images()
     normalized = (images - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225])
     logits = run(SMALL.clone(input_normalization=True), small, images)
     np.testing.assert_allclose(logits, run(SMALL, small, normalized.astype(jnp.float32)), rtol=1e-5, atol=1e-6)
@@ -290,10 +291,7 @@ def test_input_normalization_is_imagenet_s(small):
         ({"class_token": "center"}, "class_token"),
         ({"pool": "all"}, "pool"),
         ({"merge": "concat"}, "merge"),
-        ({"norm": "batch"}, "norm"),
-        ({"bimamba_type": "v3"}, "bimamba_type"),
         ({"rope": True, "embed_dim": 18}, "rope"),
-        ({"paired_layers": True, "depth": 3}, "paired_layers"),
         ({"depth": 0}, "depth"),
         ({"drop_path_rate": 1.0}, "drop_path_rate"),
         ({"image_size": 7}, "image_size"),
@@ -304,6 +302,14 @@ def test_bad_options_are_named(overrides, field):
     with pytest.raises(ValueError, match=f"^{field}: .*") as error:
         SMALL.clone(**overrides)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "overrides", [{"norm": "batch"}, {"bimamba_type": "v3"}, {"paired_layers": True, "depth": 3}], ids=str
+)
+def test_bad_options_of_ablations_are_named(overrides):
+    with pytest.raises(ValueError, match=f"^{next(iter(overrides))}: "):
+        VimAblation(**overrides)
 
 
 @pytest.mark.parametrize(

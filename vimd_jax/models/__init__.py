@@ -1,96 +1,101 @@
 """The networks by name: `create_model("vim_tiny_stride8", num_classes=200)`.
 
-One module per network: vim.py (the classifier), srresnet.py (super-resolution), srvm.py (one after the other, the
-student of ViMD). A name is a builder with its defaults; another family is another few lines in `_BUILDERS`.
+One module per family, from general to special: layers, positions and mamba are parts; isotropic is the trunk of vim;
+srresnet restores images; srvm is both in a row, the student of ViMD. A family lists its names in `MODELS`.
 """
 
 import difflib
 import fnmatch
 import inspect
-import numbers
-from collections.abc import Callable
 from functools import partial
-from types import UnionType
-from typing import Any, get_args, get_origin
+from typing import Any, Literal
 
 from flax import linen as nn
 
+from vimd_jax.models import srresnet, vim, vim_ablations
+from vimd_jax.models.network import COMPUTATION, from_plain, options_of, plain
 from vimd_jax.models.srresnet import SRResNet
 from vimd_jax.models.srvm import SRVM
-from vimd_jax.models.vim import Vim
+
+CLASSIFIERS = vim.MODELS | vim_ablations.MODELS
 
 
 def _srvm(
-    classifier: Callable[..., Vim],
-    sr: str = "srresnet",
+    sr: Literal["srresnet", "bicubic"] = "srresnet",
     scale: int = 4,
     sr_channels: int = 64,
     sr_num_blocks: int = 16,
-    **overrides: Any,
+    classifier: str = "vim_tiny_stride8",
+    **options: Any,
 ) -> SRVM:
-    """SRVM-Net; `sr` is "srresnet" or "bicubic", the other overrides are those of the classifier."""
     if sr not in ("srresnet", "bicubic"):
-        raise ValueError(f'sr: {sr!r} is unknown, choose "srresnet" or "bicubic"')
+        raise ValueError(f'sr: {sr!r} is not valid, expected "srresnet" or "bicubic"')
     network = SRResNet(scale, sr_channels, sr_num_blocks) if sr == "srresnet" else None
-    return SRVM(sr=network, classifier=classifier(**overrides))
+    return SRVM(sr=network, classifier=create_model(classifier, **options))
 
 
-_BUILDERS: dict[str, Callable[..., nn.Module]] = {
-    "vim_tiny": partial(Vim, embed_dim=192),
-    "vim_tiny_stride8": partial(Vim, embed_dim=192, stride=8),
-    "vim_small": partial(Vim, embed_dim=384),
-    "vim_small_stride8": partial(Vim, embed_dim=384, stride=8),
-    "vim_base": partial(Vim, embed_dim=768),
-    "srresnet_x2": partial(SRResNet, scale=2),
-    "srresnet_x4": partial(SRResNet, scale=4),
-    "srresnet_x8": partial(SRResNet, scale=8),
-    "srvm_tiny": partial(_srvm, partial(Vim, embed_dim=192, stride=8)),
-}
+MODELS = CLASSIFIERS | srresnet.MODELS | {"srvm_tiny": _srvm}
 
 
-def create_model(name: str, **overrides: Any) -> nn.Module:
+def create_model(name: str, **options: Any) -> nn.Module:
     """The network of that name, as a Flax Linen module.
 
     Args:
       name: one of `list_models()`.
-      **overrides: fields of the module that shall differ from the name's defaults; for srvm_* those of its classifier
-        and sr ("srresnet" or "bicubic"), scale, sr_channels, sr_num_blocks.
+      **options: fields of the module that differ from the name's defaults. For srvm_* those of its classifier, the
+        classifier's name, and sr ("srresnet" or "bicubic"), scale, sr_channels, sr_num_blocks.
 
     Raises:
-      ValueError: no such network, override, or value.
+      ValueError: no such network or option, or a value that is not valid; one line that says what is.
     """
-    if name not in _BUILDERS:
-        close = difflib.get_close_matches(name, _BUILDERS, n=3) or list_models()
-        raise ValueError(f"name: no network is called {name!r}, did you mean {' or '.join(close)}?")
-    allowed = _overrides(_BUILDERS[name])
-    for override, value in overrides.items():
-        if override not in allowed:
-            raise ValueError(f"{override}: {name} has no such option, choose from {', '.join(sorted(allowed))}")
-        if not _fits(value, kind := allowed[override]):
-            raise ValueError(f"{override}: {value!r} is no {kind.__name__ if isinstance(kind, type) else kind}")
-    return _BUILDERS[name](**overrides)
+    allowed = model_options(name, classifier=options.get("classifier", "vim_tiny_stride8"))
+    for option in options:
+        if option not in allowed:
+            raise ValueError(f"{option}: {name} has no such option, choose from {', '.join(sorted(allowed))}")
+    return MODELS[name](**{option: from_plain(value) for option, value in options.items()})
 
 
 def list_models(pattern: str = "*") -> list[str]:
     """The names that `create_model` knows and that match a shell pattern such as "vim_*", sorted."""
-    return sorted(fnmatch.filter(_BUILDERS, pattern))
+    return sorted(fnmatch.filter(MODELS, pattern))
 
 
-def _overrides(builder: Callable[..., nn.Module]) -> dict[str, Any]:
-    """Name → annotation of what a builder takes."""
-    kinds = {name: parameter.annotation for name, parameter in inspect.signature(builder).parameters.items()}
-    if "overrides" in kinds:  # _srvm hands them to its classifier
-        kinds = _overrides(builder.args[0]) | kinds
-    return {name: kinds[name] for name in kinds if name not in {"parent", "name", "overrides", "classifier"}}
+def model_options(name: str, classifier: str = "vim_tiny_stride8") -> dict[str, Any]:
+    """Name → type of the options of a network; of srvm_* with that classifier."""
+    if name not in MODELS:
+        close = difflib.get_close_matches(str(name), MODELS, n=3) or list_models()
+        raise ValueError(f"name: there is no network {name!r}, did you mean {' or '.join(close)}?")
+    if MODELS[name] is not _srvm:
+        return options_of(_class_of(MODELS[name]))
+    parameters = inspect.signature(_srvm).parameters
+    own = {option: parameters[option].annotation for option in parameters if option != "options"}
+    return own | model_options(classifier)
 
 
-def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value is of an annotated kind; whole numbers are floats too, True and False are no numbers."""
-    if isinstance(kind, UnionType):
-        return any(_fits(value, part) for part in get_args(kind))
-    if get_origin(kind) is tuple:
-        parts = get_args(kind)
-        return isinstance(value, tuple | list) and len(value) == len(parts) and all(map(_fits, value, parts))
-    if isinstance(value, bool):
-        return kind in (bool, Any)
-    return kind is Any or isinstance(value, {int: numbers.Integral, float: numbers.Real}.get(kind, kind))
+def describe(model: nn.Module) -> dict[str, Any]:
+    """What a network is, as JSON values: {"architecture": its name, "options": every option that decides a number}.
+
+    `create_model(architecture, **options)` makes it again. Left out is how it is computed (`network.COMPUTATION`).
+    """
+    if isinstance(model, SRVM):
+        inner, sr = describe(model.classifier), model.sr
+        own = {"sr": "bicubic"}
+        if sr is not None:
+            own = {"sr": "srresnet", "scale": sr.scale, "sr_channels": sr.channels, "sr_num_blocks": sr.num_blocks}
+        options = own | {"classifier": inner["architecture"]} | inner["options"]
+        return {"architecture": "srvm_tiny", "options": options}
+    options = {option: getattr(model, option) for option in options_of(type(model)) if option not in COMPUTATION}
+
+    def differing(name: str) -> int:
+        defaults = getattr(MODELS[name], "keywords", {})
+        return sum(options[option] != value for option, value in defaults.items()) - len(defaults)
+
+    names = [name for name, builder in MODELS.items() if _class_of(builder) is type(model)]
+    return {
+        "architecture": min(names, key=differing),
+        "options": {option: plain(value) for option, value in options.items()},
+    }
+
+
+def _class_of(builder: Any) -> Any:
+    return builder.func if isinstance(builder, partial) else builder

@@ -1,5 +1,5 @@
-"""The selective state-space model of Mamba, the part that every network here is made of (Gu & Dao, "Mamba: Linear-Time
-Sequence Modeling with Selective State Spaces", 2023, https://arxiv.org/abs/2312.00752, algorithm 2).
+"""The selective state-space model of Mamba in its parts (Gu & Dao, "Mamba: Linear-Time Sequence Modeling with Selective
+State Spaces", 2023, https://arxiv.org/abs/2312.00752, algorithm 2): short convolution, projections, scan and gate.
 """
 
 import math
@@ -10,27 +10,25 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from kernels import selective_scan
-from vimd_jax.models.initializers import uniform, uniform_fan_in
+from vimd_jax.models.layers import uniform, uniform_fan_in
 
 CONV_WIDTH = 4
+EXPAND = 2  # channels of a mixer over those of a token
 
 
 class SSM(nn.Module):
-    """Short convolution, step sizes and matrices from its output, selective scan, gate.
+    """One scan direction: short convolution, step sizes and matrices from its output, selective scan, gate.
 
     Attributes:
-      delta_rank: numbers per token that the step sizes of all channels are made from.
       state_size: state of the scan per channel.
-      direction: "backward" looks and runs from the last token to the first, by index: nothing is flipped. "both" looks
-        back, runs either way with a state matrix for each, and adds the results.
+      reverse: look and run from the last token to the first, by index: nothing is flipped.
       delta_bias_init: what the step sizes start from.
       dtype: of the projections.
       scan_implementation: see `kernels.selective_scan`.
     """
 
-    delta_rank: int
     state_size: int
-    direction: str
+    reverse: bool
     delta_bias_init: nn.initializers.Initializer
     dtype: Any
     scan_implementation: str | None
@@ -38,23 +36,94 @@ class SSM(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, z: jax.Array) -> jax.Array:
         """Maps x and the gate z, both (batch, length, channels), to the same shape."""
-        channels, rank, state = x.shape[-1], self.delta_rank, self.state_size
-        u = ShortConv(self.direction == "backward", name="conv")(x)
-        projected = nn.Dense(
-            rank + 2 * state, use_bias=False, kernel_init=uniform_fan_in, dtype=self.dtype, name="x_proj"
-        )(u)
-        delta, B, C = jnp.split(projected, [rank, rank + state], axis=-1)
-        delta, delta_bias = DeltaProjection(channels, self.delta_bias_init, name="dt_proj")(delta)
+        channels = x.shape[-1]
+        u = ShortConv(self.reverse, name="conv")(x)
+        delta, B, C, delta_bias = selective_projections(u, self.state_size, self.delta_bias_init, self.dtype)
+        A = state_matrix(self, "A_log", channels, self.state_size)
         D = self.param("D", nn.initializers.ones, (channels,))
+        return selective_scan(
+            *(u, delta, A, B, C, D, z, delta_bias),
+            delta_softplus=True,
+            reverse=self.reverse,
+            implementation=self.scan_implementation,
+        )
 
-        def scan(matrix: str, reverse: bool) -> jax.Array:
-            A = -jnp.exp(self.param(matrix, log_of_counting, (channels, state)))
-            options = {"delta_softplus": True, "reverse": reverse, "implementation": self.scan_implementation}
-            return selective_scan(u, delta, A, B, C, D, z, delta_bias, **options)
 
-        if self.direction == "both":
-            return scan("A_log", False) + scan("A_log_backward", True)
-        return scan("A_log", self.direction == "backward")
+class GroupedSSM(nn.Module):
+    """Several scan directions at once, each with weights of its own: projections, and one scan with a group for each.
+
+    Attributes:
+      state_size: state of the scan per channel.
+      x_proj_init: of the projection to steps and matrices, (directions, channels, delta_rank + 2 state_size).
+      dt_proj_init: of the projection of the steps, (directions, delta_rank, channels).
+      dt_bias_init: what the step sizes start from, (directions, channels).
+      dtype: of the projections.
+      scan_implementation: see `kernels.selective_scan`.
+    """
+
+    state_size: int
+    x_proj_init: nn.initializers.Initializer
+    dt_proj_init: nn.initializers.Initializer
+    dt_bias_init: nn.initializers.Initializer
+    dtype: Any
+    scan_implementation: str | None
+
+    @nn.compact
+    def __call__(self, u: jax.Array, z: jax.Array | None = None) -> jax.Array:
+        """Maps u and, where there is one, the gate z (batch, length, directions, channels) to the same shape."""
+        *sequence, groups, channels = u.shape
+        rank, state = delta_rank(channels), self.state_size
+        x_proj = self.param("x_proj_kernel", self.x_proj_init, (groups, channels, rank + 2 * state))
+        dt_proj = self.param("dt_proj_kernel", self.dt_proj_init, (groups, rank, channels))
+        dt_bias = self.param("dt_proj_bias", self.dt_bias_init, (groups, channels))
+        A = state_matrix(self, "A_log", groups * channels, state)
+        D = self.param("D", nn.initializers.ones, (groups * channels,))
+
+        projected = jnp.einsum("blkc,kcr->blkr", u.astype(self.dtype), x_proj.astype(self.dtype))
+        code, B, C = jnp.split(projected, [rank, rank + state], axis=-1)
+        delta = jnp.einsum("blkr,krc->blkc", code, dt_proj.astype(self.dtype))
+        flat = (*sequence, groups * channels)
+        y = selective_scan(
+            *(u.reshape(flat), delta.reshape(flat), A, B, C, D),
+            *(None if z is None else z.reshape(flat), dt_bias.reshape(-1)),
+            delta_softplus=True,
+            implementation=self.scan_implementation,
+        )
+        return y.reshape(u.shape)
+
+
+def selective_projections(
+    u: jax.Array, state_size: int, delta_bias_init: nn.initializers.Initializer, dtype: Any
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Step sizes and matrices from the input; call it inside a compact module, which gets "x_proj" and "dt_proj".
+
+    Args:
+      u: (batch, length, channels).
+      state_size: state of the scan per channel.
+      delta_bias_init: initialiser of the bias of the step sizes.
+      dtype: of the projections.
+
+    Returns:
+      delta (batch, length, channels), B and C (batch, length, state_size), and the bias of delta (channels,), which the
+      scan adds in float32.
+    """
+    channels = u.shape[-1]
+    rank = delta_rank(channels)
+    width = rank + 2 * state_size
+    projected = nn.Dense(width, use_bias=False, kernel_init=uniform_fan_in, dtype=dtype, name="x_proj")(u)
+    code, B, C = jnp.split(projected, [rank, rank + state_size], axis=-1)
+    delta, delta_bias = DeltaProjection(channels, delta_bias_init, name="dt_proj")(code)
+    return delta, B, C, delta_bias
+
+
+def delta_rank(channels: int) -> int:
+    """Numbers per token that the step sizes of all channels are made from: a sixteenth of the token's channels."""
+    return math.ceil(channels // EXPAND / 16)
+
+
+def state_matrix(module: nn.Module, name: str, channels: int, state_size: int) -> jax.Array:
+    """A = -exp(parameter), (channels, state_size); the parameter belongs to the module."""
+    return -jnp.exp(module.param(name, log_of_counting, (channels, state_size)))
 
 
 class ShortConv(nn.Module):
@@ -82,13 +151,14 @@ def _silu_of_conv(x, kernel, bias, reverse):
 
 
 class DeltaProjection(nn.Module):
-    """Step sizes from their low-rank code. The bias is handed on: the scan adds it in float32."""
+    """Step sizes from their low-rank code, and their bias."""
 
     channels: int
     bias_init: nn.initializers.Initializer
 
     @nn.compact
     def __call__(self, code: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Maps code (batch, length, rank) to step sizes without bias (batch, length, channels) and the bias."""
         kernel = self.param("kernel", uniform_fan_in, (code.shape[-1], self.channels))
         bias = self.param("bias", self.bias_init, (self.channels,))
         return code @ kernel.astype(code.dtype), bias

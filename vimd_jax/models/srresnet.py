@@ -5,16 +5,18 @@ Residual blocks at the low resolution, then one doubling of the resolution after
 Convolutions start from PyTorch's default (uniform in ±1/√fan_in), which the original network was built with.
 """
 
+from functools import partial
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from vimd_jax.models.initializers import uniform, uniform_fan_in
+from vimd_jax.models.layers import BatchNorm, check_images, uniform, uniform_fan_in
+from vimd_jax.models.network import Network
 
-SCALES = (2, 4, 8)
 
-
-class SRResNet(nn.Module):
+class SRResNet(Network):
     """Super-resolution network.
 
     Attributes:
@@ -25,18 +27,10 @@ class SRResNet(nn.Module):
         device for itself.
     """
 
-    scale: int = 4
+    scale: Literal[2, 4, 8] = 4
     channels: int = 64
     num_blocks: int = 16
     bn_axis_name: str | None = None
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.scale not in SCALES:
-            raise ValueError(f"scale: {self.scale} is unknown, choose one of {SCALES}")
-        for field in ("channels", "num_blocks"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field}: {getattr(self, field)} is too small, it must be at least 1")
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
@@ -53,10 +47,7 @@ class SRResNet(nn.Module):
         Raises:
           ValueError: images are not (batch, height, width, 3) floats.
         """
-        if images.ndim != 4 or images.shape[3] != 3:
-            raise ValueError(f"images: shape is {images.shape}, expected (batch, height, width, 3)")
-        if not jnp.issubdtype(images.dtype, jnp.floating):
-            raise ValueError(f"images: dtype is {images.dtype}, expected floats in [0, 1]; divide bytes by 255")
+        check_images(images)
         shallow = PReLU(name="prelu_in")(_conv(self.channels, 9, images.shape[3], name="conv_in")(images))
 
         blocks = nn.scan(
@@ -121,40 +112,12 @@ class PReLU(nn.Module):
         return jnp.where(x > 0, x, alpha * x)
 
 
-class BatchNorm(nn.Module):
-    """Batch normalisation with PyTorch's running averages: they take 1/10 of each batch, and its unbiased variance.
-
-    `flax.linen.BatchNorm` averages the biased variance, which is why this one exists.
-    """
-
-    train: bool
-    axis_name: str | None
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalises x (batch, height, width, channels) over all but the channels."""
-        channels = x.shape[-1]
-        scale = self.param("scale", nn.initializers.ones, (channels,))
-        bias = self.param("bias", nn.initializers.zeros, (channels,))
-        running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
-        running_var = self.variable("batch_stats", "var", jnp.ones, (channels,))
-        mean, var = running_mean.value, running_var.value
-        if self.train and not self.is_initializing():
-            mean = self._mean(x)
-            var = self._mean(jnp.square(x - mean))
-            count = x.size // channels * (jax.lax.axis_size(self.axis_name) if self.axis_name else 1)
-            running_mean.value += 0.1 * (mean - running_mean.value)
-            running_var.value += 0.1 * (var * count / (count - 1) - running_var.value)
-        return (x - mean) * (scale * jax.lax.rsqrt(var + 1e-5)) + bias
-
-    def _mean(self, x):
-        mean = x.mean(axis=(0, 1, 2))
-        return jax.lax.pmean(mean, self.axis_name) if self.axis_name else mean
-
-
 def _conv(features: int, size: int, inputs: int = 0, use_bias: bool = True, name: str | None = None) -> nn.Conv:
     """A square convolution that keeps the resolution; `inputs`, its input channels, is read for the bias' start."""
     bound = (inputs * size**2) ** -0.5 if use_bias else 0.0
     return nn.Conv(
         features, (size, size), use_bias=use_bias, kernel_init=uniform_fan_in, bias_init=uniform(bound), name=name
     )
+
+
+MODELS = {f"srresnet_x{scale}": partial(SRResNet, scale=scale) for scale in (2, 4, 8)}

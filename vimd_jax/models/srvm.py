@@ -2,12 +2,14 @@
 Fine-grained Image Classification", IEEE SPL 2025, https://arxiv.org/abs/2411.17980, figure 1).
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from vimd_jax.models.network import square
 from vimd_jax.models.srresnet import SRResNet
-from vimd_jax.models.vim import Vim
 
 
 class SRVM(nn.Module):
@@ -15,11 +17,11 @@ class SRVM(nn.Module):
 
     Attributes:
       sr: the super-resolution network; None is bicubic interpolation to the classifier's image_size.
-      classifier: what reads the enlarged image.
+      classifier: what reads the enlarged image, any classifier of `list_models()`.
     """
 
     sr: SRResNet | None
-    classifier: Vim
+    classifier: nn.Module
 
     @nn.compact
     def __call__(
@@ -45,11 +47,25 @@ class SRVM(nn.Module):
         return logits, features | {"super_resolved": image}
 
 
+def join(sr: dict[str, Any] | None, classifier: dict[str, Any]) -> dict[str, Any]:
+    """The variables of an SRVM from those of its parts; `sr` is None where there is no such network."""
+    parts = {"classifier": classifier} | ({} if sr is None else {"sr": sr})
+    collections = sorted({collection for variables in parts.values() for collection in variables})
+    return {
+        collection: {name: variables[collection] for name, variables in parts.items() if collection in variables}
+        for collection in collections
+    }
+
+
+def part(variables: dict[str, Any], name: str) -> dict[str, Any]:
+    """Of the variables of an SRVM those of one part, "sr" or "classifier"."""
+    return {collection: tree[name] for collection, tree in variables.items() if name in tree}
+
+
 def bicubic(images: jax.Array, size: int | tuple[int, int]) -> jax.Array:
     """Enlarges images (batch, height, width, channels) to size, a side or (height, width), clamped to [0, 1].
 
     Pillow's kernel, without its rounding to bytes: a = -0.5, weights renormalised at the edges (PyTorch's a is -0.75).
     """
-    height, width = (size, size) if isinstance(size, int) else size
-    resized = jax.image.resize(images, (images.shape[0], height, width, images.shape[3]), "bicubic")
+    resized = jax.image.resize(images, (images.shape[0], *square(size), images.shape[3]), "bicubic")
     return jnp.clip(resized, 0.0, 1.0)

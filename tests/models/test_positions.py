@@ -4,7 +4,7 @@ import golden
 import numpy as np
 import pytest
 
-from vimd_jax.models.position import bicubic_matrix, class_token_positions, insert_tokens, resize_positions
+from vimd_jax.models.positions import bicubic_matrix, class_token_positions, insert_tokens, resize_positions
 
 
 @pytest.mark.parametrize(

@@ -101,8 +101,8 @@ def rotary_angles(grid: tuple[int, int], class_token: str | None, dim: int) -> n
     return np.insert(angles, places, 0, axis=0).astype(np.float32)
 
 
-def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
+def rotate(x: jax.Array, cosines: jax.Array, sines: jax.Array) -> jax.Array:
     """Turns neighbouring pairs of channels (a, b) to (a cos - b sin, b cos + a sin); x (..., tokens, dim)."""
     a, b = x[..., ::2], x[..., 1::2]
     turned = jnp.stack([-b, a], axis=-1).reshape(x.shape)
-    return x * jnp.cos(angles) + turned * jnp.sin(angles)
+    return x * cosines + turned * sines

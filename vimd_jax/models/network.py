@@ -1,0 +1,131 @@
+"""What every registered network is: a Flax module whose dataclass fields are its options.
+
+The fields are the only place where an option is written down. Configs, `--option`, `create_model`, the checks and their
+messages all derive from them.
+"""
+
+import argparse
+import ast
+import dataclasses
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import typeguard
+from flax import linen as nn
+from flax.traverse_util import flatten_dict
+
+# Options that say how a network is computed. The others say which network it is, and belong to a checkpoint.
+COMPUTATION = ("dtype", "remat", "scan_implementation", "bn_axis_name", "drop_path_rate")
+
+
+class Network(nn.Module):
+    """A module whose options are checked when it is made.
+
+    Raises:
+      ValueError: an option has a wrong type or value; the message starts with the option's name.
+    """
+
+    def __post_init__(self):
+        if hasattr(self, "dtype"):
+            self.dtype = _floating_point(self.dtype)
+        super().__post_init__()
+        for option, kind in options_of(type(self)).items():
+            _check(option, getattr(self, option), kind)
+
+    @staticmethod
+    def decays(path: tuple[str, ...]) -> bool:
+        """Whether weight decay shrinks the parameter at this path, as in the authors' training.
+
+        The rule of Vim: kernels and state matrices do; biases, scales, D, class tokens and positions do not.
+        """
+        return path[-1].endswith("kernel") or path[-1].startswith("A_log")
+
+
+def options_of(network: type) -> dict[str, Any]:
+    """Name → type of the options of a class of networks."""
+    return {f.name: f.type for f in dataclasses.fields(network) if f.init and f.name not in ("parent", "name")}
+
+
+def _check(option: str, value: Any, kind: Any) -> None:
+    try:
+        typeguard.check_type(value, kind)
+        fits = not isinstance(value, bool) or kind in (bool, Any)  # Python counts True as an integer
+    except typeguard.TypeCheckError:
+        fits = False
+    if not fits:
+        raise ValueError(f"{option}: {value!r} is not valid, expected {describe_type(kind)}")
+    if kind is int and value < 1:
+        raise ValueError(f"{option}: {value} is not valid, expected an integer of at least 1")
+    if option == "drop_path_rate" and not 0 <= value < 1:
+        raise ValueError(f"drop_path_rate: {value} is not valid, expected a probability from 0 to below 1")
+
+
+def _floating_point(dtype: Any) -> np.dtype:
+    try:
+        dtype, given = jnp.dtype(dtype), dtype
+    except TypeError:
+        given = dtype
+    if dtype not in (jnp.float32, jnp.bfloat16):
+        raise ValueError(f"dtype: {given!r} is not supported, expected float32 or bfloat16")
+    return dtype
+
+
+def describe_type(kind: Any) -> str:
+    """A type as a person writes it: 'an integer', '"mean" or "max"', 'a number or None'."""
+    if kind in (None, type(None)):
+        return "None"
+    if get_origin(kind) is Literal:
+        return _either([f'"{value}"' if isinstance(value, str) else str(value) for value in get_args(kind)])
+    if isinstance(kind, UnionType) or get_origin(kind) not in (None, tuple):
+        return _either([describe_type(part) for part in get_args(kind)])
+    return {int: "an integer", float: "a number", bool: "True or False", str: "a string"}.get(kind, str(kind))
+
+
+def _either(words: list[str]) -> str:
+    return " or ".join(part for part in (", ".join(words[:-1]), words[-1]) if part)
+
+
+def plain(value: Any) -> Any:
+    """An option's value as JSON holds it; `from_plain` undoes it."""
+    if isinstance(value, tuple | list):
+        return [plain(part) for part in value]
+    if isinstance(value, np.generic):
+        return value.item()
+    return value.name if isinstance(value, np.dtype) else value
+
+
+def from_plain(value: Any) -> Any:
+    """An option's value from JSON, a config or a command line: lists become tuples, NumPy scalars Python's."""
+    if isinstance(value, tuple | list):
+        return tuple(from_plain(part) for part in value)
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def parse_option(text: str) -> tuple[str, Any]:
+    """`NAME=VALUE` of a command line, VALUE as Python writes it or else a string; a type for argparse."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
+
+
+def input_images(model: nn.Module) -> jax.ShapeDtypeStruct:
+    """A batch of one image as `model.init` expects it."""
+    size = getattr(getattr(model, "classifier", model), "image_size", 16)  # super-resolution takes any size
+    return jax.ShapeDtypeStruct((1, *square(size), 3), jnp.float32)
+
+
+def variable_shapes(model: nn.Module) -> dict[str, jax.ShapeDtypeStruct]:
+    """Path → shape and dtype of every leaf of `model.init`, computed without running the model."""
+    return flatten_dict(jax.eval_shape(model.init, jax.random.key(0), input_images(model)), sep="/")
+
+
+def square(size: int | tuple[int, int]) -> tuple[int, int]:
+    """(height, width) from a side or from such a pair."""
+    return (size, size) if isinstance(size, int) else tuple(size)
