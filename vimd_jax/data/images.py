@@ -1,38 +1,63 @@
-"""Reading one picture, of whatever kind, as upright 8-bit RGB."""
+"""Image files: finding them, and reading any of them as upright 8-bit RGB. Needs only NumPy and Pillow."""
 
 import os
+from collections.abc import Sequence
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-# JPEGs at least twice this large in both directions are decoded at 1/2, 1/4 or 1/8 of their size: the networks read
-# 224 pixels, and a 100-megapixel photograph need not cost 300 MB of memory.
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+# JPEGs at least twice this size in both directions are decoded at 1/2, 1/4 or 1/8 scale: the networks see 224 pixels,
+# so a 100-megapixel photograph need not take 300 MB of memory.
 DRAFT_SIZE = 2048
-# Beyond this Pillow itself refuses to open a picture, as a likely decompression bomb.
+# Pillow itself refuses to open anything larger, as a likely decompression bomb.
 MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS
 
 
 class DatasetError(ValueError):
-    """Something about the data is wrong; the one-line message names it and the remedy."""
+    """Something is wrong with the data; the one-line message names it and the remedy."""
 
 
 class UnreadableImage(DatasetError):
-    """A picture that cannot be decoded; the message names it and the cause."""
+    """An image that cannot be decoded; the message names the file and the cause."""
+
+
+def find_images(paths: Sequence[Path]) -> list[Path]:
+    """The given files, and the images in the given folders and their subfolders, sorted within each folder.
+
+    Raises:
+        FileNotFoundError: a path does not exist, or a folder contains no images.
+    """
+    found = []
+    for path in paths:
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: no such file or folder")
+        files = sorted(file for file in path.rglob("*") if is_image_name(file.name)) if path.is_dir() else [path]
+        if not files:
+            raise FileNotFoundError(f"{path}: no images in this folder; supported are {' '.join(EXTENSIONS)}")
+        found += files
+    return found
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file name has an image's extension and is not hidden, as the "._x.jpg" files of macOS are."""
+    return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
 
 
 def read_image(path: str | os.PathLike) -> Image.Image:
-    """Read a picture file as upright 8-bit RGB.
+    """Reads an image file as upright 8-bit RGB.
 
     Args:
         path: a file in any format that Pillow reads: JPEG, PNG, BMP, WebP, GIF (first frame), TIFF…
 
     Returns:
-        An RGB picture of any size from 1×1: EXIF rotation applied, 16-bit values scaled to 8 bits, palettes, grey
-        and CMYK converted, transparent parts laid over white.
+        An RGB image of any size from 1×1: EXIF rotation applied, 16-bit values scaled to 8 bits, palettes, greyscale
+        and CMYK converted, transparent areas composited onto white.
 
     Raises:
-        UnreadableImage: the file is missing, empty, truncated, no picture, or larger than `MAX_PIXELS`.
+        UnreadableImage: the file is missing, empty, truncated, not an image, or larger than `MAX_PIXELS`.
     """
     try:
         with open(path, "rb") as file:
@@ -42,7 +67,7 @@ def read_image(path: str | os.PathLike) -> Image.Image:
 
 
 def decode_image(file: BinaryIO, name: str) -> Image.Image:
-    """Decode an open picture file like `read_image`; `name` stands for it in error messages."""
+    """Decodes an open image file like `read_image`; error messages call it `name`."""
     try:
         with Image.open(file) as image:
             image.draft(None, (DRAFT_SIZE, DRAFT_SIZE))
@@ -51,7 +76,7 @@ def decode_image(file: BinaryIO, name: str) -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         cause = f"more than {MAX_PIXELS // 10**6} megapixels; scale it down"
     except UnidentifiedImageError:
-        cause = "not a picture in a known format" if file.seek(0, os.SEEK_END) else "the file is empty"
+        cause = "not an image in a known format" if file.seek(0, os.SEEK_END) else "the file is empty"
     except Exception as error:  # On damaged files Pillow's decoders raise errors of nearly every type.
         cause = str(error).splitlines()[0] if str(error) else type(error).__name__
     raise UnreadableImage(f"{name}: {cause}")
@@ -59,8 +84,8 @@ def decode_image(file: BinaryIO, name: str) -> Image.Image:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
-        raise ValueError("floating-point pixels have no agreed range; save it with 8 or 16 bits")
-    if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip instead of scaling.
+        raise ValueError("floating-point pixels have no standard range; save it with 8 or 16 bits")
+    if image.mode.startswith("I"):  # 16-bit greyscale, which Pillow's own conversion would clip instead of scaling
         grey = np.clip(np.asarray(image, np.int64), 0, 65535)
         return Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
