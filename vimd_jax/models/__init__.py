@@ -18,6 +18,7 @@ from vimd_jax.models.srresnet import SRResNet
 from vimd_jax.models.srvm import SRVM
 
 CLASSIFIERS = vim.MODELS | vim_ablations.MODELS
+SR_NETWORKS = srresnet.MODELS
 
 
 def _srvm(
@@ -34,7 +35,7 @@ def _srvm(
     return SRVM(sr=network, classifier=create_model(classifier, **options))
 
 
-MODELS = CLASSIFIERS | srresnet.MODELS | {"srvm_tiny": _srvm}
+MODELS = CLASSIFIERS | SR_NETWORKS | {"srvm_tiny": _srvm}
 
 
 def create_model(name: str, **options: Any) -> nn.Module:
