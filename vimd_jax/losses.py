@@ -60,32 +60,38 @@ def hidden_state_distillation(
     Raises:
       ValueError: the shapes differ, or there is no such layer.
     """
-    shapes = [[layer.shape for layer in hidden] for hidden in (student_hidden, teacher_hidden)]
-    if shapes[0] != shapes[1]:
-        student, teacher = (f"{len(hidden)} layers, the first {hidden[0]}" for hidden in shapes)
+    if _shapes(student_hidden) != _shapes(teacher_hidden):
         raise ValueError(
-            f"teacher_hidden: its shapes ({teacher}) differ from the student's ({student}); hidden states can be "
-            "distilled between networks of the same depth, width and number of tokens only, logits between any two"
+            f"teacher_hidden: shape {_shapes(teacher_hidden)} differs from the student's {_shapes(student_hidden)}; "
+            "hidden states can be distilled only between networks of the same depth, width and number of tokens, "
+            "logits between any two"
         )
-    return sum(
-        _mean_squared_difference(student_hidden[layer], teacher_hidden[layer], normalize)
-        for layer in _layer_numbers(layers, len(student_hidden))
-    )
+    chosen = _layer_numbers(layers, len(student_hidden))
+    if isinstance(student_hidden, tuple | list):
+        pairs = [(student_hidden[i][None], teacher_hidden[i][None]) for i in chosen]
+    else:
+        pairs = [(student_hidden[jnp.array(chosen)], teacher_hidden[jnp.array(chosen)])]
+    return sum(_distances(student, teacher, normalize).sum() for student, teacher in pairs)
 
 
-def _layer_numbers(layers: str | tuple[int, ...], depth: int) -> Sequence[int]:
+def _shapes(hidden: jax.Array | Sequence[jax.Array]) -> tuple | list[tuple]:
+    return [stage.shape for stage in hidden] if isinstance(hidden, tuple | list) else hidden.shape
+
+
+def _layer_numbers(layers: str | tuple[int, ...], depth: int) -> tuple[int, ...]:
     if layers in ("all", "last"):
-        return range(depth) if layers == "all" else (depth - 1,)
+        return tuple(range(depth)) if layers == "all" else (depth - 1,)
     if isinstance(layers, str) or not layers or not all(0 <= layer < depth for layer in layers):
         raise ValueError(f'layers: {layers!r} is not valid, expected "all", "last" or numbers from 0 to {depth - 1}')
-    return layers
+    return tuple(layers)
 
 
-def _mean_squared_difference(student: jax.Array, teacher: jax.Array, normalize: bool) -> jax.Array:
+def _distances(student: jax.Array, teacher: jax.Array, normalize: bool) -> jax.Array:
+    """Mean squared difference of each layer, (layers,)."""
     student, teacher = student.astype(jnp.float32), teacher.astype(jnp.float32)
     if normalize:
         student, teacher = _unit_length(student), _unit_length(teacher)
-    return jnp.mean(jnp.square(student - teacher))
+    return jnp.mean(jnp.square(student - teacher), axis=tuple(range(1, student.ndim)))
 
 
 def _unit_length(tokens: jax.Array) -> jax.Array:

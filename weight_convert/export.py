@@ -40,11 +40,15 @@ def _export(checkpoint: Path, output: Path, part: str | None) -> None:
         raise ValueError(f"--output {output} exists: name another file or remove it")
     trained = load_model(checkpoint)
     counters = trained.provenance.get("num_batches_tracked", {})
-    tensors = export_state_dict(trained.variables, trained.model) | {name: np.array(count) for name, count in counters.items()}
+    tensors = export_state_dict(trained.variables, trained.model) | {
+        name: np.array(count) for name, count in counters.items()
+    }
     if part is not None:
         tensors = {name.removeprefix(f"{part}."): x for name, x in tensors.items() if name.startswith(f"{part}.")}
         if not tensors:
-            raise ValueError(f"--part {part}: {checkpoint} holds a {type(trained.model).__name__}, which has no such part")
+            raise ValueError(
+                f"--part {part}: {checkpoint} holds a {type(trained.model).__name__}, which has no such part"
+            )
     output.parent.mkdir(parents=True, exist_ok=True)
     scratch = output.with_name(f".{output.name}.{os.getpid()}")
     try:

@@ -89,14 +89,18 @@ def create_optimizer(
         b2=config.b2,
         eps=config.eps,
         weight_decay=config.weight_decay,
-        mask=decay_mask(params, decays or Network.decays, config.decay_state_matrix),
+        mask=decay_mask(params, config.decay_state_matrix, decays or Network.decays),
     )
     if config.clip_norm is None:
         return adamw
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
 
 
-def decay_mask(params: Any, decays: Callable[[tuple[str, ...]], bool], decay_state_matrix: bool = True) -> Any:
+def decay_mask(
+    params: Any,
+    decay_state_matrix: bool = True,
+    decays: Callable[[tuple[str, ...]], bool] = Network.decays,
+) -> Any:
     """True for the parameters that weight decay shrinks: those that `decays` names, state matrices only if asked."""
 
     def shrinks(path, _):
