@@ -1,10 +1,10 @@
-"""Compile time of a student training step and the memory of its activations, against depth.
+"""Compile time of a student training step against depth, and the memory that it needs.
 
     python scripts/benchmark_compile.py
 
 The step is that of the paper's recipe: SRVM-Net and its teacher at the published size (56 to 224 pixels, stride 8), all
-loss terms, gradients, AdamW; it is compiled and does not run. The memory is XLA's own plan (`memory_analysis`) of the
-classifier's gradient; its growth per layer is given in states, (batch, tokens, embed_dim) float32.
+loss terms, gradients, AdamW; it is compiled and does not run. The memory is XLA's own plan (`memory_analysis`): of the whole
+step, and of the classifier's gradient, whose growth per layer is given in states, (batch, tokens, embed_dim) float32.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import time
 
 import jax
 import jax.numpy as jnp
-from benchmark_model import student_step
+from benchmark_model import planned, student_step
 
 from vimd_jax.config import default_config
 from vimd_jax.models import create_model
@@ -31,6 +31,7 @@ def classifier_memory(depth: int, remat: bool, batch: int) -> tuple[int, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--depths", type=int, nargs="+", default=[24, 48], help="of the compiled training steps")
+    parser.add_argument("--step_batch", type=int, default=16, help="of the training steps whose memory is given")
     parser.add_argument("--memory_depths", type=int, nargs="+", default=[6, 12, 24])
     parser.add_argument("--batch", type=int, default=4, help="of the memory table")
     args = parser.parse_args()
@@ -48,6 +49,15 @@ def main() -> None:
             lowered.compile()
             end = time.perf_counter()
             print(f"| {depth} | {remat} | {middle - start:.1f} | {end - middle:.1f} |", flush=True)
+
+    print(f"\n| training step, batch {args.step_batch} | remat | GB |\n|---|---|---|")
+    for dtype in ("float32", "bfloat16"):
+        for remat in (False, True):
+            config = default_config("student")
+            config.student.dtype = config.teacher.dtype = dtype
+            config.student.remat = remat
+            step, *arguments = student_step(config, args.step_batch)
+            print(f"| {dtype} | {remat} | {planned(step.lower(*arguments).compile()) / 1e9:.1f} |", flush=True)
 
     print("\n| depth | remat | temporary MB | growth per layer, in states |\n|---|---|---|---|")
     for remat in (False, True):

@@ -8,7 +8,6 @@ from flax import linen as nn
 
 from vimd_jax.models.srresnet import SRResNet
 from vimd_jax.models.vim import Vim
-from vimd_jax.models.vim_ablations import VimAblation
 
 
 def vim(constructor: dict, **overrides) -> Vim:
@@ -20,7 +19,6 @@ def vim(constructor: dict, **overrides) -> Vim:
     if not constructor["if_cls_token"]:
         class_token = None
     divide = constructor.get("if_divide_out", constructor.get("if_devide_out"))
-    bimamba_type = "v1" if constructor.get("if_bimamba") else constructor["bimamba_type"]
     pool = constructor["final_pool_type"]
     options = {
         "num_classes": constructor["num_classes"],
@@ -35,15 +33,6 @@ def vim(constructor: dict, **overrides) -> Vim:
         "merge": "mean" if divide else "sum",
         "rope": constructor.get("if_rope_residual", False),
     }
-    ablations = {
-        "bimamba_type": None if bimamba_type == "none" else bimamba_type,
-        "norm": "rms" if constructor.get("rms_norm", True) else "layer",
-        "layer_scale": constructor.get("init_layer_scale"),
-        "paired_layers": constructor.get("if_bidirectional", False),
-        "flip_tokens": constructor.get("flip_img_sequences_ratio", 0) >= 1,
-    }
-    if any(value != getattr(VimAblation, name) for name, value in ablations.items()):
-        return VimAblation(**(options | ablations | overrides))
     return Vim(**(options | overrides))
 
 

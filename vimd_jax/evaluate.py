@@ -1,7 +1,7 @@
 """Measures a network: `python -m vimd_jax.evaluate --config configs/student_cub.py --workdir DIR [--split test]`.
 
-The network is the best of the run in the workdir, or that of --checkpoint; the config says on which dataset. Prints top-1
-and top-5 accuracy (or PSNR, for an SR network) and writes into the workdir, for the split measured,
+The network is the best of the run in the workdir, or that of --checkpoint; the config says on which dataset. Prints
+top-1 and top-5 accuracy (or PSNR, for an SR network) and writes into the workdir, for the split measured,
 <split>_per_class.csv, <split>_confusion.csv and <split>_confusion.png.
 """
 

@@ -101,14 +101,7 @@ def _inside(part: str, rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
     return tuple(Rule(f"{part}.{rule.source}", target(rule.target), rule.axes) for rule in rules)
 
 
-_ABLATION = (
-    Rule("layers.{i}.norm.bias", "params/layers/norm/bias"),
-    Rule("norm_f.bias", "params/norm/bias"),
-    Rule(f"{_MIXER}.A_b_log", f"{_STACKED_MIXER}/forward/A_log_backward"),
-    Rule(f"{_MIXER}.gamma", f"{_STACKED_MIXER}/layer_scale"),
-)
-
-TABLES = {"Vim": VIM, "VimAblation": VIM + _ABLATION, "SRResNet": SRRESNET}  # by class
+TABLES = {"Vim": VIM, "SRResNet": SRRESNET}  # by class
 
 
 def table(model: nn.Module) -> tuple[Rule, ...]:
@@ -132,13 +125,5 @@ def computed_tensors(model: nn.Module) -> dict[str, np.ndarray]:
     return {"rope.freqs_cos": np.cos(angles), "rope.freqs_sin": np.sin(angles)}
 
 
-# Options on which tensors depend, by a part of their names: what to look at when such a tensor is missing or unexpected.
-OPTIONS = {
-    "rope.freqs": "rope",
-    "cls_token": "class_token",
-    "mixer.gamma": "layer_scale (vim_ablation)",
-    "norm.bias": "norm (vim_ablation)",
-    "norm_f.bias": "norm (vim_ablation)",
-    "_b.": "bimamba_type (vim_ablation)",
-    "A_b_log": "bimamba_type (vim_ablation)",
-}
+# Options on which tensors depend, by a part of their names: the hint when one is missing or unexpected.
+OPTIONS = {"rope.freqs": "rope", "cls_token": "class_token"}

@@ -48,7 +48,7 @@ def load_variables(
       position_mode: see `resize_position_embedding`.
 
     Raises:
-      FileNotFoundError, ValueError: nothing is there, it cannot be read, or it is of another network; one line says why.
+      FileNotFoundError, ValueError: nothing is there, it cannot be read, or it holds another network.
     """
     path, grid = Path(path), None
     if path.is_file():

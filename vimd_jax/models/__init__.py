@@ -12,12 +12,12 @@ from typing import Any, Literal
 
 from flax import linen as nn
 
-from vimd_jax.models import srresnet, vim, vim_ablations
-from vimd_jax.models.network import COMPUTATION, from_plain, options_of, plain
+from vimd_jax.models import srresnet, vim
+from vimd_jax.models.network import COMPUTATION, from_plain, options_of
 from vimd_jax.models.srresnet import SRResNet
 from vimd_jax.models.srvm import SRVM
 
-CLASSIFIERS = vim.MODELS | vim_ablations.MODELS
+CLASSIFIERS = vim.MODELS
 SR_NETWORKS = srresnet.MODELS
 
 
@@ -74,7 +74,7 @@ def model_options(name: str, classifier: str = "vim_tiny_stride8") -> dict[str, 
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
-    """What a network is, as JSON values: {"architecture": its name, "options": every option that decides a number}.
+    """What a network is: {"architecture": its name, "options": every option that decides a number}, fit for JSON.
 
     `create_model(architecture, **options)` makes it again. Left out is how it is computed (`network.COMPUTATION`).
     """
@@ -92,10 +92,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
         return sum(options[option] != value for option, value in defaults.items()) - len(defaults)
 
     names = [name for name, builder in MODELS.items() if _class_of(builder) is type(model)]
-    return {
-        "architecture": min(names, key=differing),
-        "options": {option: plain(value) for option, value in options.items()},
-    }
+    return {"architecture": min(names, key=differing), "options": options}
 
 
 def _class_of(builder: Any) -> Any:
