@@ -3,8 +3,9 @@
     python scripts/benchmark_compile.py
 
 The step is that of the paper's recipe: SRVM-Net and its teacher at the published size (56 to 224 pixels, stride 8), all
-loss terms, gradients, AdamW; it is compiled and does not run. The memory is XLA's own plan (`memory_analysis`): of the whole
-step, and of the classifier's gradient, whose growth per layer is given in states, (batch, tokens, embed_dim) float32.
+loss terms, gradients, AdamW; it is compiled and does not run. The memory is XLA's own plan (`memory_analysis`): of the
+whole step, and of the classifier's gradient, whose growth per layer is given in states, (batch, tokens, embed_dim)
+float32.
 """
 
 import argparse

@@ -13,7 +13,7 @@ from absl import app, flags
 from ml_collections import ConfigDict
 
 from vimd_jax.checkpoints.adapt import load_variables
-from vimd_jax.checkpoints.network import load_model
+from vimd_jax.checkpoints.network import read_description
 from vimd_jax.command import CONFIG, WORKDIR, show_log
 from vimd_jax.data.sources import load_source
 from vimd_jax.log import readable_errors
@@ -44,7 +44,7 @@ def evaluate_run(config: ConfigDict, workdir: Path, split: str, checkpoint: Path
     path = checkpoint or workdir
     variables = load_variables(path, nets.product)
     if checkpoint is None and config.stage != "sr":
-        check_class_names(path, load_model(path).class_names, source.class_names)
+        check_class_names(workdir, source.class_names)
     scores = evaluate(steps.make_eval_step(nets), parallel.replicate(variables), source, config, f"{path}, {split}")
     if config.stage != "sr":
         workdir.mkdir(parents=True, exist_ok=True)
@@ -52,13 +52,13 @@ def evaluate_run(config: ConfigDict, workdir: Path, split: str, checkpoint: Path
     return scores
 
 
-def check_class_names(path: Path, known: tuple[str, ...], found: tuple[str, ...]) -> None:
-    """Raises ValueError, naming the first difference, unless the dataset has the classes of the checkpoint."""
-    for position, (mine, theirs) in enumerate(zip(known, found)):
-        if mine != theirs:
-            raise ValueError(
-                f"{path} was trained on other classes: class {position} is {mine!r} there, {theirs!r} in the dataset"
-            )
+def check_class_names(workdir: Path, found: tuple[str, ...]) -> None:
+    """Raises ValueError, naming the first difference, unless a dataset has the classes that a run was trained on."""
+    known = read_description(workdir / "best")["class_names"]
+    if different := [pair for pair in zip(known, found) if pair[0] != pair[1]]:
+        raise ValueError(
+            f"{workdir} was trained on other classes: {different[0][0]!r} there is {different[0][1]!r} here"
+        )
 
 
 def write_tables(scores: Scores, class_names: tuple[str, ...], folder: Path, split: str) -> None:

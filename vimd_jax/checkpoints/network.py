@@ -97,8 +97,8 @@ class TrainedModel:
         if not low or image.size != (low, low):
             if low and not downsample:
                 raise DatasetError(
-                    f"{path}: {image.width}x{image.height} pixels, but this network reads {low}x{low}; add --downsample "
-                    "(downsample=True) to resize and crop it"
+                    f"{path}: {image.width}x{image.height} pixels, but this network reads {low}x{low}; "
+                    "add --downsample (downsample=True) to resize and crop it"
                 )
             height, width = square(self.image_size)
             if height != width:
