@@ -1,139 +1,27 @@
-"""Selective scan in C++ (native.cc) through `jax.ffi`: CPU.
+"""Selective scan in C++ (native.cc) through `jax.ffi`: CPU."""
 
-The library is compiled for this machine on first use, with `$CXX` (and `$CXXFLAGS`) or else the first of c++, g++ and
-clang++, and kept in `$XDG_CACHE_HOME/vimd_jax` (usually ~/.cache/vimd_jax) under a name made of all that goes into it.
-"""
-
-import atexit
-import ctypes
 import functools
-import hashlib
-import logging
-import os
-import platform
-import shlex
-import shutil
-import subprocess
-import tempfile
-import threading
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import jaxlib.version
+
+from kernels import build
 
 SOURCE = Path(__file__).with_name("native.cc")
-# Explicit flags instead of -ffast-math, which would let the compiler assume that NaN and infinity do not happen.
-FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fPIC", "-shared"]
 FORWARD, BACKWARD = "vimd_selective_scan_forward", "vimd_selective_scan_backward"
-CHUNK = 16  # kChunk in native.cc: steps between two kept states
-# A group's channels are cut into ranges of at least and at most so many, for about this many tasks in all: long rows
-# are read faster, but every core shall have work. Each range makes its part of the gradients of B and C.
+CHUNK = 16  # steps between two kept states
+# A group's channels are cut into ranges of no fewer and no more than these, for about so many tasks in all: long rows
+# are read faster, but too few tasks leave cores idle. Each range computes its own part of the gradients of B and C.
 RANGE_CHANNELS = 64, 512
 TASKS = 16
-
-_lock = threading.Lock()
 
 
 def why_unavailable() -> str | None:
     """One line that says why it cannot run here, None if it can. The first call may compile, for some seconds."""
     if jax.default_backend() != "cpu":
         return f"it is for CPUs, the default backend is {jax.default_backend()}"
-    with _lock:
-        return _register()
-
-
-@functools.cache
-def _register() -> str | None:
-    try:
-        library = _load()
-        for target in (FORWARD, BACKWARD):
-            jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
-    except Exception as error:  # there are many ways to be without a compiler that works
-        return " ".join(str(error).split())
-    return None
-
-
-def _load() -> ctypes.CDLL:
-    library = _build()
-    try:
-        return ctypes.CDLL(str(library))
-    except OSError:  # damaged in the cache
-        library.unlink(missing_ok=True)
-        return ctypes.CDLL(str(_build()))
-
-
-def _build() -> Path:
-    """Path of the compiled library, from the cache if it is there."""
-    if not compilers():
-        raise RuntimeError("no C++ compiler: install g++ or clang++, or set CXX")
-    compiler = shlex.split(compilers()[0])
-    tune = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
-    flags = [*FLAGS, tune, f"-I{jax.ffi.include_dir()}", *shlex.split(os.environ.get("CXXFLAGS", ""))]
-    version = _run([*compiler, "--version"])
-    parts = [SOURCE.read_text(), jaxlib.version.__version__, *compiler, *flags, version, _processor()]
-    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()
-    name = f"selective_scan-{key[:16]}.so"
-    cached = _cache_folder() / name
-    if cached.exists():
-        return cached
-    library = _writable(cached.parent) / name
-    if not library.exists():
-        logging.getLogger(__name__).info("compiling %s into %s (once)", SOURCE.name, library)
-        # Renaming is atomic: whoever builds at the same time, nobody ever loads half a file.
-        with tempfile.TemporaryDirectory(dir=library.parent) as work:
-            _run([*compiler, *flags, str(SOURCE), "-o", f"{work}/{library.name}"])
-            os.replace(f"{work}/{library.name}", library)
-    return library
-
-
-def compilers() -> list[str]:
-    """The commands that could compile the kernel here, preferred first."""
-    if named := os.environ.get("CXX"):
-        return [named]
-    return [path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))]
-
-
-def _run(command: list[str]) -> str:
-    result = subprocess.run(command, capture_output=True, text=True, errors="replace")
-    if result.returncode:
-        reason = next((line for line in result.stderr.splitlines() if "error" in line), result.stderr.strip()[:200])
-        raise RuntimeError(f"{command[0]} failed: {reason}")
-    return result.stdout
-
-
-def _processor() -> str:
-    """What `native` means here: a cache may be shared between unlike machines."""
-    info = Path("/proc/cpuinfo")
-    if not info.exists():
-        return platform.processor()
-    lines = info.read_text().splitlines()
-    return "\n".join(
-        sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
-    )
-
-
-def _cache_folder() -> Path:
-    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return _private_folder() if folder.startswith("~") else Path(folder) / "vimd_jax"  # "~" is who has no home
-
-
-def _writable(folder: Path) -> Path:
-    """The folder, or where it cannot be written one for this process alone."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError:
-        return _private_folder()
-    return folder
-
-
-@functools.cache
-def _private_folder() -> Path:
-    """Is removed when the process ends."""
-    folder = tempfile.mkdtemp(prefix="vimd_jax-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return Path(folder)
+    return build.register(SOURCE, (FORWARD, BACKWARD), CHUNK=CHUNK)
 
 
 def scan(u, delta, A, B, C, D, z, delta_bias, initial_state, *, delta_softplus, reverse) -> tuple[jax.Array, jax.Array]:

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from kernels import native, reference, selective_scan
+from kernels import build, native, reference, selective_scan
 from kernels.shapes import SHAPES
 
-needs_compiler = pytest.mark.skipif(not native.compilers(), reason="no C++ compiler")
+needs_compiler = pytest.mark.skipif(not build.compilers(), reason="no C++ compiler")
 NATIVE = pytest.param("native", marks=needs_compiler)
 EXACT = [NATIVE, "sequential"]  # the same operations in the same order each time
 ALL = [*EXACT, "associative"]
