@@ -36,11 +36,9 @@ def register(source: Path, handlers: tuple[str, ...], **macros: int) -> str | No
         return _register(source, handlers, tuple(f"-D{name}={value}" for name, value in macros.items()))
 
 
-def compilers() -> list[str]:
-    """The commands that could compile here, preferred first."""
-    if named := os.environ.get("CXX"):
-        return [named]
-    return [path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))]
+def compiler() -> str | None:
+    """The command that compiles here, if there is one."""
+    return os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
 
 
 @functools.cache
@@ -65,13 +63,13 @@ def _load(source: Path, macros: tuple[str, ...] = ()) -> ctypes.CDLL:
 
 def _build(source: Path, macros: tuple[str, ...] = ()) -> Path:
     """Path of the compiled library, from the cache if it is there."""
-    if not compilers():
+    if not (command := compiler()):
         raise RuntimeError("no C++ compiler: install g++ or clang++, or set CXX")
-    compiler = shlex.split(compilers()[0])
+    command = shlex.split(command)
     tune = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
     flags = [*FLAGS, tune, *macros, f"-I{jax.ffi.include_dir()}", *shlex.split(os.environ.get("CXXFLAGS", ""))]
-    version = _run([*compiler, "--version"])
-    parts = [source.read_text(), jaxlib.version.__version__, *compiler, *flags, version, _processor()]
+    version = _run([*command, "--version"])
+    parts = [source.read_text(), jaxlib.version.__version__, *command, *flags, version, _processor()]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()
     name = f"{source.parent.name}-{key[:16]}.so"
     cached = _cache_folder() / name
@@ -82,7 +80,7 @@ def _build(source: Path, macros: tuple[str, ...] = ()) -> Path:
         logging.getLogger(__name__).info("compiling %s into %s (once)", source.name, library)
         # Renaming is atomic: even with several builds at the same time, nobody ever loads half a file.
         with tempfile.TemporaryDirectory(dir=library.parent) as work:
-            _run([*compiler, *flags, str(source), "-o", f"{work}/{library.name}"])
+            _run([*command, *flags, str(source), "-o", f"{work}/{library.name}"])
             os.replace(f"{work}/{library.name}", library)
     return library
 

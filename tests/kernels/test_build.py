@@ -7,7 +7,7 @@ import pytest
 
 from kernels import build
 
-needs_compiler = pytest.mark.skipif(not build.compilers(), reason="no C++ compiler")
+needs_compiler = pytest.mark.skipif(not build.compiler(), reason="no C++ compiler")
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@
 //
 // The forward pass can keep the state at the start of every chunk. The backward pass takes the chunks in the opposite
 // order, replays each one from its kept state and runs the adjoint recurrence through it; no other state ever reaches
-// memory. The caller says into how many ranges the channels of a group are cut, from shapes alone, and every task
-// writes results of its own (sums over the batch and the ranges are left to the caller): so they are the same to the
-// bit for any number of threads.
+// memory. The caller decides from the shapes alone into how many ranges the channels of a group are cut, and every task
+// writes its own results (sums over the batch and the ranges are left to the caller). So the results are the same to
+// the bit whatever the number of threads.
 
 #include <algorithm>
 #include <atomic>

@@ -14,7 +14,7 @@ import pytest
 
 from kernels import build, selective_scan
 
-needs_compiler = pytest.mark.skipif(not build.compilers(), reason="no C++ compiler")
+needs_compiler = pytest.mark.skipif(not build.compiler(), reason="no C++ compiler")
 
 
 def one_step(u, delta, A, B=0.0, C=1.0, D=None, z=None, initial_state=0.0, delta_softplus=False) -> np.ndarray:
