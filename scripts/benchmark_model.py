@@ -26,7 +26,7 @@ from benchmark_scan import available, positive
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from kernels.selective_scan import FASTEST_FIRST, IMPLEMENTATIONS
+from kernels.scan.api import IMPLEMENTATIONS
 from vimd_jax.config import default_config
 from vimd_jax.models import create_model
 from vimd_jax.models.network import input_images
@@ -40,10 +40,8 @@ CLASSES = 200
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    usual = [*FASTEST_FIRST[jax.default_backend()], "associative"]
-    parser.add_argument(
-        "--implementations", nargs="*", default=list(dict.fromkeys(usual)), choices=IMPLEMENTATIONS, metavar="NAME"
-    )
+    names, usual = IMPLEMENTATIONS.names, dict.fromkeys([*IMPLEMENTATIONS.candidates(), "associative"])
+    parser.add_argument("--implementations", nargs="*", default=list(usual), choices=names, metavar="NAME")
     parser.add_argument("--batch", type=positive, default=1, help="images, per device where training")
     parser.add_argument("--sizes", type=positive, nargs="*", default=[224, 384, 512, 768, 1024, 1248])
     parser.add_argument("--repeats", type=positive, default=5)

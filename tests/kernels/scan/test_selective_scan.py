@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from kernels import native, reference, selective_scan
-from kernels.shapes import SHAPES
+from kernels import build, selective_scan
+from kernels.scan import native, pallas, reference
+from kernels.scan.api import IMPLEMENTATIONS
+from kernels.scan.inputs import ScanInputs, ScanOptions
+from kernels.scan.shapes import SHAPES
 
-needs_compiler = pytest.mark.skipif(not native.compilers(), reason="no C++ compiler")
+needs_compiler = pytest.mark.skipif(not build.compiler(), reason="no C++ compiler")
 NATIVE = pytest.param("native", marks=needs_compiler)
 EXACT = [NATIVE, "sequential"]  # the same operations in the same order each time
 ALL = [*EXACT, "associative"]
@@ -80,6 +83,11 @@ def run_with_gradients(inputs, weights, implementation, **flags):
     return results, grads
 
 
+def exact(inputs, **flags):
+    """(y, last state) of the float64 loop."""
+    return reference.scan(ScanInputs(**inputs), ScanOptions(**flags))
+
+
 def make_weights(inputs) -> tuple[np.ndarray, np.ndarray]:
     """What multiplies y and the last state in a loss."""
     generator = np.random.default_rng(99)
@@ -138,7 +146,7 @@ def check_against_float64(implementation, inputs, tolerance, **flags):
     """Results against the float64 loop, and the gradients along one random direction against its central difference."""
     weights = make_weights(inputs)
     (y, last_state), grads = run_with_gradients(inputs, weights, implementation, **flags)
-    expected_y, expected_state = reference.scan(**inputs, **flags)
+    expected_y, expected_state = exact(inputs, **flags)
     assert y.dtype == inputs["u"].dtype and last_state.dtype == jnp.float32
     assert golden.relative_error(y, expected_y) < tolerance
     assert golden.relative_error(last_state, expected_state) < 1e-5
@@ -151,7 +159,7 @@ def check_against_float64(implementation, inputs, tolerance, **flags):
 def check_slope(inputs, directions, grads, weights, tolerance, **flags):
     def value(step):
         moved = {name: np.asarray(inputs[name], np.float64) + step * directions[name] for name in directions}
-        y, last_state = reference.scan(**inputs | moved, **flags)
+        y, last_state = exact(inputs | moved, **flags)
         return np.vdot(weights[0], y) + np.vdot(weights[1], last_state)
 
     parts = [np.asarray(grads[name], np.float64) * directions[name] for name in directions]
@@ -214,7 +222,7 @@ def test_each_gradient(implementation, options):
 def test_reference_agrees_with_the_recorded_vectors():
     for case in golden.cases("c01_scan_L65*"):
         inputs, results, _ = recorded(case)
-        y, last_state = reference.scan(**inputs, delta_softplus=True)
+        y, last_state = exact(inputs, delta_softplus=True)
         assert golden.relative_error(y, results["y"]) < 3e-6
         assert golden.relative_error(last_state, results["last_state"]) < 3e-6
 
@@ -387,19 +395,30 @@ def test_memory_of_sequential(name, batch, dtype):
 # ------------------------------------------------------------------------------------------------ choice and bad input
 
 
-def test_choice_names_a_reason(monkeypatch, caplog):
-    module = __import__("sys").modules["kernels.selective_scan"]
-    assert module.choose_implementation() in ("native", "sequential")
-    monkeypatch.setattr(native, "why_unavailable", lambda: "no C++ compiler")
-    module._choose.cache_clear()
+def test_without_a_compiler_the_choice_falls_on_sequential(monkeypatch, caplog):
+    inputs = ScanInputs(**make_inputs())
+    monkeypatch.setattr(native, "why_unavailable", lambda platform, inputs: "no C++ compiler")
     with caplog.at_level(logging.WARNING):
-        assert module.choose_implementation() == module.choose_implementation() == "sequential"
+        assert IMPLEMENTATIONS.choose(inputs) == IMPLEMENTATIONS.choose(inputs) == "sequential"
     assert [record.message for record in caplog.records] == [
         "selective scan runs as 'sequential'; 'native' cannot run: no C++ compiler"
     ]
     with pytest.raises(ValueError, match="implementation: 'native' cannot run here: no C\\+\\+ compiler"):
         run(make_inputs(), "native")
-    module._choose.cache_clear()
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+def test_implementations_say_where_they_run(platform):
+    inputs = ScanInputs(**make_inputs())
+    reason = None if platform == "gpu" else f"it needs a GPU, and JAX runs on {platform} here"
+    assert pallas.why_unavailable(platform, inputs) == reason
+    if platform != "cpu":
+        assert native.why_unavailable(platform, inputs) == f"it is for CPUs, and JAX runs on {platform} here"
+
+
+def test_an_axis_that_pallas_cannot_count_is_named():
+    inputs = ScanInputs(**make_inputs())._replace(u=jax.ShapeDtypeStruct((1, 2**31, 20), jnp.bfloat16))
+    assert "u has shape (1, 2147483648, 20)" in pallas.why_unavailable("gpu", inputs)
 
 
 BAD = {
@@ -462,4 +481,4 @@ def test_groups_of_b_and_c_may_differ():
     inputs = make_inputs(channels=12, groups=4)
     inputs["C"] = inputs["C"][:, :, 0]
     y, _ = run(inputs, "associative")
-    assert golden.relative_error(y, reference.scan(**inputs)[0]) < 1e-5
+    assert golden.relative_error(y, exact(inputs)[0]) < 1e-5

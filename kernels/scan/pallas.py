@@ -14,8 +14,6 @@ The forward pass saves the state before every `SAVED` steps. The backward pass v
 first, recomputes the states of a window into registers and runs the adjoint recurrence over it. Sums over channels
 (gradients of B and C) and over the batch (A, D, delta_bias) leave the kernel as partial sums, one for each program, and
 XLA adds them up: there are no atomics, and the same input gives the same bits.
-
-Pallas computes 64-bit offsets into arrays that need them; a single dimension is limited to 2³¹ - 1 elements.
 """
 
 import dataclasses
@@ -30,65 +28,40 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from kernels.scan.inputs import ScanInputs, ScanOptions
+
 WINDOW = 8  # steps whose states the backward kernel holds in registers; the most lanes along an axis; a power of two
 SAVED = 16  # steps from one saved state to the next; a multiple of WINDOW
 LOG2_E = math.log2(math.e)
 
 
-class Inputs(NamedTuple):
-    """The arrays of a scan, or the references to them in a kernel, or their gradients; None for what is absent."""
-
-    u: Any
-    delta: Any
-    A: Any
-    B: Any
-    C: Any
-    D: Any
-    z: Any
-    delta_bias: Any
-    initial_state: Any
-
-
-class Options(NamedTuple):
-    """What is known when a scan is traced."""
-
-    delta_softplus: bool
-    reverse: bool
-    interpret: bool
-
-
-def why_unavailable() -> str | None:
-    """One line that says why the kernels can neither run on the default backend nor be lowered for an abstract GPU."""
-    abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    platform = getattr(abstract, "platform", None) or jax.default_backend()
-    return None if platform == "gpu" else f"it needs a GPU, and JAX runs on {platform} in this process"
-
-
-def scan(
-    u, delta, A, B, C, D, z, delta_bias, initial_state, *, delta_softplus, reverse, interpret=False
-) -> tuple[jax.Array, jax.Array]:
-    """See `kernels.selective_scan` for the contract. `interpret` runs the kernels as plain JAX, on any backend."""
-    B, C = B.astype(jnp.float32), C.astype(jnp.float32)  # small, but read by every program
-    inputs = Inputs(u, delta, A, B, C, D, z, delta_bias, initial_state)
-    return _scan(inputs, Options(delta_softplus, reverse, interpret))
+def why_unavailable(platform: str, inputs: ScanInputs) -> str | None:
+    """One line that says why the kernels cannot run, None if they can."""
+    if platform != "gpu":
+        return f"it needs a GPU, and JAX runs on {platform} here"
+    # Pallas computes 64-bit offsets into arrays that need them, but counts along an axis in 32 bits.
+    if max(*inputs.u.shape, inputs.state) >= 2**31:
+        return f"u has shape {inputs.u.shape}, but no axis may be longer than 2³¹ - 1: cut it into parts"
+    return None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _scan(inputs: Inputs, options: Options):
+def scan(inputs: ScanInputs, options: ScanOptions) -> tuple[jax.Array, jax.Array]:
+    """See `kernels.scan.api` for the contract."""
     outputs = _forward(inputs, options, save_states=False)
     return outputs["y"], outputs["last_state"]
 
 
-def _scan_forward(inputs: Inputs, options: Options):
+def _scan_forward(inputs: ScanInputs, options: ScanOptions):
     outputs = _forward(inputs, options, save_states=True)
     return (outputs["y"], outputs["last_state"]), (inputs, outputs["states"])
 
 
-def _scan_backward(options: Options, residuals, cotangents):
+def _scan_backward(options: ScanOptions, residuals, cotangents):
     return (_backward(*residuals, *cotangents, options),)
 
 
-_scan.defvjp(_scan_forward, _scan_backward)
+scan.defvjp(_scan_forward, _scan_backward)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,10 +78,9 @@ class Plan:
     shape: tuple[int, int, int, int]  # of a program's arrays: state registers, channel groups, state and channel lanes
 
     @classmethod
-    def create(cls, inputs: Inputs, registers: int, block: int) -> "Plan":
+    def create(cls, inputs: ScanInputs, registers: int, block: int) -> "Plan":
         """Aims at `registers` states in a thread and `block` channels in a program of at most 256 threads."""
-        (batch, length, channels), state = inputs.u.shape, inputs.A.shape[1]
-        groups = max(x.shape[2] if x.ndim == 4 else 1 for x in (inputs.B, inputs.C))
+        (batch, length, channels), state, groups = inputs.u.shape, inputs.state, inputs.groups
         padded_state = pl.next_power_of_2(state)
         state_lanes = min(max(padded_state // registers, 1), WINDOW)
         block = min(block, 256 // state_lanes, pl.next_power_of_2(channels // groups))
@@ -137,7 +109,7 @@ class Plan:
         """Windows in a sequence, counting an incomplete last one."""
         return pl.cdiv(self.length, WINDOW)
 
-    def call(self, kernel, options: Options, arguments: list, in_specs: list, outputs, out_specs) -> Any:
+    def call(self, kernel, options: ScanOptions, arguments: list, in_specs: list, outputs, out_specs) -> Any:
         """Runs `kernel(plan, options, *arguments, outputs)` in every program; `outputs` is a tree of shapes."""
         call = pl.pallas_call(
             functools.partial(kernel, self, options),
@@ -151,7 +123,7 @@ class Plan:
         return call(*arguments)[0]
 
 
-def _forward(inputs: Inputs, options: Options, save_states: bool) -> dict[str, jax.Array]:
+def _forward(inputs: ScanInputs, options: ScanOptions, save_states: bool) -> dict[str, jax.Array]:
     batch, length, channels = inputs.u.shape
     # More states in a thread are less work; few channels are spread over more threads to keep the GPU busy.
     plan = Plan.create(inputs, registers=8 if batch * channels >= 2**14 else 4, block=32)
@@ -162,14 +134,14 @@ def _forward(inputs: Inputs, options: Options, save_states: bool) -> dict[str, j
     return plan.call(_forward_kernel, options, [inputs], in_specs, outputs, jax.tree.map(_output_spec, outputs))
 
 
-def _backward(inputs: Inputs, states, dy, d_last_state, options: Options) -> Inputs:
+def _backward(inputs: ScanInputs, states, dy, d_last_state, options: ScanOptions) -> ScanInputs:
     batch, length, channels = inputs.u.shape
     # Four states in a thread leave registers for a window; wide blocks keep the partial sums for B and C small.
     plan = Plan.create(inputs, registers=4, block=64)
     constant = _float32(batch, channels, plan.state)
     varying = _float32(batch, plan.groups, plan.blocks, length, plan.state)
     vector = _float32(batch, channels)
-    partial = Inputs(
+    partial = ScanInputs(
         u=_like(inputs.u),
         delta=_like(inputs.delta),
         A=constant,
@@ -217,7 +189,7 @@ def _float32(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
-def _forward_kernel(plan: Plan, options: Options, inputs: Inputs, outputs: dict) -> None:
+def _forward_kernel(plan: Plan, options: ScanOptions, inputs: ScanInputs, outputs: dict) -> None:
     program = Program(plan, options, inputs)
 
     def window(index, h):
@@ -252,7 +224,7 @@ class Sums(NamedTuple):
 
 
 def _backward_kernel(
-    plan: Plan, options: Options, inputs: Inputs, saved_states, d_output, d_last_state, gradients: Inputs
+    plan: Plan, options: ScanOptions, inputs: ScanInputs, saved_states, d_output, d_last_state, gradients: ScanInputs
 ) -> None:
     program = Program(plan, options, inputs)
 
@@ -298,7 +270,7 @@ def _backward_kernel(
     program.store_channels(gradients.delta_bias, sums.d_bias)
 
 
-def _pull_back_tile(program, tile, states, d_output, dB, dC, gradients: Inputs, sums: Sums) -> Sums:
+def _pull_back_tile(program, tile, states, d_output, dB, dC, gradients: ScanInputs, sums: Sums) -> Sums:
     """Goes back over one tile: stores the gradients of u, delta and z there and returns the new sums."""
     inputs = program.inputs
     dy = d_gated = program.load(d_output, tile.first)
@@ -366,7 +338,7 @@ class Program:
     between threads at every step.
     """
 
-    def __init__(self, plan: Plan, options: Options, inputs: Inputs):
+    def __init__(self, plan: Plan, options: ScanOptions, inputs: ScanInputs):
         self.plan, self.options, self.inputs = plan, options, inputs
         registers, _, self.steps, channel_lanes = plan.shape
         self.register, _, self.state_lane, self.channel_lane = (

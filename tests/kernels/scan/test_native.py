@@ -1,9 +1,8 @@
-"""The C++ kernel: its arithmetic, its threads, and how it is built."""
+"""The C++ kernel: its arithmetic and its threads."""
 
 import concurrent.futures
 import hashlib
 import os
-import stat
 import subprocess
 import sys
 import textwrap
@@ -13,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import native, selective_scan
+from kernels import build, selective_scan
 
-needs_compiler = pytest.mark.skipif(not native.compilers(), reason="no C++ compiler")
+needs_compiler = pytest.mark.skipif(not build.compiler(), reason="no C++ compiler")
 
 
 def one_step(u, delta, A, B=0.0, C=1.0, D=None, z=None, initial_state=0.0, delta_softplus=False) -> np.ndarray:
@@ -148,99 +147,3 @@ def test_it_runs_in_a_fork():
         assert os.waitpid(child, 0)[1] == 0 and digest(large_gradient(inputs)) == bits
     """
     run_python(code)
-
-
-# --------------------------------------------------------------------------------------------------------------- build
-
-
-@pytest.fixture
-def empty_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    return tmp_path / "vimd_jax"
-
-
-def fake_compiler(folder, monkeypatch, compile: str) -> None:
-    """A compiler that runs a shell command with the output path in $out."""
-    script = folder / "fake-c++"
-    script.write_text(
-        '#!/bin/sh\n[ "$1" = --version ] && { echo fake 1.0; exit; }\nfor out; do :; done\n' + compile + "\n"
-    )
-    script.chmod(script.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setenv("CXX", str(script))
-
-
-def test_a_build_is_cached_by_all_that_goes_into_it(empty_cache, tmp_path, monkeypatch):
-    fake_compiler(tmp_path, monkeypatch, 'echo once >> log; echo library > "$out"')
-    monkeypatch.chdir(tmp_path)
-    library = native._build()
-    assert library == native._build() and library.read_text() == "library\n"
-    assert (tmp_path / "log").read_text() == "once\n"
-    monkeypatch.setenv("CXXFLAGS", "-g")
-    assert native._build() != library
-    assert (tmp_path / "log").read_text() == "once\nonce\n"
-
-
-def test_builds_at_the_same_time_never_show_half_a_file(empty_cache, tmp_path, monkeypatch):
-    fake_compiler(tmp_path, monkeypatch, 'printf first > "$out"; sleep 0.2; printf second >> "$out"')
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        seen = list(pool.map(lambda _: native._build().read_text(), range(8)))
-    assert seen == ["firstsecond"] * 8
-    assert [path.suffix for path in empty_cache.iterdir()] == [".so"]
-
-
-@pytest.mark.parametrize(
-    ("compiler", "reason"),
-    [
-        ("/nonexistent/c++", "No such file or directory: '/nonexistent/c++'"),
-        ("false", "false failed"),
-        ("fake", "failed: native.cc:1: error: no such flag"),
-        ("g++ '", "No closing quotation"),
-    ],
-)
-def test_without_a_working_compiler_there_is_one_line_of_reason(compiler, reason, empty_cache, tmp_path, monkeypatch):
-    monkeypatch.setenv("CXX", compiler)
-    if compiler == "fake":
-        fake_compiler(tmp_path, monkeypatch, "echo 'native.cc:1: error: no such flag' >&2; exit 1")
-    message = native._register.__wrapped__()
-    assert reason in message and "\n" not in message
-
-
-def test_no_compiler_at_all(empty_cache, monkeypatch):
-    monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setenv("PATH", "")
-    assert native._register.__wrapped__() == "no C++ compiler: install g++ or clang++, or set CXX"
-
-
-def test_a_library_that_does_not_load_is_a_reason(empty_cache, tmp_path, monkeypatch):
-    fake_compiler(tmp_path, monkeypatch, 'echo no library > "$out"')
-    assert "invalid ELF header" in native._register.__wrapped__() or "file too short" in native._register.__wrapped__()
-
-
-@needs_compiler
-def test_a_damaged_library_is_built_again(empty_cache):
-    library = native._build()
-    library.write_text("")
-    assert hasattr(native._load(), native.FORWARD)
-
-
-@needs_compiler
-def test_a_library_without_the_kernels_is_a_reason(empty_cache, monkeypatch):
-    monkeypatch.setenv("CXXFLAGS", "-fvisibility=hidden")
-    assert "undefined symbol" in native._register.__wrapped__()
-
-
-def test_what_is_cached_is_used_where_nothing_can_be_written(empty_cache, tmp_path, monkeypatch):
-    fake_compiler(tmp_path, monkeypatch, 'echo library > "$out"')
-    library = native._build()
-    monkeypatch.setattr(native, "_writable", None)
-    assert native._build() == library
-
-
-def test_without_a_writable_cache_it_builds_in_a_private_folder(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    fake_compiler(tmp_path, monkeypatch, 'echo library > "$out"')
-    native._private_folder.cache_clear()
-    library = native._build()
-    assert library.read_text() == "library\n" and stat.S_IMODE(library.parent.stat().st_mode) == 0o700
-    native._private_folder.cache_clear()

@@ -10,69 +10,44 @@ and back, all of it, at every step.
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kernels.associative import softplus
+from kernels.scan.associative import softplus
+from kernels.scan.inputs import ScanInputs, ScanOptions
 
 CHUNK = 10  # the kept states and the states of a chunk together are least around here, at the lengths of Vim
 
 
-class Inputs(NamedTuple):
-    """The arrays; groups share the last axis of each between them. B and C with two axes are constant in time."""
-
-    u: jax.Array  # (batch, length, channels), like delta and z
-    delta: jax.Array
-    A: jax.Array  # (state, channels)
-    B: jax.Array  # (batch, length, groups * state) or (state, channels), like C
-    C: jax.Array
-    D: jax.Array | None  # (channels,), like delta_bias
-    z: jax.Array | None
-    delta_bias: jax.Array | None
-    initial_state: jax.Array  # (batch, state, channels)
-
-
-class Options(NamedTuple):
-    """What is known when compiling."""
-
-    groups: int
-    delta_softplus: bool
-    reverse: bool
-
-
-def why_unavailable() -> str | None:
-    """Runs wherever JAX runs."""
-    return None
-
-
-def scan(u, delta, A, B, C, D, z, delta_bias, initial_state, *, delta_softplus, reverse) -> tuple[jax.Array, jax.Array]:
-    """See `kernels.selective_scan` for the contract."""
-    groups = max(x.shape[2] if x.ndim == 4 else 1 for x in (B, C))
-    B, C = (x.T if x.ndim == 2 else x.reshape(*x.shape[:2], -1) for x in (B, C))
+def scan(inputs: ScanInputs, options: ScanOptions) -> tuple[jax.Array, jax.Array]:
+    """See `kernels.scan.api` for the contract."""
+    groups, initial_state = inputs.groups, inputs.initial_state
     if initial_state is None:
-        initial_state = jnp.zeros((len(u), *A.shape), jnp.float32)
-    inputs = Inputs(
-        u, delta, A.T, B.astype(jnp.float32), C.astype(jnp.float32), D, z, delta_bias, initial_state.swapaxes(1, 2)
-    )
-    y, last_state = _scan(inputs, Options(groups, delta_softplus, reverse))
+        initial_state = jnp.zeros((inputs.batch, *inputs.A.shape), jnp.float32)
+    B, C = (x.T if x.ndim == 2 else x.reshape(*x.shape[:2], -1) for x in (inputs.B, inputs.C))
+    inputs = inputs._replace(A=inputs.A.T, B=B, C=C, initial_state=initial_state.swapaxes(1, 2))
+    y, last_state = _scan(inputs, groups, options)
     return y, last_state.swapaxes(1, 2)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _scan(inputs, options):
-    return _forward(inputs, options)[0]
+# From here on what belongs to a group is a part of the last axis of each array: A is (state, channels), B and C are
+# (batch, length, groups * state) or (state, channels), the initial and the last state (batch, state, channels).
 
 
-def _forward(inputs: Inputs, options: Options):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _scan(inputs: ScanInputs, groups: int, options: ScanOptions):
+    return _forward(inputs, groups, options)[0]
+
+
+def _forward(inputs: ScanInputs, groups: int, options: ScanOptions):
     batch, length, _ = inputs.u.shape
     chunks = -(-length // CHUNK)
     residuals, inputs = inputs, jax.tree.map(_as_bits, inputs)
 
     def sequence(i, results):
-        part = _Part(inputs, options, i)
+        part = _Part(inputs, groups, options, i)
 
         def step(t, carry):
             state, y = carry
@@ -93,20 +68,20 @@ def _forward(inputs: Inputs, options: Options):
 
     starts = jnp.zeros((batch, chunks, *inputs.A.shape), jnp.float32)
     results = (jnp.zeros_like(inputs.u), jnp.zeros_like(inputs.initial_state), starts)
-    y, last_state, starts = lax.fori_loop(0, batch * options.groups, sequence, results)
+    y, last_state, starts = lax.fori_loop(0, batch * groups, sequence, results)
     return (_as_floats(y), last_state), (residuals, starts)
 
 
-def _backward(options: Options, residuals, cotangents):
+def _backward(groups: int, options: ScanOptions, residuals, cotangents):
     inputs, starts = residuals
     dy, d_last_state = cotangents
     inputs, dy = jax.tree.map(_as_bits, (inputs, dy))
     batch, length, channels = inputs.u.shape
     chunks = -(-length // CHUNK)
-    empty = jnp.zeros((CHUNK, inputs.A.shape[0], channels // options.groups), jnp.float32)
+    empty = jnp.zeros((CHUNK, inputs.A.shape[0], channels // groups), jnp.float32)
 
     def sequence(i, grads):
-        part = _Part(inputs, options, i)
+        part = _Part(inputs, groups, options, i)
         A = part.get(inputs.A)
 
         def chunk(i, carry):
@@ -158,7 +133,7 @@ def _backward(options: Options, residuals, cotangents):
         d_state, grads = lax.fori_loop(0, chunks, chunk, (part.get(d_last_state, part.batch), grads))
         return grads._replace(initial_state=part.put(grads.initial_state, d_state, part.batch))
 
-    grads = lax.fori_loop(0, batch * options.groups, sequence, jax.tree.map(jnp.zeros_like, inputs))
+    grads = lax.fori_loop(0, batch * groups, sequence, jax.tree.map(jnp.zeros_like, inputs))
     return (jax.tree.map(_as_floats, grads),)
 
 
@@ -176,9 +151,9 @@ def _as_floats(x):
 class _Part:
     """One sequence of the batch and one group of its channels: reads and writes its part of arrays, in float32."""
 
-    def __init__(self, inputs: Inputs, options: Options, index):
-        self.inputs, self.options = inputs, options
-        self.batch, self.group = index // options.groups, index % options.groups
+    def __init__(self, inputs: ScanInputs, groups: int, options: ScanOptions, index):
+        self.inputs, self.groups, self.options = inputs, groups, options
+        self.batch, self.group = index // groups, index % groups
 
     def get(self, x, *index):
         """The group's part of x[index]."""
@@ -203,7 +178,7 @@ class _Part:
         return self.add(grad, state * row)
 
     def _window(self, x, index):
-        size = x.shape[-1] // self.options.groups
+        size = x.shape[-1] // self.groups
         middle = x.shape[len(index) : -1]
         return (*index, *[0] * len(middle), self.group * size), (*[1] * len(index), *middle, size)
 

@@ -3,28 +3,24 @@
 import jax
 import jax.numpy as jnp
 
-
-def why_unavailable() -> str | None:
-    """Runs wherever JAX runs."""
-    return None
+from kernels.scan.inputs import ScanInputs, ScanOptions
 
 
-def scan(u, delta, A, B, C, D, z, delta_bias, initial_state, *, delta_softplus, reverse) -> tuple[jax.Array, jax.Array]:
-    """See `kernels.selective_scan` for the contract. The gradient is JAX's own."""
-    dtype = u.dtype
-    u, delta, B, C = (x.astype(jnp.float32) for x in (u, delta, B, C))
+def scan(inputs: ScanInputs, options: ScanOptions) -> tuple[jax.Array, jax.Array]:
+    """See `kernels.scan.api` for the contract. The gradient is JAX's own."""
+    dtype, first, last = inputs.u.dtype, *((-1, 0) if options.reverse else (0, -1))
+    u, delta, A, B, C, D, z, delta_bias, initial_state = jax.tree.map(lambda x: x.astype(jnp.float32), inputs)
     delta = delta if delta_bias is None else delta + delta_bias
-    delta = softplus(delta) if delta_softplus else delta
+    delta = softplus(delta) if options.delta_softplus else delta
     decay = jnp.exp(delta[..., None] * A)
-    increment = (delta * u)[..., None] * _per_channel(B, u.shape[2])
+    increment = (delta * u)[..., None] * _per_channel(B, inputs.channels)
     if initial_state is not None:
-        first = -1 if reverse else 0
         increment = increment.at[:, first].add(decay[:, first] * initial_state)
-    _, states = jax.lax.associative_scan(_compose, (decay, increment), reverse=reverse, axis=1)
-    y = jnp.sum(states * _per_channel(C, u.shape[2]), axis=-1)
+    _, states = jax.lax.associative_scan(_compose, (decay, increment), reverse=options.reverse, axis=1)
+    y = jnp.sum(states * _per_channel(C, inputs.channels), axis=-1)
     y = y if D is None else y + D * u
-    y = y if z is None else y * jax.nn.silu(z.astype(jnp.float32))
-    return y.astype(dtype), states[:, 0 if reverse else -1]
+    y = y if z is None else y * jax.nn.silu(z)
+    return y.astype(dtype), states[:, last]
 
 
 def softplus(x: jax.Array) -> jax.Array:
