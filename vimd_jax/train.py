@@ -190,12 +190,13 @@ def main(_: list[str]) -> None:
         if _COORDINATOR.value:
             jax.distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
         stages = workdirs.stages(CONFIG.value, Path(WORKDIR.value))
-        made_before, data = set(), []
+        made_before, checked = set(), []
         for config, workdir in stages:
-            data.append(check(config, workdir, made_before))
+            with workdirs.naming_the_stage(config, len(stages)):
+                checked.append(check(config, workdir, made_before))
             made_before.add(workdir.resolve())
-        for (config, workdir), splits in zip(stages, data):
-            train(config, workdir, splits)
+        for (config, workdir), data in zip(stages, checked):
+            train(config, workdir, data)
 
 
 if __name__ == "__main__":

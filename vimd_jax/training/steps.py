@@ -147,7 +147,10 @@ def check_objective(config: ConfigDict, networks: Networks) -> None:
         batch["label"] = jnp.zeros(1, jnp.int32)
         return objective(variables(networks.trained), frozen, batch, {"drop_path": key})
 
-    jax.eval_shape(jax.vmap(trace, axis_name=AXIS), jax.random.split(jax.random.key(0), 1))
+    try:
+        jax.eval_shape(jax.vmap(trace, axis_name=AXIS), jax.random.split(jax.random.key(0), 1))
+    except ValueError as error:
+        raise ValueError(f"config.loss: {error}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------

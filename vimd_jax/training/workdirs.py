@@ -1,6 +1,8 @@
 """The folder of a run: which config it belongs to, and which folder each stage of a config gets."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import jax
 from ml_collections import ConfigDict
 
 from vimd_jax.config import CHANGEABLE, STAGES, default_config
+from vimd_jax.data.images import DatasetError
 
 
 def stages(config: ConfigDict, workdir: Path) -> list[tuple[ConfigDict, Path]]:
@@ -21,6 +24,15 @@ def stages(config: ConfigDict, workdir: Path) -> list[tuple[ConfigDict, Path]]:
     for role in STAGES[config.stage]:
         config[role].init = config[role].init.replace("{workdir}", str(workdir))
     return [(config, workdir)]
+
+
+@contextlib.contextmanager
+def naming_the_stage(config: ConfigDict, count: int) -> Iterator[None]:
+    """Errors of one of several stages say in which one they are."""
+    try:
+        yield
+    except (ValueError, OSError, DatasetError) as error:
+        raise ValueError(f"stage {config.stage}: {error}" if count > 1 else str(error)) from error
 
 
 def check(workdir: Path, config: ConfigDict, class_names: tuple[str, ...]) -> None:
