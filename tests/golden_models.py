@@ -1,5 +1,6 @@
 """The networks of the recorded cases, built from the original classes' constructor arguments; and quick weights."""
 
+import re
 from typing import Any
 
 import jax
@@ -7,6 +8,7 @@ import numpy as np
 from flax import linen as nn
 
 from vimd_jax.models.srresnet import SRResNet
+from vimd_jax.models.v2m import V2M
 from vimd_jax.models.vim import Vim
 from vimd_jax.models.vim_ablations import VimAblation
 
@@ -47,6 +49,14 @@ def vim(constructor: dict, **overrides) -> Vim:
     return Vim(**(options | overrides))
 
 
+def v2m(constructor: dict, **overrides) -> V2M:
+    """The V2M that the original `VisionMamba(**constructor, bimamba_type="2d")` is; it never uses a class token."""
+    options = {name: constructor[name] for name in ("num_classes", "patch_size", "stride", "embed_dim", "depth")}
+    options |= {"image_size": constructor["img_size"], "routing": "published"}
+    options["merge"] = "mean" if constructor["if_devide_out"] else "sum"
+    return V2M(**(options | overrides))
+
+
 def srresnet(constructor: dict) -> SRResNet:
     """The SRResNet that the original `SRResNet(**constructor)` is."""
     return SRResNet(
@@ -68,3 +78,30 @@ def random_variables(model: nn.Module, images: Any, seed: int = 0) -> Any:
         return np.abs(values) + 0.5 if path[-1].key == "var" else values
 
     return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(model.init, jax.random.key(0), images))
+
+
+def weights_by_rule(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """Parameters under PyTorch's names by the rule for which figures of the originals are known: waves around what each
+    kind of parameter starts from, their phases in the alphabetical order of the names."""
+    return {name: _weight_by_rule(rank, name, shapes[name]) for rank, name in enumerate(sorted(shapes))}
+
+
+def _weight_by_rule(rank: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    wave = np.cos(rank + 0.37 * np.arange(np.prod(shape))).reshape(shape)
+    kind = name.split(".")[-1]
+    if re.match(r"A_(\w_)?log", kind):
+        return np.log(np.arange(1, shape[1] + 1)) + 0.1 * wave
+    if kind in ("D", "D_b", "D_2") or "norm" in name and kind == "weight":
+        return 1 + 0.1 * wave
+    if "dt_proj" in name and kind == "bias":
+        return -2 + 0.5 * wave
+    if kind == "bias":
+        return 0.1 * wave
+    if kind in ("pos_embed", "cls_token"):
+        return wave / 2
+    return wave / np.sqrt(np.prod(shape[1:]))
+
+
+def images_by_rule(shape: tuple[int, ...]) -> np.ndarray:
+    """The images, in the originals' layout, that go with `weights_by_rule`."""
+    return np.sin(0.05 * np.arange(np.prod(shape), dtype=np.float64)).reshape(shape).astype(np.float32)

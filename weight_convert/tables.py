@@ -32,7 +32,7 @@ _STACKED_MIXER = "params/layers/mixer"
 
 
 def _direction(name: str, a_log: str, suffix: str) -> tuple[Rule, ...]:
-    """The rows of one scan direction of a Vim mixer; PyTorch marks the backward one by a suffix."""
+    """The rows of one of a mixer's two scans; PyTorch marks the second by a suffix."""
     target = f"{_STACKED_MIXER}/{name}"
     return (
         Rule(f"{_MIXER}.conv1d{suffix}.weight", f"{target}/conv/kernel", _CONV1D),
@@ -45,7 +45,7 @@ def _direction(name: str, a_log: str, suffix: str) -> tuple[Rule, ...]:
     )
 
 
-VIM = (
+_TRUNK = (  # of every isotropic network
     Rule("patch_embed.proj.weight", "params/patch_embed/kernel", _CONV2D),
     Rule("patch_embed.proj.bias", "params/patch_embed/bias"),
     Rule("cls_token", "params/class_token"),
@@ -54,13 +54,14 @@ VIM = (
     Rule("pos_embed", "params/position_embedding"),
     Rule("layers.{i}.norm.weight", "params/layers/norm/scale"),
     Rule(f"{_MIXER}.in_proj.weight", f"{_STACKED_MIXER}/in_proj/kernel", _LINEAR),
-    *_direction("forward", "A_log", ""),
-    *_direction("backward", "A_b_log", "_b"),
     Rule(f"{_MIXER}.out_proj.weight", f"{_STACKED_MIXER}/out_proj/kernel", _LINEAR),
     Rule("norm_f.weight", "params/norm/scale"),
     Rule("head.weight", "params/head/kernel", _LINEAR),
     Rule("head.bias", "params/head/bias"),
 )
+
+VIM = (*_TRUNK, *_direction("forward", "A_log", ""), *_direction("backward", "A_b_log", "_b"))
+V2M = (*_TRUNK, *_direction("along", "A_log", ""), *_direction("across", "A_2_log", "_2"))
 
 
 def _batch_norm(source: str, target: str) -> tuple[Rule, ...]:
@@ -108,7 +109,7 @@ _ABLATION = (
     Rule(f"{_MIXER}.gamma", f"{_STACKED_MIXER}/layer_scale"),
 )
 
-TABLES = {"Vim": VIM, "VimAblation": VIM + _ABLATION, "SRResNet": SRRESNET}  # by class
+TABLES = {"Vim": VIM, "VimAblation": VIM + _ABLATION, "V2M": V2M, "SRResNet": SRRESNET}  # by class
 
 
 def table(model: nn.Module) -> tuple[Rule, ...]:
@@ -132,7 +133,7 @@ def computed_tensors(model: nn.Module) -> dict[str, np.ndarray]:
     return {"rope.freqs_cos": np.cos(angles), "rope.freqs_sin": np.sin(angles)}
 
 
-# Options on which tensors depend, by a part of their names: what to look at when such a tensor is missing or unexpected.
+# Options on which tensors depend, by a part of their names: what to look at if such a tensor is missing or unexpected.
 OPTIONS = {
     "rope.freqs": "rope",
     "cls_token": "class_token",
