@@ -56,6 +56,31 @@ def drop_path(module: nn.Module, update: jax.Array, rate: jax.Array | float) -> 
     return jnp.where(keep, update / (1 - rate), 0)
 
 
+class ChannelGate(nn.Module):
+    """Scales each channel by a number in (0, 1) that the mean of all normalised tokens decides (BiAttn of LocalMamba).
+
+        x · sigmoid(W_2 gelu(W_1 mean(norm(x)) + b_1) + b_2),  W_1: channels → channels / 8
+
+    Attributes:
+      axes: of the tokens in x.
+      dtype: of the two projections.
+      kernel_init: initialiser of their kernels; biases start at 0.
+    """
+
+    axes: tuple[int, ...] = (1,)
+    dtype: Any = jnp.float32
+    kernel_init: nn.initializers.Initializer = nn.initializers.normal(0.02)
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps x (batch, ..., channels) to the same shape; only the axes of the tokens are averaged."""
+        channels = x.shape[-1]
+        dense = partial(nn.Dense, kernel_init=self.kernel_init, dtype=self.dtype)
+        mean = layer_norm(name="norm")(x).mean(axis=self.axes, keepdims=True)
+        code = jax.nn.gelu(dense(channels // 8, name="reduce")(mean), approximate=False)
+        return x * jax.nn.sigmoid(dense(channels, name="select")(code).astype(jnp.float32))
+
+
 class BatchNorm(nn.Module):
     """Batch normalisation with PyTorch's running averages: they take 1/10 of each batch, and its unbiased variance.
 
