@@ -12,12 +12,12 @@ from typing import Any, Literal
 
 from flax import linen as nn
 
-from vimd_jax.models import srresnet, vim, vim_ablations
+from vimd_jax.models import local_vim, srresnet, vim, vim_ablations
 from vimd_jax.models.network import COMPUTATION, from_plain, options_of, plain
 from vimd_jax.models.srresnet import SRResNet
 from vimd_jax.models.srvm import SRVM
 
-CLASSIFIERS = vim.MODELS | vim_ablations.MODELS
+CLASSIFIERS = vim.MODELS | vim_ablations.MODELS | local_vim.MODELS
 
 
 def _srvm(

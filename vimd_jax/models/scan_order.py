@@ -10,9 +10,14 @@ Tokens count row by row. The maps are NumPy arrays, computed once for a grid.
 
 import functools
 import re
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+
+from vimd_jax.models.positions import class_token_positions
 
 Grid = tuple[int, int]  # rows, columns
 VerticalReverse = Literal["correct", "published"]
@@ -67,6 +72,63 @@ def scan_places(direction: str, grid: Grid, vertical_reverse: VerticalReverse = 
     places = np.empty(grid[0] * grid[1], int)
     places[order[order != PADDING]] = np.flatnonzero(order != PADDING)
     return _constant(places)
+
+
+class ScanMaps(NamedTuple):
+    """The directions of a layer, or with a leading axis those of each layer of a network.
+
+    Attributes:
+      order: (length, directions), the token at each place of each sequence, or PADDING.
+      places: (tokens, directions), the place that each token's result is read from.
+    """
+
+    order: np.ndarray
+    places: np.ndarray
+
+
+def scan_maps(
+    layers: Sequence[Sequence[str]],
+    grid: Grid,
+    class_token: Literal["middle", "head"] | None = None,
+    vertical_reverse: VerticalReverse = "correct",
+) -> ScanMaps:
+    """The maps of layers that have equally many directions, stacked; all sequences padded at their ends to one length.
+
+    A class token in the "middle" of the tokens is scanned at just that place of every sequence, padded or not, as
+    published. One at the "head" comes first, or last where a direction is flipped.
+    """
+    pairs = [[_with_class_token(name, grid, class_token, vertical_reverse) for name in names] for names in layers]
+    length = max(len(order) for layer in pairs for order, _ in layer)
+
+    def padded(order: np.ndarray) -> np.ndarray:
+        return np.pad(order, (0, length - len(order)), constant_values=PADDING)
+
+    return ScanMaps(
+        np.stack([np.stack([padded(order) for order, _ in layer], axis=-1) for layer in pairs]),
+        np.stack([np.stack([places for _, places in layer], axis=-1) for layer in pairs]),
+    )
+
+
+def _with_class_token(direction, grid, class_token, vertical_reverse) -> tuple[np.ndarray, np.ndarray]:
+    order, places = scan_order(direction, grid), scan_places(direction, grid, vertical_reverse)
+    for token in class_token_positions(class_token, grid[0] * grid[1]):
+        place = len(order) if class_token == "head" and direction.endswith("_flip") else token
+        order = np.insert(order + (order >= token), place, token)
+        places = np.insert(places + (places >= place), token, place)
+    return order, places
+
+
+def to_sequences(tokens: jax.Array, order: jax.Array) -> jax.Array:
+    """(batch, tokens, channels) along each direction: (batch, length, directions, channels), zero where padded."""
+    tokens = jnp.pad(tokens, ((0, 0), (0, 1), (0, 0)))  # PADDING counts from the end: the zero token
+    return tokens.at[:, order].get(mode="promise_in_bounds")
+
+
+def to_tokens(sequences: jax.Array, places: jax.Array) -> jax.Array:
+    """(batch, length, directions, channels) back in the order of the tokens: (batch, tokens, directions, channels)."""
+    batch, length, directions, channels = sequences.shape
+    rows = sequences.reshape(batch, length * directions, channels)
+    return rows.at[:, places * directions + jnp.arange(directions)].get(mode="promise_in_bounds")
 
 
 def _constant(array: np.ndarray) -> np.ndarray:
