@@ -24,6 +24,7 @@ class Rule(NamedTuple):
 
 
 _LINEAR = (1, 0)  # (out, in) -> (in, out)
+_LINEARS = (0, 2, 1)  # (directions, out, in) -> (directions, in, out)
 _CONV1D = (2, 1, 0)  # (out, in, width) -> (width, in, out)
 _CONV2D = (2, 3, 1, 0)  # (out, in, height, width) -> (height, width, in, out)
 
@@ -63,6 +64,10 @@ VIM = (
 )
 
 
+def _layer_norm(source: str, target: str) -> tuple[Rule, ...]:
+    return Rule(f"{source}.weight", f"params/{target}/scale"), Rule(f"{source}.bias", f"params/{target}/bias")
+
+
 def _batch_norm(source: str, target: str) -> tuple[Rule, ...]:
     return (
         Rule(f"{source}.weight", f"params/{target}/scale"),
@@ -91,6 +96,32 @@ SRRESNET = (
 )
 
 
+_BLOCK = "layers.{s}.blocks.{b}"
+
+# What the networks with stages have in common (`VSSM` of VMamba).
+HIERARCHICAL = (
+    Rule("patch_embed.0.weight", "params/patch_embed/kernel", _CONV2D),
+    Rule("patch_embed.0.bias", "params/patch_embed/bias"),
+    *_layer_norm("patch_embed.2", "patch_norm"),
+    *_layer_norm(f"{_BLOCK}.norm", "stage_{s}/norm"),
+    Rule(f"{_BLOCK}.op.in_proj.weight", "params/stage_{s}/mixer/in_proj/kernel", _LINEAR),
+    Rule(f"{_BLOCK}.op.conv2d.weight", "params/stage_{s}/mixer/conv/kernel", _CONV2D),
+    Rule(f"{_BLOCK}.op.conv2d.bias", "params/stage_{s}/mixer/conv/bias"),
+    Rule(f"{_BLOCK}.op.x_proj_weight", "params/stage_{s}/mixer/ssm/x_proj_kernel", _LINEARS),
+    Rule(f"{_BLOCK}.op.dt_projs_weight", "params/stage_{s}/mixer/ssm/dt_proj_kernel", _LINEARS),
+    Rule(f"{_BLOCK}.op.dt_projs_bias", "params/stage_{s}/mixer/ssm/dt_proj_bias"),
+    Rule(f"{_BLOCK}.op.A_logs", "params/stage_{s}/mixer/ssm/A_log"),
+    Rule(f"{_BLOCK}.op.Ds", "params/stage_{s}/mixer/ssm/D"),
+    *_layer_norm(f"{_BLOCK}.op.out_norm", "stage_{s}/mixer/norm"),
+    Rule(f"{_BLOCK}.op.out_proj.weight", "params/stage_{s}/mixer/out_proj/kernel", _LINEAR),
+    *_layer_norm("layers.{s}.downsample.norm", "downsample_{s}/norm"),
+    Rule("layers.{s}.downsample.reduction.weight", "params/downsample_{s}/reduction/kernel", _LINEAR),
+    *_layer_norm("classifier.norm", "norm"),
+    Rule("classifier.head.weight", "params/head/kernel", _LINEAR),
+    Rule("classifier.head.bias", "params/head/bias"),
+)
+
+
 def _inside(part: str, rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
     """The rows of a network that is one part of a larger one."""
 
@@ -108,7 +139,12 @@ _ABLATION = (
     Rule(f"{_MIXER}.gamma", f"{_STACKED_MIXER}/layer_scale"),
 )
 
-TABLES = {"Vim": VIM, "VimAblation": VIM + _ABLATION, "SRResNet": SRRESNET}  # by class
+TABLES = {  # by class
+    "Vim": VIM,
+    "VimAblation": VIM + _ABLATION,
+    "SRResNet": SRRESNET,
+    "VMamba": HIERARCHICAL,
+}
 
 
 def table(model: nn.Module) -> tuple[Rule, ...]:
