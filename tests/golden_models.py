@@ -7,6 +7,7 @@ import numpy as np
 from flax import linen as nn
 
 from vimd_jax.models.local_vim import LocalVim
+from vimd_jax.models.local_vmamba import LocalVMamba
 from vimd_jax.models.srresnet import SRResNet
 from vimd_jax.models.vim import Vim
 from vimd_jax.models.vim_ablations import VimAblation
@@ -62,6 +63,18 @@ def local_vim(constructor: dict, **overrides) -> LocalVim:
         "directions": constructor["directions"] and tuple(map(tuple, constructor["directions"])),
     }
     return LocalVim(**(options | overrides))
+
+
+def local_vmamba(constructor: dict, **overrides) -> LocalVMamba:
+    """The LocalVMamba that the original `VSSM(**constructor)` of LocalMamba is."""
+    depths, dims, directions = constructor["depths"], constructor["dims"], constructor["directions"]
+    options = {
+        "num_classes": constructor["num_classes"],
+        "dims": dims if isinstance(dims, int) else tuple(dims),
+        "depths": tuple(depths),
+        "directions": directions and tuple(map(tuple, directions)),
+    }
+    return LocalVMamba(**(options | overrides))
 
 
 def srresnet(constructor: dict) -> SRResNet:

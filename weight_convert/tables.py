@@ -33,6 +33,7 @@ class Rule(NamedTuple):
 
 
 _LINEAR = (1, 0)  # (out, in) -> (in, out)
+_LINEARS = (0, 2, 1)  # (directions, out, in) -> (directions, in, out)
 _CONV1D = (2, 1, 0)  # (out, in, width) -> (width, in, out)
 _CONV2D = (2, 3, 1, 0)  # (out, in, height, width) -> (height, width, in, out)
 
@@ -72,14 +73,17 @@ _ISOTROPIC = (
 VIM = (*_ISOTROPIC, *_direction("forward", "A_log", ""), *_direction("backward", "A_b_log", "_b"))
 
 
+def _layer_norm(source: str, target: str) -> tuple[Rule, ...]:
+    return Rule(f"{source}.weight", f"params/{target}/scale"), Rule(f"{source}.bias", f"params/{target}/bias")
+
+
 def _channel_gate(source: str, target: str) -> tuple[Rule, ...]:
     return (
-        Rule(f"{source}.norm.weight", f"{target}/norm/scale"),
-        Rule(f"{source}.norm.bias", f"{target}/norm/bias"),
-        Rule(f"{source}.global_reduce.weight", f"{target}/reduce/kernel", _LINEAR),
-        Rule(f"{source}.global_reduce.bias", f"{target}/reduce/bias"),
-        Rule(f"{source}.channel_select.weight", f"{target}/select/kernel", _LINEAR),
-        Rule(f"{source}.channel_select.bias", f"{target}/select/bias"),
+        *_layer_norm(f"{source}.norm", f"{target}/norm"),
+        Rule(f"{source}.global_reduce.weight", f"params/{target}/reduce/kernel", _LINEAR),
+        Rule(f"{source}.global_reduce.bias", f"params/{target}/reduce/bias"),
+        Rule(f"{source}.channel_select.weight", f"params/{target}/expand/kernel", _LINEAR),
+        Rule(f"{source}.channel_select.bias", f"params/{target}/expand/bias"),
     )
 
 
@@ -92,7 +96,7 @@ LOCAL_VIM = (
     Rule(f"{_MIXER}.dt_proj_{{k}}.bias", f"{_STACKED_MIXER}/ssm/dt_proj_bias"),
     Rule(f"{_MIXER}.A_log_{{k}}", f"{_STACKED_MIXER}/ssm/A_log"),
     Rule(f"{_MIXER}.D_{{k}}", f"{_STACKED_MIXER}/ssm/D"),
-    *_channel_gate(f"{_MIXER}.attn", f"{_STACKED_MIXER}/gate"),
+    *_channel_gate(f"{_MIXER}.attn", "layers/mixer/gate"),
     Rule(
         f"{_MIXER}.multi_scan.weights",
         f"{_STACKED_MIXER}/search/direction_weights",
@@ -129,6 +133,43 @@ SRRESNET = (
 )
 
 
+_BLOCK = "layers.{s}.blocks.{b}"
+
+# What the networks with stages have in common (`VSSM` of VMamba).
+HIERARCHICAL = (
+    Rule("patch_embed.0.weight", "params/patch_embed/kernel", _CONV2D),
+    Rule("patch_embed.0.bias", "params/patch_embed/bias"),
+    *_layer_norm("patch_embed.2", "patch_norm"),
+    *_layer_norm(f"{_BLOCK}.norm", "stage_{s}/norm"),
+    Rule(f"{_BLOCK}.op.in_proj.weight", "params/stage_{s}/mixer/in_proj/kernel", _LINEAR),
+    Rule(f"{_BLOCK}.op.conv2d.weight", "params/stage_{s}/mixer/conv/kernel", _CONV2D),
+    Rule(f"{_BLOCK}.op.conv2d.bias", "params/stage_{s}/mixer/conv/bias"),
+    Rule(f"{_BLOCK}.op.x_proj_weight", "params/stage_{s}/mixer/ssm/x_proj_kernel", _LINEARS),
+    Rule(f"{_BLOCK}.op.dt_projs_weight", "params/stage_{s}/mixer/ssm/dt_proj_kernel", _LINEARS),
+    Rule(f"{_BLOCK}.op.dt_projs_bias", "params/stage_{s}/mixer/ssm/dt_proj_bias"),
+    Rule(f"{_BLOCK}.op.A_logs", "params/stage_{s}/mixer/ssm/A_log", shape=lambda k, d, n: (k * d, n)),
+    Rule(f"{_BLOCK}.op.Ds", "params/stage_{s}/mixer/ssm/D", shape=lambda k, d: (k * d,)),
+    *_layer_norm(f"{_BLOCK}.op.out_norm", "stage_{s}/mixer/norm"),
+    Rule(f"{_BLOCK}.op.out_proj.weight", "params/stage_{s}/mixer/out_proj/kernel", _LINEAR),
+    *_layer_norm("layers.{s}.downsample.norm", "downsample_{s}/norm"),
+    Rule("layers.{s}.downsample.reduction.weight", "params/downsample_{s}/reduction/kernel", _LINEAR),
+    *_layer_norm("classifier.norm", "norm"),
+    Rule("classifier.head.weight", "params/head/kernel", _LINEAR),
+    Rule("classifier.head.bias", "params/head/bias"),
+)
+
+
+LOCAL_VMAMBA = (
+    *HIERARCHICAL,
+    *_channel_gate(f"{_BLOCK}.op.multi_scan.attn", "stage_{s}/mixer/gate"),
+    Rule(
+        f"{_BLOCK}.op.multi_scan.weights",
+        "params/stage_{s}/mixer/search/direction_weights",
+        shape=lambda directions: (directions, 1, 1, 1),
+    ),
+)
+
+
 def _inside(part: str, rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
     """The rows of a network that is one part of a larger one."""
 
@@ -151,6 +192,8 @@ TABLES = {  # by class
     "VimAblation": VIM + _ABLATION,
     "LocalVim": LOCAL_VIM,
     "SRResNet": SRRESNET,
+    "LocalVMamba": LOCAL_VMAMBA,
+    "VMamba": HIERARCHICAL,
 }
 
 

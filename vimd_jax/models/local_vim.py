@@ -21,22 +21,20 @@ from vimd_jax.models.mamba import EXPAND, GroupedShortConv, GroupedSSM
 from vimd_jax.models.network import Network
 from vimd_jax.models.positions import class_token_positions, resize_positions, rotary_angles
 from vimd_jax.models.scan_order import (
-    DIRECTIONS,
-    ScanMaps,
+    LayerDirections,
+    ScanOrder,
     VerticalReverse,
-    check_direction,
-    scan_maps,
+    check_directions,
+    layer_directions,
+    order_of_directions,
+    parse_directions,
+    stack_orders,
     to_sequences,
     to_tokens,
 )
 
-
-def _lists(text: str) -> tuple[tuple[str, ...], ...]:
-    return tuple(tuple(line.split()) for line in text.strip().splitlines())
-
-
 # What the search found for each of 20 layers.
-SEARCHED = _lists("""
+SEARCHED = parse_directions("""
     h v_flip w7 w7_flip
     h_flip w2_flip w7 w7_flip
     h h_flip v w7
@@ -84,7 +82,7 @@ class LocalVim(Isotropic):
     depth: int = 20
     class_token: Literal["middle", "head"] | None = None
     rope: bool = True
-    directions: tuple[tuple[str, ...], ...] | None = SEARCHED
+    directions: LayerDirections | None = SEARCHED
     vertical_reverse: VerticalReverse = "correct"
 
     patch_init = staticmethod(uniform_fan_in)
@@ -94,7 +92,7 @@ class LocalVim(Isotropic):
         if self.stride is None:
             self.stride = self.patch_size
         super().__post_init__()
-        check_directions(self.directions, self.depth, SEARCHED)
+        check_directions(self.directions, self.depth, [SEARCHED])
 
     @property
     def patch_bias_init(self) -> nn.initializers.Initializer:
@@ -106,10 +104,14 @@ class LocalVim(Isotropic):
         search = self.directions is None
         return partial(Mixer, self.depth, self.state_size, search, self.dtype, self.scan_implementation)
 
-    def layer_inputs(self, grid: tuple[int, int]) -> ScanMaps:
+    def layer_inputs(self, grid: tuple[int, int]) -> ScanOrder:
         """See `Isotropic`."""
-        directions = layer_directions(self.directions, self.depth)
-        return scan_maps(directions, grid, self.class_token, self.vertical_reverse)
+        return stack_orders(
+            [
+                order_of_directions(directions, grid, self.class_token, self.vertical_reverse)
+                for directions in layer_directions(self.directions, self.depth)
+            ]
+        )
 
     def grid_of(self, size: tuple[int, int], field: str = "images") -> tuple[int, int]:
         """See `Isotropic`; the last patches may reach over the edge."""
@@ -140,27 +142,6 @@ class LocalVim(Isotropic):
         return Network.decays(path) or path[-1] == "direction_weights"
 
 
-def check_directions(directions: tuple[tuple[str, ...], ...] | None, depth: int, published: tuple = ()) -> None:
-    """Raises ValueError unless the option "directions" fits the layers; a published list may be for more of them."""
-    if directions is None:
-        return
-    if len(directions) not in (1, depth) and not (directions == published and depth < len(directions)):
-        raise ValueError(
-            f"directions: {len(directions)} tuples for {depth} layers, expected one for each or one for all"
-        )
-    if len({len(names) for names in directions}) != 1 or not directions[0]:
-        raise ValueError("directions: layers differ in how many they have, or have none; expected equally many in each")
-    for names in directions:
-        for name in names:
-            check_direction(name)
-
-
-def layer_directions(directions: tuple[tuple[str, ...], ...] | None, depth: int) -> tuple[tuple[str, ...], ...]:
-    """The directions of each layer."""
-    directions = (DIRECTIONS,) if directions is None else directions
-    return directions * depth if len(directions) == 1 else directions[:depth]
-
-
 class Mixer(nn.Module):
     """LocalVim's mixer: several scans from one projection, gated by z, then by a channel gate, and added up.
 
@@ -175,19 +156,19 @@ class Mixer(nn.Module):
     scan_implementation: str | None
 
     @nn.compact
-    def __call__(self, x: jax.Array, maps: ScanMaps) -> jax.Array:
-        """Maps x (batch, tokens, dim) to the same shape; `maps` are those of the layer's directions."""
+    def __call__(self, x: jax.Array, order: ScanOrder) -> jax.Array:
+        """Maps x (batch, tokens, dim) to the same shape, `order` being that of the layer's directions."""
         dim = x.shape[-1]
         in_proj = nn.Dense(2 * EXPAND * dim, use_bias=False, kernel_init=normal, dtype=self.dtype, name="in_proj")
-        x, z = (to_sequences(part, maps.order) for part in jnp.split(in_proj(x), 2, axis=-1))
+        x, z = (to_sequences(part, order) for part in jnp.split(in_proj(x), 2, axis=-1))
         ssm = GroupedSSM(
             self.state_size,
             *(normal, normal, nn.initializers.zeros),
             *(self.dtype, self.scan_implementation),
             name="ssm",
         )
-        y = to_tokens(ssm(GroupedShortConv(name="conv")(x), z), maps.places)
-        y = ChannelGate(dtype=self.dtype, name="gate")(y)
+        y = to_tokens(ssm(GroupedShortConv(name="conv")(x), z), order)
+        y = ChannelGate(axes=(1,), name="gate")(y)
         y = DirectionWeights(name="search")(y) if self.search else y.sum(axis=2)
         return out_projection(dim, self.depth, self.dtype)(y)
 
