@@ -26,7 +26,7 @@ from vimd_jax.models.scan_order import (
     VerticalReverse,
     check_directions,
     layer_directions,
-    order_of_directions,
+    local_scan_order,
     parse_directions,
     stack_orders,
     to_sequences,
@@ -73,7 +73,7 @@ class LocalVim(Isotropic):
         equally many in every layer. SEARCHED serves networks of up to 20 layers. None is the network of the search:
         all ways in every layer, each result normalised and weighed by a learned softmax.
       vertical_reverse: "correct", or "published": on grids that are not square the original returns the results of
-        vertical scans to the wrong tokens (see `scan_order.scan_places`).
+        vertical scans to the wrong tokens (see `scan_order.reverse_map`).
 
     Images of any size are padded with zeros, at the bottom and on the right, to whole patches.
     """
@@ -108,7 +108,7 @@ class LocalVim(Isotropic):
         """See `Isotropic`."""
         return stack_orders(
             [
-                order_of_directions(directions, grid, self.class_token, self.vertical_reverse)
+                local_scan_order(directions, grid, self.class_token, self.vertical_reverse)
                 for directions in layer_directions(self.directions, self.depth)
             ]
         )
