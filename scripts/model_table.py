@@ -116,10 +116,7 @@ PUBLISHED = {
 
 # Depthwise convolutions are computed as sums of shifted copies, in which nobody recognises them: multiply-adds of each
 # number of the result, by module.
-TAPS = {"ShortConv": CONV_WIDTH, "GroupedShortConv": CONV_WIDTH, "DepthwiseConv": 3 * 3}
-TAPS = {
-    getattr(module, name): taps for name, taps in TAPS.items() for module in (layers, mamba) if hasattr(module, name)
-}
+TAPS = {mamba.ShortConv: CONV_WIDTH, mamba.GroupedShortConv: CONV_WIDTH, layers.DepthwiseConv: 3 * 3}
 NORMS = (nn.LayerNorm, nn.RMSNorm, layers.BatchNorm)
 
 
