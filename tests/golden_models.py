@@ -1,12 +1,16 @@
 """The networks of the recorded cases, built from the original classes' constructor arguments; and quick weights."""
 
+import re
 from typing import Any
 
 import jax
 import numpy as np
 from flax import linen as nn
 
+from vimd_jax.models.local_vim import LocalVim
+from vimd_jax.models.local_vmamba import LocalVMamba
 from vimd_jax.models.srresnet import SRResNet
+from vimd_jax.models.v2m import V2M
 from vimd_jax.models.vim import Vim
 
 
@@ -36,6 +40,42 @@ def vim(constructor: dict, **overrides) -> Vim:
     return Vim(**(options | overrides))
 
 
+def v2m(constructor: dict, **overrides) -> V2M:
+    """The V2M that the original `VisionMamba(**constructor, bimamba_type="2d")` is; it never uses a class token."""
+    options = {name: constructor[name] for name in ("num_classes", "patch_size", "stride", "embed_dim", "depth")}
+    options |= {"image_size": constructor["img_size"], "routing": "published"}
+    options["merge"] = "mean" if constructor["if_devide_out"] else "sum"
+    return V2M(**(options | overrides))
+
+
+def local_vim(constructor: dict, **overrides) -> LocalVim:
+    """The LocalVim that the original `VisionMamba(**constructor)` of LocalMamba is."""
+    class_token = "middle" if constructor.get("use_middle_cls_token") else "head"
+    options = {
+        "num_classes": constructor["num_classes"],
+        "image_size": constructor["img_size"],
+        "patch_size": constructor["patch_size"],
+        "embed_dim": constructor["embed_dim"],
+        "depth": constructor["depth"],
+        "class_token": class_token if constructor.get("if_cls_token") else None,
+        "rope": constructor["if_rope"],
+        "directions": constructor["directions"] and tuple(map(tuple, constructor["directions"])),
+    }
+    return LocalVim(**(options | overrides))
+
+
+def local_vmamba(constructor: dict, **overrides) -> LocalVMamba:
+    """The LocalVMamba that the original `VSSM(**constructor)` of LocalMamba is."""
+    depths, dims, directions = constructor["depths"], constructor["dims"], constructor["directions"]
+    options = {
+        "num_classes": constructor["num_classes"],
+        "dims": dims if isinstance(dims, int) else tuple(dims),
+        "depths": tuple(depths),
+        "directions": directions and tuple(map(tuple, directions)),
+    }
+    return LocalVMamba(**(options | overrides))
+
+
 def srresnet(constructor: dict) -> SRResNet:
     """The SRResNet that the original `SRResNet(**constructor)` is."""
     return SRResNet(
@@ -57,3 +97,30 @@ def random_variables(model: nn.Module, images: Any, seed: int = 0) -> Any:
         return np.abs(values) + 0.5 if path[-1].key == "var" else values
 
     return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(model.init, jax.random.key(0), images))
+
+
+def weights_by_rule(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """Parameters under PyTorch's names by the rule for which figures of the originals are known: waves around what each
+    kind of parameter starts from, their phases in the alphabetical order of the names."""
+    return {name: _weight_by_rule(rank, name, shapes[name]) for rank, name in enumerate(sorted(shapes))}
+
+
+def _weight_by_rule(rank: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    wave = np.cos(rank + 0.37 * np.arange(np.prod(shape))).reshape(shape)
+    kind = name.split(".")[-1]
+    if re.match(r"A_(\w_)?log", kind):
+        return np.log(np.arange(1, shape[1] + 1)) + 0.1 * wave
+    if kind in ("D", "D_b", "D_2") or "norm" in name and kind == "weight":
+        return 1 + 0.1 * wave
+    if "dt_proj" in name and kind == "bias":
+        return -2 + 0.5 * wave
+    if kind == "bias":
+        return 0.1 * wave
+    if kind in ("pos_embed", "cls_token"):
+        return wave / 2
+    return wave / np.sqrt(np.prod(shape[1:]))
+
+
+def images_by_rule(shape: tuple[int, ...]) -> np.ndarray:
+    """The images, in the originals' layout, that go with `weights_by_rule`."""
+    return np.sin(0.05 * np.arange(np.prod(shape), dtype=np.float64)).reshape(shape).astype(np.float32)

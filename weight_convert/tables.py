@@ -6,6 +6,7 @@ name's placeholders), one that both have counts variables. Rows whose variable a
 are skipped.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -16,14 +17,23 @@ from vimd_jax.models.srvm import SRVM
 
 
 class Rule(NamedTuple):
-    """One table row; `axes` is the transposition from PyTorch's axes to Flax's (None: the same order)."""
+    """One table row.
+
+    Attributes:
+      source: PyTorch's name.
+      target: the path of the Flax variable.
+      axes: the transposition from PyTorch's axes to Flax's; None: the same order.
+      shape: PyTorch's shape from Flax's where numbers in the same order are divided into axes otherwise.
+    """
 
     source: str
     target: str
     axes: tuple[int, ...] | None = None
+    shape: Callable[..., tuple[int, ...]] | None = None
 
 
 _LINEAR = (1, 0)  # (out, in) -> (in, out)
+_LINEARS = (0, 2, 1)  # (directions, out, in) -> (directions, in, out)
 _CONV1D = (2, 1, 0)  # (out, in, width) -> (width, in, out)
 _CONV2D = (2, 3, 1, 0)  # (out, in, height, width) -> (height, width, in, out)
 
@@ -32,7 +42,7 @@ _STACKED_MIXER = "params/layers/mixer"
 
 
 def _direction(name: str, a_log: str, suffix: str) -> tuple[Rule, ...]:
-    """The rows of one scan direction of a Vim mixer; PyTorch marks the backward one by a suffix."""
+    """The rows of one of a mixer's two scans; PyTorch marks the second by a suffix."""
     target = f"{_STACKED_MIXER}/{name}"
     return (
         Rule(f"{_MIXER}.conv1d{suffix}.weight", f"{target}/conv/kernel", _CONV1D),
@@ -45,7 +55,7 @@ def _direction(name: str, a_log: str, suffix: str) -> tuple[Rule, ...]:
     )
 
 
-VIM = (
+_ISOTROPIC = (
     Rule("patch_embed.proj.weight", "params/patch_embed/kernel", _CONV2D),
     Rule("patch_embed.proj.bias", "params/patch_embed/bias"),
     Rule("cls_token", "params/class_token"),
@@ -54,12 +64,45 @@ VIM = (
     Rule("pos_embed", "params/position_embedding"),
     Rule("layers.{i}.norm.weight", "params/layers/norm/scale"),
     Rule(f"{_MIXER}.in_proj.weight", f"{_STACKED_MIXER}/in_proj/kernel", _LINEAR),
-    *_direction("forward", "A_log", ""),
-    *_direction("backward", "A_b_log", "_b"),
     Rule(f"{_MIXER}.out_proj.weight", f"{_STACKED_MIXER}/out_proj/kernel", _LINEAR),
     Rule("norm_f.weight", "params/norm/scale"),
     Rule("head.weight", "params/head/kernel", _LINEAR),
     Rule("head.bias", "params/head/bias"),
+)
+
+VIM = (*_ISOTROPIC, *_direction("forward", "A_log", ""), *_direction("backward", "A_b_log", "_b"))
+V2M = (*_ISOTROPIC, *_direction("along", "A_log", ""), *_direction("across", "A_2_log", "_2"))
+
+
+def _layer_norm(source: str, target: str) -> tuple[Rule, ...]:
+    return Rule(f"{source}.weight", f"params/{target}/scale"), Rule(f"{source}.bias", f"params/{target}/bias")
+
+
+def _channel_gate(source: str, target: str) -> tuple[Rule, ...]:
+    return (
+        *_layer_norm(f"{source}.norm", f"{target}/norm"),
+        Rule(f"{source}.global_reduce.weight", f"params/{target}/reduce/kernel", _LINEAR),
+        Rule(f"{source}.global_reduce.bias", f"params/{target}/reduce/bias"),
+        Rule(f"{source}.channel_select.weight", f"params/{target}/expand/kernel", _LINEAR),
+        Rule(f"{source}.channel_select.bias", f"params/{target}/expand/bias"),
+    )
+
+
+LOCAL_VIM = (
+    *_ISOTROPIC,
+    Rule(f"{_MIXER}.conv1d_{{k}}.weight", f"{_STACKED_MIXER}/conv/kernel", _CONV1D),
+    Rule(f"{_MIXER}.conv1d_{{k}}.bias", f"{_STACKED_MIXER}/conv/bias"),
+    Rule(f"{_MIXER}.x_proj_{{k}}.weight", f"{_STACKED_MIXER}/ssm/x_proj_kernel", _LINEAR),
+    Rule(f"{_MIXER}.dt_proj_{{k}}.weight", f"{_STACKED_MIXER}/ssm/dt_proj_kernel", _LINEAR),
+    Rule(f"{_MIXER}.dt_proj_{{k}}.bias", f"{_STACKED_MIXER}/ssm/dt_proj_bias"),
+    Rule(f"{_MIXER}.A_log_{{k}}", f"{_STACKED_MIXER}/ssm/A_log"),
+    Rule(f"{_MIXER}.D_{{k}}", f"{_STACKED_MIXER}/ssm/D"),
+    *_channel_gate(f"{_MIXER}.attn", "layers/mixer/gate"),
+    Rule(
+        f"{_MIXER}.multi_scan.weights",
+        f"{_STACKED_MIXER}/search/direction_weights",
+        shape=lambda directions: (directions, 1, 1, 1),
+    ),
 )
 
 
@@ -91,6 +134,43 @@ SRRESNET = (
 )
 
 
+_BLOCK = "layers.{s}.blocks.{b}"
+
+# What the networks with stages have in common (`VSSM` of VMamba).
+HIERARCHICAL = (
+    Rule("patch_embed.0.weight", "params/patch_embed/kernel", _CONV2D),
+    Rule("patch_embed.0.bias", "params/patch_embed/bias"),
+    *_layer_norm("patch_embed.2", "patch_norm"),
+    *_layer_norm(f"{_BLOCK}.norm", "stage_{s}/norm"),
+    Rule(f"{_BLOCK}.op.in_proj.weight", "params/stage_{s}/mixer/in_proj/kernel", _LINEAR),
+    Rule(f"{_BLOCK}.op.conv2d.weight", "params/stage_{s}/mixer/conv/kernel", _CONV2D),
+    Rule(f"{_BLOCK}.op.conv2d.bias", "params/stage_{s}/mixer/conv/bias"),
+    Rule(f"{_BLOCK}.op.x_proj_weight", "params/stage_{s}/mixer/ssm/x_proj_kernel", _LINEARS),
+    Rule(f"{_BLOCK}.op.dt_projs_weight", "params/stage_{s}/mixer/ssm/dt_proj_kernel", _LINEARS),
+    Rule(f"{_BLOCK}.op.dt_projs_bias", "params/stage_{s}/mixer/ssm/dt_proj_bias"),
+    Rule(f"{_BLOCK}.op.A_logs", "params/stage_{s}/mixer/ssm/A_log", shape=lambda k, d, n: (k * d, n)),
+    Rule(f"{_BLOCK}.op.Ds", "params/stage_{s}/mixer/ssm/D", shape=lambda k, d: (k * d,)),
+    *_layer_norm(f"{_BLOCK}.op.out_norm", "stage_{s}/mixer/norm"),
+    Rule(f"{_BLOCK}.op.out_proj.weight", "params/stage_{s}/mixer/out_proj/kernel", _LINEAR),
+    *_layer_norm("layers.{s}.downsample.norm", "downsample_{s}/norm"),
+    Rule("layers.{s}.downsample.reduction.weight", "params/downsample_{s}/reduction/kernel", _LINEAR),
+    *_layer_norm("classifier.norm", "norm"),
+    Rule("classifier.head.weight", "params/head/kernel", _LINEAR),
+    Rule("classifier.head.bias", "params/head/bias"),
+)
+
+
+LOCAL_VMAMBA = (
+    *HIERARCHICAL,
+    *_channel_gate(f"{_BLOCK}.op.multi_scan.attn", "stage_{s}/mixer/gate"),
+    Rule(
+        f"{_BLOCK}.op.multi_scan.weights",
+        "params/stage_{s}/mixer/search/direction_weights",
+        shape=lambda directions: (directions, 1, 1, 1),
+    ),
+)
+
+
 def _inside(part: str, rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
     """The rows of a network that is one part of a larger one."""
 
@@ -98,10 +178,17 @@ def _inside(part: str, rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
         collection, rest = path.split("/", 1)
         return f"{collection}/{part}/{rest}"
 
-    return tuple(Rule(f"{part}.{rule.source}", target(rule.target), rule.axes) for rule in rules)
+    return tuple(rule._replace(source=f"{part}.{rule.source}", target=target(rule.target)) for rule in rules)
 
 
-TABLES = {"Vim": VIM, "SRResNet": SRRESNET}  # by class
+TABLES = {  # by class
+    "Vim": VIM,
+    "V2M": V2M,
+    "LocalVim": LOCAL_VIM,
+    "SRResNet": SRRESNET,
+    "LocalVMamba": LOCAL_VMAMBA,
+    "VMamba": HIERARCHICAL,
+}
 
 
 def table(model: nn.Module) -> tuple[Rule, ...]:
@@ -126,4 +213,4 @@ def computed_tensors(model: nn.Module) -> dict[str, np.ndarray]:
 
 
 # Options on which tensors depend, by a part of their names: the hint when one is missing or unexpected.
-OPTIONS = {"rope.freqs": "rope", "cls_token": "class_token"}
+OPTIONS = {"rope.freqs": "rope", "cls_token": "class_token", "multi_scan.weights": "directions"}

@@ -86,30 +86,13 @@ BY_RULE = {
 }
 
 
-def weight_by_rule(rank: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    c = np.cos(rank + 0.37 * np.arange(np.prod(shape))).reshape(shape)
-    if "A_log" in name or "A_b_log" in name:
-        return np.log(np.arange(1, shape[1] + 1)) + 0.1 * c
-    if name.endswith((".D", ".D_b", "norm.weight", "norm_f.weight")):
-        return 1 + 0.1 * c
-    if "dt_proj" in name and name.endswith("bias"):
-        return -2 + 0.5 * c
-    if name.endswith("bias"):
-        return 0.1 * c
-    if name in ("pos_embed", "cls_token"):
-        return c / 2
-    return c / np.sqrt(np.prod(shape[1:]))
-
-
 @pytest.mark.parametrize("name", BY_RULE)
 def test_logits_of_weights_by_rule(name):
     overrides, first, total = BY_RULE[name]
     model = Vim(**(RULE | overrides))
-    images = np.sin(0.05 * np.arange(2 * 3 * 32 * 32, dtype=np.float64)).reshape(2, 3, 32, 32)
-    images = golden_models.nhwc(images).astype(np.float32)
-    shapes = {entry.source: entry.shape for entry in plan(model)}
-    filled = {name: weight_by_rule(rank, name, shapes[name]) for rank, name in enumerate(sorted(shapes))}
-    logits = run(model, convert_state_dict(filled, model), images)
+    weights = golden_models.weights_by_rule({entry.source: entry.shape for entry in plan(model)})
+    images = golden_models.nhwc(golden_models.images_by_rule((2, 3, 32, 32)))
+    logits = run(model, convert_state_dict(weights, model), images)
     np.testing.assert_allclose(logits[0, :4], first, atol=1e-5)
     assert float(logits.sum()) == pytest.approx(total, abs=5e-5)
 

@@ -33,6 +33,8 @@ def model_of(variant: str):
     if "student" in variant:
         return create_model("vim_tiny_stride8", num_classes=PUBLISHED["variants"][variant]["num_classes"])
     size = next(size for size in ("tiny", "small", "base") if size in variant)
+    if variant.startswith("v2m"):
+        return create_model(f"v2m_{size}", depth=12 if "depth12" in variant else 24)
     return create_model(f"vim_{size}" + ("_stride8" if "stride8" in variant else ""))
 
 

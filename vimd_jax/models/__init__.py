@@ -1,7 +1,8 @@
 """The networks by name: `create_model("vim_tiny_stride8", num_classes=200)`.
 
-One module per family, from general to special: layers, positions and mamba are parts; isotropic is the trunk of vim;
-srresnet restores images; srvm is both in a row, the student of ViMD. A family lists its names in `MODELS`.
+One module per family, from general to special: layers, positions and mamba are parts; isotropic is the trunk of vim,
+local_vim and v2m, hierarchical that of vmamba, local_vmamba and efficient_vmamba; srresnet restores images; srvm is a
+classifier behind it, the student of ViMD. A family lists its names in `MODELS`.
 """
 
 import difflib
@@ -12,12 +13,14 @@ from typing import Any, Literal
 
 from flax import linen as nn
 
-from vimd_jax.models import srresnet, vim
+from vimd_jax.models import efficient_vmamba, local_vim, local_vmamba, srresnet, v2m, vim, vmamba
 from vimd_jax.models.network import COMPUTATION, from_plain, options_of
 from vimd_jax.models.srresnet import SRResNet
 from vimd_jax.models.srvm import SRVM
 
-CLASSIFIERS = vim.MODELS
+_ISOTROPIC = vim.MODELS | local_vim.MODELS | v2m.MODELS
+_HIERARCHICAL = vmamba.MODELS | local_vmamba.MODELS | efficient_vmamba.MODELS
+CLASSIFIERS = _ISOTROPIC | _HIERARCHICAL
 SR_NETWORKS = srresnet.MODELS
 
 

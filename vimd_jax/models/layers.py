@@ -1,5 +1,6 @@
 """What every vision network shares: initialisers, input checks, norms, patch embedding, stochastic depth."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -44,6 +45,54 @@ def patch_embedding(
 ) -> nn.Conv:
     """A convolution that maps (batch, height, width, 3) to (batch, rows, columns, dim), a vector for each patch."""
     return nn.Conv(dim, (size, size), strides=stride, padding="VALID", kernel_init=kernel_init, dtype=dtype, **options)
+
+
+class DepthwiseConv(nn.Module):
+    """Convolution of each channel with a 3×3 filter of its own; starts like PyTorch's, uniform in ±1/3.
+
+    Attributes:
+      use_bias: add a bias per channel.
+      activation: what follows, here so that the backward pass need not keep its input.
+    """
+
+    use_bias: bool = True
+    activation: Callable[[jax.Array], jax.Array] = lambda x: x
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps x (batch, height, width, channels) to the same shape and dtype; zeros lie around the borders."""
+        channels = x.shape[-1]
+        kernel = self.param("kernel", uniform_fan_in, (3, 3, 1, channels))
+        bias = self.param("bias", uniform(1 / 3), (channels,)) if self.use_bias else 0.0
+        # Computed again in the backward pass, which would otherwise keep every shifted copy of x.
+        return jax.checkpoint(self._convolve, prevent_cse=False)(x, kernel, bias)
+
+    def _convolve(self, x, kernel, bias):
+        # A sum of shifted copies: on a CPU 10 to 30 times faster than XLA's grouped convolution.
+        height, width = x.shape[1:3]
+        padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        shifted = (padded[:, i : i + height, j : j + width] * kernel[i, j, 0] for i in range(3) for j in range(3))
+        return self.activation(sum(shifted) + bias).astype(x.dtype)
+
+
+class ChannelGate(nn.Module):
+    """x scaled per channel by what its own average says (squeeze-and-excitation behind a norm; "BiAttn" in LocalMamba).
+
+        x · sigmoid(W_2 gelu(W_1 mean(norm(x)) + b_1) + b_2),    W_1 to an eighth of the channels
+
+    Attributes:
+      axes: over which the average is taken.
+    """
+
+    axes: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps x (batch, …, channels) to the same shape, in float32."""
+        channels, dense = x.shape[-1], partial(nn.Dense, kernel_init=nn.initializers.normal(0.02))
+        mean = layer_norm(name="norm")(x).mean(axis=self.axes, keepdims=True)
+        code = nn.gelu(dense(channels // 8, name="reduce")(mean), approximate=False)
+        return x * nn.sigmoid(dense(channels, name="expand")(code))
 
 
 def drop_path(module: nn.Module, update: jax.Array, rate: jax.Array | float) -> jax.Array:

@@ -7,7 +7,7 @@ messages all derive from them.
 import argparse
 import ast
 import dataclasses
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +57,7 @@ def _check(option: str, value: Any, kind: Any) -> None:
     if not fits:
         expected = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
         raise ValueError(f"{option}: {value!r} is not valid, expected {expected}")
-    if kind is int and value < 1:
+    if isinstance(value, int) and int in (kind, *get_args(kind)) and value < 1:
         raise ValueError(f"{option}: {value} is not valid, expected at least 1")
     if option == "drop_path_rate" and not 0 <= value < 1:
         raise ValueError(f"drop_path_rate: {value} is not valid, expected a probability from 0 to below 1")

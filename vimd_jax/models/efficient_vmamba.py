@@ -1,0 +1,200 @@
+"""EfficientVMamba (Pei et al., "EfficientVMamba: Atrous Selective Scan for Light Weight Visual Mamba", AAAI 2025,
+https://arxiv.org/abs/2403.09977): two stages that scan, at the high resolutions, and two of convolutions.
+
+A scanning block (EVSS, figure 3) adds an atrous selective scan, whose four sequences share the tokens out instead of
+each taking all of them, and a depthwise convolution beside it. Where paper and published code differ, this is the code:
+both branches share one channel gate, which has a norm, and there is no MLP.
+"""
+
+import functools
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from vimd_jax.models.hierarchical import Block, Hierarchical
+from vimd_jax.models.layers import BatchNorm, ChannelGate, DepthwiseConv, layer_norm, uniform, uniform_fan_in
+from vimd_jax.models.scan_order import PADDING, ScanOrder, scan_order_of, stack_orders
+from vimd_jax.models.vmamba import SS2D
+
+SCANNING_STAGES = 2  # the first; the others convolve
+EXPANSION = 4  # channels inside an inverted residual block over those of the map
+
+
+class EfficientVMamba(Hierarchical):
+    """Image classifier; the options of `Hierarchical`, and:
+
+    Attributes:
+      mlp_ratio: hidden channels of an MLP at the end of scanning blocks over those of the map; 0, as published, for none.
+      downsample: between stages "merge" patches, as published, or a "conv" of 2×2 pixels with stride 2 and a norm.
+      bn_axis_name: axis of devices (pmap, shard_map) whose batches are normalised together while training; None: each
+        device for itself.
+    """
+
+    mlp_ratio: float = 0.0
+    downsample: Literal["merge", "conv"] = "merge"
+    bn_axis_name: str | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if min(self.widths) < 8:
+            raise ValueError(f"dims: {self.dims} is not valid, a channel gate needs at least 8 channels in each stage")
+        if self.mlp_ratio < 0:
+            raise ValueError(f"mlp_ratio: {self.mlp_ratio} is not valid, expected a number of at least 0")
+
+    def make_block(self, stage: int, train: bool) -> Callable[..., Block]:
+        """See `Hierarchical`."""
+        norm = partial(BatchNorm, train, self.bn_axis_name)
+        drops = train and self.drop_path_rate > 0
+        if stage >= SCANNING_STAGES:
+            return partial(InvertedResidual, drops, norm, self.dtype)
+        mixer = partial(SS2D, self.state_size, self.dtype, self.scan_implementation)
+        return partial(EVSSBlock, drops, mixer, norm, self.mlp_ratio, self.dtype)
+
+    def block_inputs(self, stage: int, grid: tuple[int, int]) -> ScanOrder | None:
+        """The ways of scanning blocks through the map: the same for all."""
+        if stage >= SCANNING_STAGES:
+            return None
+        return stack_orders([atrous_scan_order(grid)] * self.depths[stage])
+
+    def make_downsampling(self, stage: int) -> nn.Module:
+        """See `Hierarchical`."""
+        if self.downsample == "merge":
+            return super().make_downsampling(stage)
+        return Downsampling(self.widths[stage + 1], self.dtype, name=f"downsample_{stage}")
+
+
+class EVSSBlock(Block):
+    """x + gate(SS2D(t)) + gate(conv(t)) with t = norm(x); then an MLP, if any.
+
+    Attributes:
+      mixer: makes the 2D selective scan, given a name.
+      batch_norm: makes a batch norm, given a name.
+      mlp_ratio: hidden channels of the MLP over those of the map; 0 for none.
+      dtype: of the convolutions and the MLP.
+    """
+
+    mixer: Callable[..., nn.Module]
+    batch_norm: Callable[..., nn.Module]
+    mlp_ratio: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, inputs: tuple[jax.Array, ScanOrder]) -> tuple[jax.Array, None]:
+        """See `Block`."""
+        drop_rate, order = inputs
+        normalized = layer_norm(name="norm")(x)
+        gate = ChannelGate(axes=(1, 2), name="gate")
+        scanned = gate(self.mixer(name="mixer")(normalized, order))
+        x = x + self.drop(scanned + gate(self.convolve(normalized)), drop_rate)
+        if self.mlp_ratio:
+            x = x + self.drop(self.mlp(layer_norm(name="mlp_norm")(x)), drop_rate)
+        return x, None
+
+    def convolve(self, x: jax.Array) -> jax.Array:
+        """What the neighbours say: a depthwise and a pointwise convolution."""
+        x = DepthwiseConv(name="conv")(x.astype(self.dtype))
+        x = nn.gelu(self.batch_norm(name="conv_norm")(x.astype(jnp.float32)), approximate=False)
+        return _pointwise(x.shape[-1], x.shape[-1], self.dtype, "conv_out")(x)
+
+    def mlp(self, x: jax.Array) -> jax.Array:
+        """Two linear layers, token by token."""
+        dense = partial(nn.Dense, kernel_init=nn.initializers.normal(0.02), dtype=self.dtype)
+        hidden = nn.gelu(dense(int(x.shape[-1] * self.mlp_ratio), name="mlp_in")(x), approximate=False)
+        return dense(x.shape[-1], name="mlp_out")(hidden)
+
+
+class InvertedResidual(Block):
+    """x + W_2 se(relu(depthwise(relu(W_1 x)))), each convolution batch-normalised (Sandler et al., "MobileNetV2", 2018),
+    with squeeze-and-excitation (Hu et al., 2018): the middle scaled per channel by what its own average says.
+
+    Attributes:
+      batch_norm: makes a batch norm, given a name.
+      dtype: of the convolutions.
+    """
+
+    batch_norm: Callable[..., nn.Module]
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, inputs: tuple[jax.Array, None]) -> tuple[jax.Array, None]:
+        """See `Block`."""
+        drop_rate, _ = inputs
+        dim = x.shape[-1]
+        pointwise = partial(nn.Dense, use_bias=False, kernel_init=uniform_fan_in, dtype=self.dtype)
+        y = nn.relu(self.normalize("expand", pointwise(EXPANSION * dim, name="expand")(x))).astype(self.dtype)
+        y = nn.relu(self.normalize("depthwise", DepthwiseConv(use_bias=False, name="depthwise")(y)))
+        y = y * self.excitation(y.mean(axis=(1, 2), keepdims=True))
+        y = self.normalize("project", pointwise(dim, name="project")(y))
+        return x + self.drop(y, drop_rate), None
+
+    def normalize(self, convolution: str, x: jax.Array) -> jax.Array:
+        """The batch norm behind a convolution."""
+        return self.batch_norm(name=f"{convolution}_norm")(x.astype(jnp.float32))
+
+    def excitation(self, mean: jax.Array) -> jax.Array:
+        """A factor for each channel from the channels' averages, both (batch, 1, 1, channels)."""
+        channels = mean.shape[-1]
+        code = nn.relu(_pointwise(channels, channels // 8, jnp.float32, "se_reduce")(mean))
+        return nn.sigmoid(_pointwise(channels // 8, channels, jnp.float32, "se_expand")(code))
+
+
+class Downsampling(nn.Module):
+    """Half the resolution by a convolution of 2×2 pixels with stride 2, and a norm; an odd row or column is left out."""
+
+    dim: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps (batch, rows, columns, channels) to (batch, ⌊rows/2⌋, ⌊columns/2⌋, dim)."""
+        if min(x.shape[1:3]) < 2:
+            raise ValueError(f"images: too small, a map of {x.shape[1:3]} tokens remains, which cannot be halved")
+        conv = nn.Conv(
+            *(self.dim, (2, 2)),
+            strides=2,
+            padding="VALID",
+            kernel_init=uniform_fan_in,
+            bias_init=uniform((4 * x.shape[-1]) ** -0.5),
+            dtype=self.dtype,
+            name="conv",
+        )
+        return layer_norm(name="norm")(conv(x))
+
+
+def _pointwise(inputs: int, outputs: int, dtype: Any, name: str) -> nn.Dense:
+    """A 1×1 convolution with bias, started as PyTorch does."""
+    return nn.Dense(outputs, kernel_init=uniform_fan_in, bias_init=uniform(inputs**-0.5), dtype=dtype, name=name)
+
+
+@functools.cache
+def atrous_scan_order(grid: tuple[int, int]) -> ScanOrder:
+    """The order of `atrous_scan`."""
+    return scan_order_of(atrous_scan(grid))
+
+
+def atrous_scan(grid: tuple[int, int]) -> np.ndarray:
+    """Every second token of every second row, from each of the four tokens that one can start with.
+
+    Those from an odd row go column by column, the others row by row. A grid with an odd side is padded with zeros.
+
+    Returns:
+      The token at each place, or PADDING: (4, ⌈rows/2⌉ ⌈columns/2⌉) integers.
+    """
+    rows, columns = grid
+    tokens = np.arange(rows * columns).reshape(grid)
+    tokens = np.pad(tokens, ((0, rows % 2), (0, columns % 2)), constant_values=PADDING)
+    starts = [(0, 0), (1, 0), (0, 1), (1, 1)]
+    phases = [tokens[row::2, column::2] for row, column in starts]
+    return np.stack([(phase.T if row else phase).reshape(-1) for (row, _), phase in zip(starts, phases)])
+
+
+MODELS = {
+    "efficient_vmamba_tiny": partial(EfficientVMamba, dims=48, depths=(2, 2, 4, 2)),
+    "efficient_vmamba_small": partial(EfficientVMamba, dims=64, depths=(2, 2, 4, 2)),
+    "efficient_vmamba_base": partial(EfficientVMamba, dims=96, depths=(2, 2, 9, 2)),
+}

@@ -1,0 +1,195 @@
+"""The trunk of networks with stages of falling resolution (VMamba, LocalVMamba, EfficientVMamba): stem, stages, head.
+
+    x_0 = norm(patches)    x_s = blocks_s(x_{s-1}), then half the resolution and more channels    head(mean(norm(x)))
+
+A family is a subclass that says what the blocks of a stage are. The stream is a map (batch, rows, columns, channels).
+Parameters, stream, norms and head are float32; `dtype` is that of projections and convolutions.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from vimd_jax.models.layers import (
+    check_images,
+    drop_path,
+    layer_norm,
+    normalize_images,
+    patch_embedding,
+    uniform,
+    uniform_fan_in,
+)
+from vimd_jax.models.network import Network
+
+PATCH_SIZE = 4  # pixels; patches do not overlap, and what remains at the borders is left out
+
+
+class Hierarchical(Network):
+    """Image classifier of stages.
+
+    Attributes:
+      num_classes: classes of the head.
+      image_size: side, or (height, width), in pixels, that the network is meant for. It takes images of any size.
+      dims: channels of each stage; a number is that of the first, which then double.
+      depths: number of blocks of each stage.
+      state_size: state of the scan per channel.
+      drop_path_rate: stochastic depth of the last block while training; it grows linearly from 0 at the first.
+      input_normalization: subtract ImageNet's mean and divide by its deviation first, as pretraining on ImageNet did.
+      dtype: of the projections and convolutions and what they yield, float32 or bfloat16.
+      remat: keep only each block's input for the backward pass and compute the block again there.
+      scan_implementation: see `kernels.selective_scan`; None is the fastest that runs here.
+    """
+
+    num_classes: int = 1000
+    image_size: int | tuple[int, int] = 224
+    dims: int | tuple[int, ...] = 96
+    depths: tuple[int, ...] = (2, 2, 9, 2)
+    state_size: int = 16
+    drop_path_rate: float = 0.0
+    input_normalization: bool = False
+    dtype: Any = jnp.float32
+    remat: bool = False
+    scan_implementation: str | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.depths or min(self.depths) < 1:
+            raise ValueError(f"depths: {self.depths} is not valid, expected an integer of at least 1 for each stage")
+        if len(self.widths) != len(self.depths) or min(self.widths) < 1:
+            raise ValueError(
+                f"dims: {self.dims} is not valid, expected an integer of at least 1, "
+                f"or one for each of the {len(self.depths)} stages"
+            )
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each stage."""
+        if isinstance(self.dims, int):
+            return tuple(self.dims * 2**stage for stage in range(len(self.depths)))
+        return self.dims
+
+    def make_block(self, stage: int, train: bool) -> Callable[..., "Block"]:
+        """What makes a block of a stage."""
+        raise NotImplementedError
+
+    def block_inputs(self, stage: int, grid: tuple[int, int]) -> Any:
+        """What each block of a stage is given beside the map: arrays with a leading axis of blocks, or None."""
+        return None
+
+    def make_downsampling(self, stage: int) -> nn.Module:
+        """What stands between a stage and the next."""
+        return PatchMerging(self.widths[stage + 1], self.dtype, name=f"downsample_{stage}")
+
+    @staticmethod
+    def decays(path: tuple[str, ...]) -> bool:
+        """See `Network`: here all but vectors and what is called a bias, which leaves the steps' biases, a matrix."""
+        return Network.decays(path) or path[-1] == "dt_proj_bias"
+
+    @nn.compact
+    def __call__(
+        self, images: jax.Array, *, train: bool = False, return_features: bool = False
+    ) -> jax.Array | tuple[jax.Array, dict[str, Any]]:
+        """Class scores of images.
+
+        Args:
+          images: (batch, height, width, 3) floats in [0, 1].
+          train: apply stochastic depth; needs the rng stream "drop_path" if drop_path_rate > 0. Networks with batch
+            normalisation then normalise by the batch and update running averages: pass mutable=["batch_stats"].
+          return_features: also return the features below.
+
+        Returns:
+          logits (batch, num_classes) float32; with `return_features` the pair (logits, features):
+          features["hidden_states"]: the map after the last block of each stage, a tuple of arrays
+          (batch, rows, columns, channels);
+          features["pre_logits"]: the head's input, (batch, channels of the last stage).
+
+        Raises:
+          ValueError: images have a wrong rank, channel count or dtype, or are smaller than a patch.
+        """
+        x, states = self.embed(images), []
+        rates = np.split(np.linspace(0.0, self.drop_path_rate, sum(self.depths)), np.cumsum(self.depths)[:-1])
+        for stage, stage_rates in enumerate(rates):
+            x = self.run_stage(stage, x, stage_rates, train)
+            states.append(x)
+            if stage < len(self.depths) - 1:
+                x = self.make_downsampling(stage)(x)
+
+        pre_logits = layer_norm(name="norm")(x).mean(axis=(1, 2))
+        head = nn.Dense(self.num_classes, kernel_init=nn.initializers.normal(0.02), name="head")
+        logits = head(pre_logits)
+        return (logits, {"hidden_states": tuple(states), "pre_logits": pre_logits}) if return_features else logits
+
+    def embed(self, images: jax.Array) -> jax.Array:
+        """Normalised patches, (batch, rows, columns, channels)."""
+        check_images(images)
+        if min(images.shape[1:3]) < PATCH_SIZE:
+            size = images.shape[1:3]
+            raise ValueError(f"images: (height, width) {size} is less than one patch of {PATCH_SIZE} pixels")
+        images = normalize_images(images) if self.input_normalization else images
+        bias_init = uniform((3 * PATCH_SIZE**2) ** -0.5)
+        patches = patch_embedding(
+            *(self.widths[0], PATCH_SIZE, PATCH_SIZE, uniform_fan_in, self.dtype),
+            bias_init=bias_init,
+            name="patch_embed",
+        )
+        return layer_norm(name="patch_norm")(patches(images))
+
+    def run_stage(self, stage: int, x: jax.Array, drop_rates: np.ndarray, train: bool) -> jax.Array:
+        """The blocks of a stage under nn.scan: one compiled body, parameters stacked on a leading axis."""
+        block = self.make_block(stage, train)
+        scanned = nn.scan(
+            nn.remat(block.func, prevent_cse=False) if self.remat else block.func,
+            variable_axes={"params": 0, "batch_stats": 0},
+            split_rngs={"params": True, "drop_path": True},
+            length=self.depths[stage],
+        )
+        blocks = scanned(*block.args, **block.keywords, name=f"stage_{stage}")
+        return blocks(x, (jnp.asarray(drop_rates, jnp.float32), self.block_inputs(stage, x.shape[1:3])))[0]
+
+
+class Block(nn.Module):
+    """A step of nn.scan; a family's block says how the map goes on.
+
+    Attributes:
+      drops: whether drop rates apply.
+    """
+
+    drops: bool
+
+    def drop(self, update: jax.Array, rate: jax.Array) -> jax.Array:
+        """What a branch adds to the stream, in float32, dropped for whole images at random where `drops` is on."""
+        update = update.astype(jnp.float32)
+        return drop_path(self, update, rate) if self.drops else update
+
+    def __call__(self, x: jax.Array, inputs: tuple[jax.Array, Any]) -> tuple[jax.Array, None]:
+        """Maps x (batch, rows, columns, channels) and (drop rate, the block's inputs) to (the next x, None)."""
+        raise NotImplementedError
+
+
+class PatchMerging(nn.Module):
+    """Every 2×2 tokens to one: their channels in a row, normalised, projected (Liu et al., "Swin Transformer", 2021).
+
+    A map with an odd side gets a row or column of zeros, which the norm sees too.
+    """
+
+    dim: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps (batch, rows, columns, channels) to (batch, ⌈rows/2⌉, ⌈columns/2⌉, dim)."""
+        batch, rows, columns, channels = x.shape
+        x = jnp.pad(x, ((0, 0), (0, rows % 2), (0, columns % 2), (0, 0)))
+        x = x.reshape(batch, (rows + 1) // 2, 2, (columns + 1) // 2, 2, channels)
+        x = x.transpose(0, 1, 3, 4, 2, 5)  # the row within the 2×2 counts faster than the column
+        x = layer_norm(name="norm")(x.reshape(*x.shape[:3], 4 * channels))
+        return projection(self.dim, self.dtype, "reduction")(x).astype(jnp.float32)
+
+
+def projection(dim: int, dtype: Any, name: str) -> nn.Dense:
+    """A linear layer without bias, as these networks start them."""
+    return nn.Dense(dim, use_bias=False, kernel_init=nn.initializers.normal(0.02), dtype=dtype, name=name)

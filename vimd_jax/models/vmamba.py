@@ -1,0 +1,116 @@
+"""VMamba (Liu et al., "VMamba: Visual State Space Model", NeurIPS 2024, https://arxiv.org/abs/2401.10166), in its first
+published form ("v0"): every block adds to a map what selective scans along four ways through it make of it.
+
+The 2D selective scan `SS2D` takes the ways as index maps, so that LocalVMamba and EfficientVMamba can go others. The
+stages and the head are those of hierarchical.py.
+"""
+
+import functools
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from vimd_jax.models.hierarchical import Block, Hierarchical, projection
+from vimd_jax.models.layers import DepthwiseConv, layer_norm
+from vimd_jax.models.mamba import EXPAND, GroupedSSM, inverse_softplus_of_steps
+from vimd_jax.models.scan_order import ScanOrder, scan_order_of, stack_orders, to_sequences, to_tokens
+
+# Uniform in ±1/√fan_in for each direction.
+_uniform_fan_in = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", batch_axis=0)
+
+
+class VMamba(Hierarchical):
+    """Image classifier; its options are those of `Hierarchical`."""
+
+    def make_block(self, stage: int, train: bool) -> Callable[..., Block]:
+        """See `Hierarchical`."""
+        drops = train and self.drop_path_rate > 0
+        return partial(VSSBlock, drops, partial(SS2D, self.state_size, self.dtype, self.scan_implementation))
+
+    def block_inputs(self, stage: int, grid: tuple[int, int]) -> ScanOrder:
+        """The way of each block through the map: the same for all."""
+        return stack_orders([cross_scan_order(grid)] * self.depths[stage])
+
+
+class VSSBlock(Block):
+    """x + SS2D(norm(x)), figure 3 (d) of the paper.
+
+    Attributes:
+      mixer: makes the mixer, given a name; it maps (x, `ScanOrder`) to an update.
+    """
+
+    mixer: Callable[..., nn.Module]
+
+    @nn.compact
+    def __call__(self, x: jax.Array, inputs: tuple[jax.Array, ScanOrder]) -> tuple[jax.Array, None]:
+        """See `Block`."""
+        drop_rate, order = inputs
+        return x + self.drop(self.mixer(name="mixer")(layer_norm(name="norm")(x), order), drop_rate), None
+
+
+class SS2D(nn.Module):
+    """The 2D selective scan: sequences along several ways through a map, a scan for each, and the results added up.
+
+        u, z = split(W_in x);  y = norm(merge(SSM_k(way_k(silu(conv(u))))));  W_out (y · silu(z))
+
+    Attributes:
+      state_size: state of the scan per channel.
+      dtype: of the projections.
+      scan_implementation: see `kernels.selective_scan`.
+    """
+
+    state_size: int
+    dtype: Any
+    scan_implementation: str | None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, order: ScanOrder) -> jax.Array:
+        """Maps x (batch, rows, columns, dim) to the same shape."""
+        dim = x.shape[-1]
+        u, z = jnp.split(projection(2 * EXPAND * dim, self.dtype, "in_proj")(x), 2, axis=-1)
+        u = DepthwiseConv(activation=nn.silu, name="conv")(u)
+        y = self.merge(self.scan(u.reshape(len(u), -1, u.shape[-1]), order))
+        y = layer_norm(name="norm")(y).reshape(u.shape) * nn.silu(z)
+        return projection(dim, self.dtype, "out_proj")(y)
+
+    def scan(self, u: jax.Array, order: ScanOrder) -> jax.Array:
+        """What every direction makes of every token: (batch, tokens, channels) to (batch, tokens, visits, channels)."""
+        ssm = GroupedSSM(
+            self.state_size,
+            x_proj_init=_uniform_fan_in,
+            dt_proj_init=_uniform_fan_in,
+            dt_bias_init=inverse_softplus_of_steps,
+            dtype=self.dtype,
+            scan_implementation=self.scan_implementation,
+            name="ssm",
+        )
+        return to_tokens(ssm(to_sequences(u, order)), order)
+
+    def merge(self, y: jax.Array) -> jax.Array:
+        """The directions' results (batch, tokens, visits, channels) as one, (batch, tokens, channels)."""
+        return y.sum(axis=2, dtype=jnp.float32)
+
+
+@functools.cache
+def cross_scan_order(grid: tuple[int, int]) -> ScanOrder:
+    """The order of `cross_scan`."""
+    return scan_order_of(cross_scan(grid))
+
+
+def cross_scan(grid: tuple[int, int]) -> np.ndarray:
+    """Row by row, column by column, and both from the end: the token at each place, (4, rows * columns) integers."""
+    tokens = np.arange(grid[0] * grid[1]).reshape(grid)
+    ways = np.stack([tokens.reshape(-1), tokens.T.reshape(-1)])
+    return np.concatenate([ways, ways[:, ::-1]])
+
+
+MODELS = {
+    "vmamba_tiny": partial(VMamba, dims=96, depths=(2, 2, 9, 2)),
+    "vmamba_small": partial(VMamba, dims=96, depths=(2, 2, 27, 2)),
+    "vmamba_base": partial(VMamba, dims=128, depths=(2, 2, 27, 2)),
+}
