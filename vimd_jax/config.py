@@ -82,7 +82,12 @@ def _network(role: str) -> ConfigDict:
     is an error. Fields left at None keep the network's own value; "none" is None.
     """
     names = SR_NETWORKS if role == "sr" else CLASSIFIERS
-    kinds = {option: kind for name in names for option, kind in model_options(name).items() if option not in DERIVED}
+    kinds = {
+        option: kind
+        for name in names
+        for option, kind in model_options(name).items()
+        if option not in DERIVED and kind is not None  # an option that can only be None
+    }
     section = ConfigDict({option: config_dict.placeholder(_flag_type(kind)) for option, kind in sorted(kinds.items())})
     section.name = "srresnet_x4" if role == "sr" else "vim_tiny_stride8"  # for role "sr" also "bicubic": no network
     section.init = ""  # a workdir, a converted checkpoint, or a .pth / .safetensors file; empty: from scratch
