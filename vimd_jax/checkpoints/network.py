@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -119,8 +120,10 @@ class TrainedModel:
 
 
 def save_model(folder: Path, trained: TrainedModel) -> str:
-    """Writes a network into a folder, in place of the one that is there; returns the checksum of its variables."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Writes a network into a folder, in place of the one that is there; returns the checksum of its variables.
+
+    A failure leaves the folder as it was.
+    """
     leaves = {path: np.ascontiguousarray(leaf) for path, leaf in flatten_dict(trained.variables, sep="/").items()}
     checksum = checksum_of(trained.variables)
     content = {
@@ -132,8 +135,15 @@ def save_model(folder: Path, trained: TrainedModel) -> str:
         "variables": f"variables-{checksum[:16]}.safetensors",
         "checksum": checksum,
     }
-    _replace(folder / content["variables"], lambda path: save_file(leaves, path))
-    _replace(folder / "network.json", lambda path: path.write_text(json.dumps(content, indent=2) + "\n"))
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        _replace(folder / content["variables"], lambda path: save_file(leaves, path))
+        _replace(folder / "network.json", lambda path: path.write_text(json.dumps(content, indent=2) + "\n"))
+    except BaseException:
+        if is_new:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
     for old in folder.glob("variables-*.safetensors"):
         if old.name != content["variables"]:
             old.unlink()
