@@ -6,6 +6,8 @@ import jax
 import numpy as np
 from flax import linen as nn
 
+from vimd_jax.models.local_vim import LocalVim
+from vimd_jax.models.local_vmamba import LocalVMamba
 from vimd_jax.models.srresnet import SRResNet
 from vimd_jax.models.vim import Vim
 from vimd_jax.models.vim_ablations import VimAblation
@@ -45,6 +47,34 @@ def vim(constructor: dict, **overrides) -> Vim:
     if any(value != getattr(VimAblation, name) for name, value in ablations.items()):
         return VimAblation(**(options | ablations | overrides))
     return Vim(**(options | overrides))
+
+
+def local_vim(constructor: dict, **overrides) -> LocalVim:
+    """The LocalVim that the original `VisionMamba(**constructor)` of LocalMamba is."""
+    class_token = "middle" if constructor.get("use_middle_cls_token") else "head"
+    options = {
+        "num_classes": constructor["num_classes"],
+        "image_size": constructor["img_size"],
+        "patch_size": constructor["patch_size"],
+        "embed_dim": constructor["embed_dim"],
+        "depth": constructor["depth"],
+        "class_token": class_token if constructor.get("if_cls_token") else None,
+        "rope": constructor["if_rope"],
+        "directions": constructor["directions"] and tuple(map(tuple, constructor["directions"])),
+    }
+    return LocalVim(**(options | overrides))
+
+
+def local_vmamba(constructor: dict, **overrides) -> LocalVMamba:
+    """The LocalVMamba that the original `VSSM(**constructor)` of LocalMamba is."""
+    depths, dims, directions = constructor["depths"], constructor["dims"], constructor["directions"]
+    options = {
+        "num_classes": constructor["num_classes"],
+        "dims": dims if isinstance(dims, int) else tuple(dims),
+        "depths": tuple(depths),
+        "directions": directions and tuple(map(tuple, directions)),
+    }
+    return LocalVMamba(**(options | overrides))
 
 
 def srresnet(constructor: dict) -> SRResNet:

@@ -52,6 +52,8 @@ def _expand(rule: Rule, shapes: dict[str, tuple[int, ...]]) -> Iterator[Entry]:
         own = shape[len(stacked) :]
         if rule.axes is not None:
             own = tuple(own[axis] for axis in np.argsort(rule.axes))
+        if rule.shape is not None:
+            own = rule.shape(*own)
         for index in np.ndindex(shape[: len(stacked)]):
             source = rule.source.format(**match.groupdict(), **dict(zip(stacked, index)))
             yield Entry(source, own, target, index, rule.axes)
@@ -103,9 +105,10 @@ def fill(
     leaves: dict[str, np.ndarray] = {}
     for entry in entries:
         tensor = np.asarray(state_dict[entry.source])
+        stacked, own = np.split(shapes[entry.target].shape, [len(entry.index)])
         tensor = tensor if entry.axes is None else tensor.transpose(entry.axes)
+        tensor = tensor if tensor.ndim == len(own) else tensor.reshape(own)
         if entry.target not in leaves:
-            stacked = shapes[entry.target].shape[: len(entry.index)]
             leaves[entry.target] = np.empty((*stacked, *tensor.shape), np.float32)
         leaves[entry.target][entry.index] = tensor
     return leaves
@@ -169,6 +172,6 @@ def export_state_dict(variables: dict[str, Any], model: nn.Module) -> dict[str, 
         tensor = leaves[entry.target][entry.index]
         if entry.axes is not None:
             tensor = tensor.transpose(np.argsort(entry.axes))
-        tensors[entry.source] = np.ascontiguousarray(tensor, np.float32)
+        tensors[entry.source] = np.ascontiguousarray(tensor, np.float32).reshape(entry.shape)
     counters = {name: np.zeros((), np.int64) for name in step_counters(entries)}
     return tensors | computed_tensors(model) | counters

@@ -6,6 +6,7 @@ name's placeholders), one that both have counts variables. Rows whose variable a
 are skipped.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -16,11 +17,19 @@ from vimd_jax.models.srvm import SRVM
 
 
 class Rule(NamedTuple):
-    """One table row; `axes` is the transposition from PyTorch's axes to Flax's (None: the same order)."""
+    """One table row.
+
+    Attributes:
+      source: PyTorch's name.
+      target: the path of the Flax variable.
+      axes: the transposition from PyTorch's axes to Flax's; None: the same order.
+      shape: PyTorch's shape from Flax's where numbers in the same order are divided into axes otherwise.
+    """
 
     source: str
     target: str
     axes: tuple[int, ...] | None = None
+    shape: Callable[..., tuple[int, ...]] | None = None
 
 
 _LINEAR = (1, 0)  # (out, in) -> (in, out)
@@ -46,7 +55,7 @@ def _direction(name: str, a_log: str, suffix: str) -> tuple[Rule, ...]:
     )
 
 
-VIM = (
+_ISOTROPIC = (
     Rule("patch_embed.proj.weight", "params/patch_embed/kernel", _CONV2D),
     Rule("patch_embed.proj.bias", "params/patch_embed/bias"),
     Rule("cls_token", "params/class_token"),
@@ -55,17 +64,45 @@ VIM = (
     Rule("pos_embed", "params/position_embedding"),
     Rule("layers.{i}.norm.weight", "params/layers/norm/scale"),
     Rule(f"{_MIXER}.in_proj.weight", f"{_STACKED_MIXER}/in_proj/kernel", _LINEAR),
-    *_direction("forward", "A_log", ""),
-    *_direction("backward", "A_b_log", "_b"),
     Rule(f"{_MIXER}.out_proj.weight", f"{_STACKED_MIXER}/out_proj/kernel", _LINEAR),
     Rule("norm_f.weight", "params/norm/scale"),
     Rule("head.weight", "params/head/kernel", _LINEAR),
     Rule("head.bias", "params/head/bias"),
 )
 
+VIM = (*_ISOTROPIC, *_direction("forward", "A_log", ""), *_direction("backward", "A_b_log", "_b"))
+
 
 def _layer_norm(source: str, target: str) -> tuple[Rule, ...]:
     return Rule(f"{source}.weight", f"params/{target}/scale"), Rule(f"{source}.bias", f"params/{target}/bias")
+
+
+def _channel_gate(source: str, target: str) -> tuple[Rule, ...]:
+    return (
+        *_layer_norm(f"{source}.norm", f"{target}/norm"),
+        Rule(f"{source}.global_reduce.weight", f"params/{target}/reduce/kernel", _LINEAR),
+        Rule(f"{source}.global_reduce.bias", f"params/{target}/reduce/bias"),
+        Rule(f"{source}.channel_select.weight", f"params/{target}/expand/kernel", _LINEAR),
+        Rule(f"{source}.channel_select.bias", f"params/{target}/expand/bias"),
+    )
+
+
+LOCAL_VIM = (
+    *_ISOTROPIC,
+    Rule(f"{_MIXER}.conv1d_{{k}}.weight", f"{_STACKED_MIXER}/conv/kernel", _CONV1D),
+    Rule(f"{_MIXER}.conv1d_{{k}}.bias", f"{_STACKED_MIXER}/conv/bias"),
+    Rule(f"{_MIXER}.x_proj_{{k}}.weight", f"{_STACKED_MIXER}/ssm/x_proj_kernel", _LINEAR),
+    Rule(f"{_MIXER}.dt_proj_{{k}}.weight", f"{_STACKED_MIXER}/ssm/dt_proj_kernel", _LINEAR),
+    Rule(f"{_MIXER}.dt_proj_{{k}}.bias", f"{_STACKED_MIXER}/ssm/dt_proj_bias"),
+    Rule(f"{_MIXER}.A_log_{{k}}", f"{_STACKED_MIXER}/ssm/A_log"),
+    Rule(f"{_MIXER}.D_{{k}}", f"{_STACKED_MIXER}/ssm/D"),
+    *_channel_gate(f"{_MIXER}.attn", "layers/mixer/gate"),
+    Rule(
+        f"{_MIXER}.multi_scan.weights",
+        f"{_STACKED_MIXER}/search/direction_weights",
+        shape=lambda directions: (directions, 1, 1, 1),
+    ),
+)
 
 
 def _batch_norm(source: str, target: str) -> tuple[Rule, ...]:
@@ -110,8 +147,8 @@ HIERARCHICAL = (
     Rule(f"{_BLOCK}.op.x_proj_weight", "params/stage_{s}/mixer/ssm/x_proj_kernel", _LINEARS),
     Rule(f"{_BLOCK}.op.dt_projs_weight", "params/stage_{s}/mixer/ssm/dt_proj_kernel", _LINEARS),
     Rule(f"{_BLOCK}.op.dt_projs_bias", "params/stage_{s}/mixer/ssm/dt_proj_bias"),
-    Rule(f"{_BLOCK}.op.A_logs", "params/stage_{s}/mixer/ssm/A_log"),
-    Rule(f"{_BLOCK}.op.Ds", "params/stage_{s}/mixer/ssm/D"),
+    Rule(f"{_BLOCK}.op.A_logs", "params/stage_{s}/mixer/ssm/A_log", shape=lambda k, d, n: (k * d, n)),
+    Rule(f"{_BLOCK}.op.Ds", "params/stage_{s}/mixer/ssm/D", shape=lambda k, d: (k * d,)),
     *_layer_norm(f"{_BLOCK}.op.out_norm", "stage_{s}/mixer/norm"),
     Rule(f"{_BLOCK}.op.out_proj.weight", "params/stage_{s}/mixer/out_proj/kernel", _LINEAR),
     *_layer_norm("layers.{s}.downsample.norm", "downsample_{s}/norm"),
@@ -122,6 +159,17 @@ HIERARCHICAL = (
 )
 
 
+LOCAL_VMAMBA = (
+    *HIERARCHICAL,
+    *_channel_gate(f"{_BLOCK}.op.multi_scan.attn", "stage_{s}/mixer/gate"),
+    Rule(
+        f"{_BLOCK}.op.multi_scan.weights",
+        "params/stage_{s}/mixer/search/direction_weights",
+        shape=lambda directions: (directions, 1, 1, 1),
+    ),
+)
+
+
 def _inside(part: str, rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
     """The rows of a network that is one part of a larger one."""
 
@@ -129,7 +177,7 @@ def _inside(part: str, rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
         collection, rest = path.split("/", 1)
         return f"{collection}/{part}/{rest}"
 
-    return tuple(Rule(f"{part}.{rule.source}", target(rule.target), rule.axes) for rule in rules)
+    return tuple(rule._replace(source=f"{part}.{rule.source}", target=target(rule.target)) for rule in rules)
 
 
 _ABLATION = (
@@ -142,7 +190,9 @@ _ABLATION = (
 TABLES = {  # by class
     "Vim": VIM,
     "VimAblation": VIM + _ABLATION,
+    "LocalVim": LOCAL_VIM,
     "SRResNet": SRRESNET,
+    "LocalVMamba": LOCAL_VMAMBA,
     "VMamba": HIERARCHICAL,
 }
 
@@ -176,5 +226,6 @@ OPTIONS = {
     "norm.bias": "norm (vim_ablation)",
     "norm_f.bias": "norm (vim_ablation)",
     "_b.": "bimamba_type (vim_ablation)",
+    "multi_scan.weights": "directions",
     "A_b_log": "bimamba_type (vim_ablation)",
 }

@@ -1,8 +1,8 @@
 """The networks by name: `create_model("vim_tiny_stride8", num_classes=200)`.
 
-One module per family, from general to special: layers, positions and mamba are parts; isotropic is the trunk of vim,
-hierarchical that of vmamba and efficient_vmamba; srresnet restores images; srvm is a classifier behind it, the student of ViMD. A family
-lists its names in `MODELS`.
+One module per family, from general to special: layers, positions, scan_order and mamba are parts; isotropic is the trunk
+of vim and local_vim, hierarchical that of vmamba, local_vmamba and efficient_vmamba; srresnet restores images; srvm is a
+classifier behind it, the student of ViMD. A family lists its names in `MODELS`.
 """
 
 import difflib
@@ -13,12 +13,14 @@ from typing import Any, Literal
 
 from flax import linen as nn
 
-from vimd_jax.models import efficient_vmamba, srresnet, vim, vim_ablations, vmamba
+from vimd_jax.models import efficient_vmamba, local_vim, local_vmamba, srresnet, vim, vim_ablations, vmamba
 from vimd_jax.models.network import COMPUTATION, from_plain, options_of, plain
 from vimd_jax.models.srresnet import SRResNet
 from vimd_jax.models.srvm import SRVM
 
-CLASSIFIERS = vim.MODELS | vim_ablations.MODELS | vmamba.MODELS | efficient_vmamba.MODELS
+_ISOTROPIC = vim.MODELS | vim_ablations.MODELS | local_vim.MODELS
+_HIERARCHICAL = vmamba.MODELS | local_vmamba.MODELS | efficient_vmamba.MODELS
+CLASSIFIERS = _ISOTROPIC | _HIERARCHICAL
 
 
 def _srvm(

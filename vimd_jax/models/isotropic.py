@@ -64,6 +64,7 @@ class Isotropic(Network):
 
     # LeCun's deviation over that of a unit normal cut at ±2: the originals corrected for a cut but made none.
     patch_init = staticmethod(nn.initializers.variance_scaling(1 / 0.87962566**2, "fan_in", "normal"))
+    patch_bias_init = staticmethod(nn.initializers.zeros)
     head_init = staticmethod(nn.initializers.normal(0.02))
     class_token_init = staticmethod(nn.initializers.normal(0.02))
     norm_layer = staticmethod(rms_norm)
@@ -130,11 +131,12 @@ class Isotropic(Network):
     def embed(self, images: jax.Array, grid: tuple[int, int], positions: tuple[int, ...]) -> jax.Array:
         """Patches with the class tokens among them, plus positions: (batch, tokens, embed_dim) float32."""
         dim, normal = self.embed_dim, nn.initializers.normal(0.02)
-        images = normalize_images(images) if self.input_normalization else images
-        patches = patch_embedding(dim, self.patch_size, self.stride, self.patch_init, self.dtype, name="patch_embed")(
-            images
+        patch_embed = patch_embedding(
+            *(dim, self.patch_size, self.stride, self.patch_init, self.dtype),
+            bias_init=self.patch_bias_init,
+            name="patch_embed",
         )
-        patches = patches.reshape(len(images), -1, dim).astype(jnp.float32)
+        patches = patch_embed(self.prepare(images)).reshape(len(images), -1, dim).astype(jnp.float32)
 
         names = {0: [], 1: ["class_token"], 2: ["class_token_head", "class_token_tail"]}[len(positions)]
         tokens = [self.param(name, self.class_token_init, (1, 1, dim)) for name in names]
@@ -144,6 +146,10 @@ class Isotropic(Network):
         if grid != self.grid:
             table = resize_positions(table, self.grid, grid, self.class_token)
         return insert_tokens(patches, tokens, positions) + table
+
+    def prepare(self, images: jax.Array) -> jax.Array:
+        """What is cut into patches."""
+        return normalize_images(images) if self.input_normalization else images
 
     def run_layers(
         self, x: jax.Array, grid: tuple[int, int], train: bool, return_states: bool

@@ -76,15 +76,15 @@ class GroupedSSM(nn.Module):
         x_proj = self.param("x_proj_kernel", self.x_proj_init, (groups, channels, rank + 2 * state))
         dt_proj = self.param("dt_proj_kernel", self.dt_proj_init, (groups, rank, channels))
         dt_bias = self.param("dt_proj_bias", self.dt_bias_init, (groups, channels))
-        A = state_matrix(self, "A_log", groups * channels, state)
-        D = self.param("D", nn.initializers.ones, (groups * channels,))
+        A = -jnp.exp(self.param("A_log", log_of_counting, (groups, channels, state))).reshape(-1, state)
+        D = self.param("D", nn.initializers.ones, (groups, channels))
 
         projected = jnp.einsum("blkc,kcr->blkr", u.astype(self.dtype), x_proj.astype(self.dtype))
         code, B, C = jnp.split(projected, [rank, rank + state], axis=-1)
         delta = jnp.einsum("blkr,krc->blkc", code, dt_proj.astype(self.dtype))
         flat = (*sequence, groups * channels)
         y = selective_scan(
-            *(u.reshape(flat), delta.reshape(flat), A, B, C, D),
+            *(u.reshape(flat), delta.reshape(flat), A, B, C, D.reshape(-1)),
             *(None if z is None else z.reshape(flat), dt_bias.reshape(-1)),
             delta_softplus=True,
             implementation=self.scan_implementation,
@@ -139,6 +139,21 @@ class ShortConv(nn.Module):
         bias = self.param("bias", uniform(CONV_WIDTH**-0.5), (channels,))
         # Computed again in the backward pass, which would otherwise keep every shifted copy of x.
         return jax.checkpoint(_silu_of_conv, static_argnums=3, prevent_cse=False)(x, kernel, bias, self.reverse)
+
+
+class GroupedShortConv(nn.Module):
+    """`ShortConv` for several scan directions at once, each with filters of its own."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps x (batch, length, directions, channels) to the same shape and dtype."""
+        batch, length, groups, channels = x.shape
+        kernel = self.param("kernel", uniform(CONV_WIDTH**-0.5), (groups, CONV_WIDTH, 1, channels))
+        bias = self.param("bias", uniform(CONV_WIDTH**-0.5), (groups, channels))
+        taps = kernel.transpose(1, 2, 0, 3).reshape(CONV_WIDTH, 1, groups * channels)
+        flat = x.reshape(batch, length, groups * channels)
+        y = jax.checkpoint(_silu_of_conv, static_argnums=3, prevent_cse=False)(flat, taps, bias.reshape(-1), False)
+        return y.reshape(x.shape)
 
 
 def _silu_of_conv(x, kernel, bias, reverse):

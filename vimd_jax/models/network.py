@@ -57,7 +57,7 @@ def _check(option: str, value: Any, kind: Any) -> None:
         fits = False
     if not fits:
         raise ValueError(f"{option}: {value!r} is not valid, expected {describe_type(kind)}")
-    if kind is int and value < 1:
+    if isinstance(value, int) and int in (kind, *get_args(kind)) and value < 1:
         raise ValueError(f"{option}: {value} is not valid, expected an integer of at least 1")
     if option == "drop_path_rate" and not 0 <= value < 1:
         raise ValueError(f"drop_path_rate: {value} is not valid, expected a probability from 0 to below 1")

@@ -8,7 +8,7 @@ stages and the head are those of hierarchical.py.
 import functools
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,7 @@ from flax import linen as nn
 from vimd_jax.models.hierarchical import Block, Hierarchical, projection
 from vimd_jax.models.layers import DepthwiseConv, layer_norm
 from vimd_jax.models.mamba import EXPAND, GroupedSSM, inverse_softplus_of_steps
-
-PADDING = -1
+from vimd_jax.models.scan_order import ScanOrder, order_of_ways, stack_orders, to_sequences, to_tokens
 
 # Uniform in ±1/√fan_in for each direction.
 _uniform_fan_in = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", batch_axis=0)
@@ -33,7 +32,7 @@ class VMamba(Hierarchical):
         drops = train and self.drop_path_rate > 0
         return partial(VSSBlock, drops, partial(SS2D, self.state_size, self.dtype, self.scan_implementation))
 
-    def block_inputs(self, stage: int, grid: tuple[int, int]) -> "ScanOrder":
+    def block_inputs(self, stage: int, grid: tuple[int, int]) -> ScanOrder:
         """The way of each block through the map: the same for all."""
         return stack_orders([cross_scan_order(grid)] * self.depths[stage])
 
@@ -48,23 +47,10 @@ class VSSBlock(Block):
     mixer: Callable[..., nn.Module]
 
     @nn.compact
-    def __call__(self, x: jax.Array, inputs: tuple[jax.Array, "ScanOrder"]) -> tuple[jax.Array, None]:
+    def __call__(self, x: jax.Array, inputs: tuple[jax.Array, ScanOrder]) -> tuple[jax.Array, None]:
         """See `Block`."""
         drop_rate, order = inputs
         return x + self.drop(self.mixer(name="mixer")(layer_norm(name="norm")(x), order), drop_rate), None
-
-
-class ScanOrder(NamedTuple):
-    """How tokens, counted row by row, become sequences, and where the sequences' results go.
-
-    Attributes:
-      tokens: (length, directions) integers, the token at each place of each direction's sequence, PADDING where it has
-        a zero there, which is scanned like a token.
-      places: (tokens, visits) integers, the places in the flattened (length, directions) that pass each token.
-    """
-
-    tokens: Any
-    places: Any
 
 
 class SS2D(nn.Module):
@@ -103,24 +89,17 @@ class SS2D(nn.Module):
             scan_implementation=self.scan_implementation,
             name="ssm",
         )
-        if order.tokens.size > order.places.size:  # there is padding: a token of zeros at the end, which -1 refers to
-            u = jnp.pad(u, ((0, 0), (0, 1), (0, 0)))
-        y = ssm(_tokens_at(u, order.tokens))
-        return _tokens_at(y.reshape(len(y), -1, y.shape[-1]), order.places)
+        return to_tokens(ssm(to_sequences(u, order)), order)
 
     def merge(self, y: jax.Array) -> jax.Array:
         """The directions' results (batch, tokens, visits, channels) as one, (batch, tokens, channels)."""
         return y.sum(axis=2, dtype=jnp.float32)
 
 
-def _tokens_at(tokens: jax.Array, index: Any) -> jax.Array:
-    return tokens.at[:, index].get(mode="promise_in_bounds")
-
-
 @functools.cache
 def cross_scan_order(grid: tuple[int, int]) -> ScanOrder:
     """The order of `cross_scan`."""
-    return scan_order_of(cross_scan(grid))
+    return order_of_ways(cross_scan(grid))
 
 
 def cross_scan(grid: tuple[int, int]) -> np.ndarray:
@@ -128,24 +107,6 @@ def cross_scan(grid: tuple[int, int]) -> np.ndarray:
     tokens = np.arange(grid[0] * grid[1]).reshape(grid)
     ways = np.stack([tokens.reshape(-1), tokens.T.reshape(-1)])
     return np.concatenate([ways, ways[:, ::-1]])
-
-
-def scan_order_of(ways: np.ndarray) -> ScanOrder:
-    """The order of ways (directions, length) that pass every token equally often; PADDING is no token."""
-    directions, length = ways.shape
-    visits = np.argsort(ways, axis=None, kind="stable")[np.count_nonzero(ways == PADDING) :]
-    direction, place = np.divmod(visits, length)
-    places = (place * directions + direction).reshape(ways.max() + 1, -1)
-    return ScanOrder(np.int32(ways.T), np.int32(places))
-
-
-def stack_orders(orders: list[ScanOrder]) -> ScanOrder:
-    """The orders of several blocks on a leading axis; the shorter sequences are padded at their ends."""
-    longest = max(len(order.tokens) for order in orders)
-    tokens = [
-        np.pad(order.tokens, ((0, longest - len(order.tokens)), (0, 0)), constant_values=PADDING) for order in orders
-    ]
-    return ScanOrder(np.stack(tokens), np.stack([order.places for order in orders]))
 
 
 MODELS = {

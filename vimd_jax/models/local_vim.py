@@ -1,0 +1,194 @@
+"""LocalVim, Vim with windowed scans (Huang et al., "LocalMamba: Visual State Space Model with Windowed Selective Scan",
+2024, https://arxiv.org/abs/2403.09338).
+
+Every layer scans the tokens along several ways through the image, which a search chose for that layer: by rows, by
+columns or window by window, so that tokens that are neighbours in the image are neighbours in a sequence. A gate
+weighs the channels of each result, and the results add up. The search trains a network in which every layer has all
+ways at once, weighed by learned numbers; the four heaviest of each layer make the network.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from vimd_jax.models.isotropic import Isotropic, Rotation, out_projection
+from vimd_jax.models.layers import ChannelGate, layer_norm, uniform, uniform_fan_in
+from vimd_jax.models.mamba import EXPAND, GroupedShortConv, GroupedSSM
+from vimd_jax.models.network import Network
+from vimd_jax.models.positions import class_token_positions, resize_positions, rotary_angles
+from vimd_jax.models.scan_order import (
+    LayerDirections,
+    ScanOrder,
+    VerticalReverse,
+    check_directions,
+    layer_directions,
+    order_of_directions,
+    parse_directions,
+    stack_orders,
+    to_sequences,
+    to_tokens,
+)
+
+# What the search found for each of 20 layers.
+SEARCHED = parse_directions("""
+    h v_flip w7 w7_flip
+    h_flip w2_flip w7 w7_flip
+    h h_flip v w7
+    h h_flip v v_flip
+    h h_flip v v_flip
+    h h_flip v v_flip
+    h_flip v v_flip w7
+    h_flip v v_flip w2_flip
+    h h_flip v v_flip
+    h h_flip v v_flip
+    h v v_flip w2
+    h v v_flip w2_flip
+    h h_flip v_flip w7
+    h_flip v v_flip w2
+    h h_flip v v_flip
+    h v w2 w2_flip
+    v v_flip w2 w7
+    h h_flip v w2
+    h h_flip w2_flip w7
+    v v_flip w2 w2_flip
+""")
+# The same in every layer: the paper's comparison without a search.
+UNSEARCHED = (("h", "h_flip", "w2", "w2_flip"),)
+
+# The original starts every linear layer from this deviation, also those that Mamba starts otherwise.
+normal = nn.initializers.normal(0.02)
+
+
+class LocalVim(Isotropic):
+    """Image classifier; the options of `Isotropic`, and:
+
+    Attributes:
+      stride: see `Isotropic`; None: patch_size, as published.
+      class_token: in the "middle" of the sequence, at its "head", or None.
+      directions: names of the ways that each layer scans (see scan_order.py), a tuple for each layer or one for all;
+        equally many in every layer. SEARCHED serves networks of up to 20 layers. None is the network of the search:
+        all ways in every layer, each result normalised and weighed by a learned softmax.
+      vertical_reverse: "correct", or "published": on grids that are not square the original returns the results of
+        vertical scans to the wrong tokens (see `scan_order.scan_places`).
+
+    Images of any size are padded with zeros, at the bottom and on the right, to whole patches.
+    """
+
+    stride: int | None = None
+    depth: int = 20
+    class_token: Literal["middle", "head"] | None = None
+    rope: bool = True
+    directions: LayerDirections | None = SEARCHED
+    vertical_reverse: VerticalReverse = "correct"
+
+    patch_init = staticmethod(uniform_fan_in)
+    class_token_init = staticmethod(nn.initializers.zeros)
+
+    def __post_init__(self):
+        if self.stride is None:
+            self.stride = self.patch_size
+        super().__post_init__()
+        check_directions(self.directions, self.depth, [SEARCHED])
+
+    @property
+    def patch_bias_init(self) -> nn.initializers.Initializer:
+        """See `Isotropic`."""
+        return uniform((3 * self.patch_size**2) ** -0.5)
+
+    def make_mixer(self, grid: tuple[int, int]) -> Callable[..., nn.Module]:
+        """See `Isotropic`."""
+        search = self.directions is None
+        return partial(Mixer, self.depth, self.state_size, search, self.dtype, self.scan_implementation)
+
+    def layer_inputs(self, grid: tuple[int, int]) -> ScanOrder:
+        """See `Isotropic`."""
+        return stack_orders(
+            [
+                order_of_directions(directions, grid, self.class_token, self.vertical_reverse)
+                for directions in layer_directions(self.directions, self.depth)
+            ]
+        )
+
+    def grid_of(self, size: tuple[int, int], field: str = "images") -> tuple[int, int]:
+        """See `Isotropic`; the last patches may reach over the edge."""
+        if min(size) < 1:
+            raise ValueError(f"{field}: (height, width) {size} is not valid, expected at least one pixel")
+        return tuple(-(-max(side - self.patch_size, 0) // self.stride) + 1 for side in size)
+
+    def prepare(self, images: jax.Array) -> jax.Array:
+        """See `Isotropic`; padded to whole patches."""
+        images = super().prepare(images)
+        size = images.shape[1:3]
+        missing = ((n - 1) * self.stride + self.patch_size - side for n, side in zip(self.grid_of(size), size))
+        return jnp.pad(images, ((0, 0), *((0, max(pixels, 0)) for pixels in missing), (0, 0)))
+
+    def rotation(self, grid: tuple[int, int]) -> Rotation:
+        """See `Isotropic`; for another grid the tables themselves are resized, as published. Class tokens stay."""
+        angles = rotary_angles(self.grid, None, self.embed_dim)
+        cosines, sines = (
+            resize_positions(table[None], self.grid, grid, None)[0] for table in (jnp.cos(angles), jnp.sin(angles))
+        )
+        for token in class_token_positions(self.class_token, len(cosines)):
+            cosines, sines = jnp.insert(cosines, token, 1, axis=0), jnp.insert(sines, token, 0, axis=0)
+        return cosines, sines
+
+    @staticmethod
+    def decays(path: tuple[str, ...]) -> bool:
+        """See `Network`; the search's weights shrink too, as published."""
+        return Network.decays(path) or path[-1] == "direction_weights"
+
+
+class Mixer(nn.Module):
+    """LocalVim's mixer: several scans from one projection, gated by z, then by a channel gate, and added up.
+
+    Attributes:
+      search: weigh the directions instead.
+    """
+
+    depth: int
+    state_size: int
+    search: bool
+    dtype: Any
+    scan_implementation: str | None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, order: ScanOrder) -> jax.Array:
+        """Maps x (batch, tokens, dim) to the same shape, `order` being that of the layer's directions."""
+        dim = x.shape[-1]
+        in_proj = nn.Dense(2 * EXPAND * dim, use_bias=False, kernel_init=normal, dtype=self.dtype, name="in_proj")
+        x, z = (to_sequences(part, order) for part in jnp.split(in_proj(x), 2, axis=-1))
+        ssm = GroupedSSM(
+            self.state_size,
+            *(normal, normal, nn.initializers.zeros),
+            *(self.dtype, self.scan_implementation),
+            name="ssm",
+        )
+        y = to_tokens(ssm(GroupedShortConv(name="conv")(x), z), order)
+        y = ChannelGate(axes=(1,), name="gate")(y)
+        y = DirectionWeights(name="search")(y) if self.search else y.sum(axis=2)
+        return out_projection(dim, self.depth, self.dtype)(y)
+
+
+class DirectionWeights(nn.Module):
+    """The search's relaxation of a choice: results, normalised, are averaged by a softmax of learned weights."""
+
+    @nn.compact
+    def __call__(self, y: jax.Array) -> jax.Array:
+        """Maps y (batch, tokens, directions, channels) to (batch, tokens, channels)."""
+        weights = self.param("direction_weights", nn.initializers.normal(1e-3), (y.shape[-2],))
+        norm = layer_norm(use_scale=False, use_bias=False, name="norm")
+        return (norm(y) * jax.nn.softmax(weights)[:, None]).sum(axis=-2)
+
+
+MODELS = {
+    "local_vim_tiny": partial(LocalVim, embed_dim=192),
+    "local_vim_tiny_middle_token": partial(LocalVim, embed_dim=192, class_token="middle", rope=False),
+    # The original registers two networks under this name. The second, without a search, is the one it makes; the paper
+    # describes the first, directions=SEARCHED.
+    "local_vim_small": partial(LocalVim, embed_dim=384, directions=UNSEARCHED),
+    "local_vim_search": partial(LocalVim, embed_dim=128, directions=None),
+}

@@ -1,0 +1,177 @@
+"""Ways through a grid of tokens, as index maps (Huang et al., "LocalMamba: Visual State Space Model with Windowed
+Selective Scan", 2024, https://arxiv.org/abs/2403.09338, section 3.2).
+
+A direction is "h" (row by row), "v" (column by column) or "w" and a number (window by window of that side, row by row
+among the windows and inside each); with "_flip" the same way from its end. A grid that windows do not fill is padded
+with zero tokens at the bottom and on the right. They belong to the sequence and are scanned like the others.
+
+Tokens count row by row. The maps are NumPy arrays.
+"""
+
+import functools
+import re
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vimd_jax.models.positions import class_token_positions
+
+Grid = tuple[int, int]  # rows, columns
+LayerDirections = tuple[tuple[str, ...], ...]  # names of directions, for each layer
+VerticalReverse = Literal["correct", "published"]
+
+# All that LocalMamba's search chooses from, in its order.
+DIRECTIONS = ("h", "h_flip", "v", "v_flip", "w2", "w2_flip", "w7", "w7_flip")
+
+PADDING = -1
+
+
+def check_direction(direction: str) -> None:
+    """Raises ValueError unless this is the name of a direction."""
+    if not re.fullmatch(r"(h|v|w[1-9]\d*)(_flip)?", direction):
+        raise ValueError(
+            f'directions: {direction!r} is not valid, expected "h", "v" or "w2", "w3", …, or one + "_flip"'
+        )
+
+
+def check_directions(directions: LayerDirections | None, depth: int, published: Sequence[LayerDirections]) -> None:
+    """Raises ValueError unless the option `directions` fits the layers; a published list may be for more of them."""
+    if directions is None:
+        return
+    if len(directions) not in (1, depth) and not (directions in published and depth < len(directions)):
+        raise ValueError(f"directions: {len(directions)} for {depth} layers, expected a tuple for each or one for all")
+    if len({len(names) for names in directions}) != 1 or not directions[0]:
+        raise ValueError("directions: layers differ in how many they have, or have none; expected equally many in each")
+    for names in directions:
+        for name in names:
+            check_direction(name)
+
+
+def layer_directions(directions: LayerDirections | None, depth: int) -> LayerDirections:
+    """The directions of each layer; None: all in every layer."""
+    directions = (DIRECTIONS,) if directions is None else directions
+    return directions * depth if len(directions) == 1 else directions[:depth]
+
+
+def parse_directions(text: str) -> LayerDirections:
+    """Names of directions, a line for each layer."""
+    return tuple(tuple(line.split()) for line in text.strip().splitlines())
+
+
+@functools.cache
+def scan_order(direction: str, grid: Grid) -> np.ndarray:
+    """The token at each place of the sequence, (length,) integers; PADDING where a zero token is scanned."""
+    check_direction(direction)
+    way = direction.removesuffix("_flip")
+    tokens = np.arange(grid[0] * grid[1]).reshape(grid)
+    if way == "v":
+        tokens = tokens.T
+    elif way != "h":
+        tokens = _windows(tokens, int(way[1:]))
+    order = tokens.reshape(-1)
+    return _constant(order[::-1] if direction.endswith("_flip") else order)
+
+
+def _windows(tokens: np.ndarray, side: int) -> np.ndarray:
+    """(rows, columns) to (window rows, window columns, side, side)."""
+    rows, columns = (-size % side for size in tokens.shape)
+    tokens = np.pad(tokens, ((0, rows), (0, columns)), constant_values=PADDING)
+    return tokens.reshape(len(tokens) // side, side, -1, side).swapaxes(1, 2)
+
+
+@functools.cache
+def scan_places(direction: str, grid: Grid, vertical_reverse: VerticalReverse = "correct") -> np.ndarray:
+    """The place in the sequence that each token's result is read from, (tokens,) integers.
+
+    That is where `scan_order` put the token, so that results return to where they belong. With `vertical_reverse`
+    "published" it is not on grids that are not square: the original transposes the results of "v" and "v_flip" as if
+    they stood row by row, which mixes up the tokens. Detectors that the authors trained have learned to live with it.
+    """
+    order = scan_order(direction, grid)
+    if vertical_reverse == "published" and direction.startswith("v"):
+        places = np.arange(len(order)).reshape(grid).T.reshape(-1)
+        return _constant(len(order) - 1 - places if direction.endswith("_flip") else places)
+    places = np.empty(grid[0] * grid[1], int)
+    places[order[order != PADDING]] = np.flatnonzero(order != PADDING)
+    return _constant(places)
+
+
+class ScanOrder(NamedTuple):
+    """How tokens, counted row by row, become sequences, and where the sequences' results go.
+
+    Attributes:
+      tokens: (length, directions) integers, the token at each place of each direction's sequence, PADDING where it has
+        a zero there, which is scanned like a token.
+      places: (tokens, visits) integers, the places in the flattened (length, directions) that pass each token.
+    """
+
+    tokens: Any
+    places: Any
+
+
+def order_of_directions(
+    directions: Sequence[str],
+    grid: Grid,
+    class_token: Literal["middle", "head"] | None = None,
+    vertical_reverse: VerticalReverse = "correct",
+) -> ScanOrder:
+    """The order of named directions, the shorter ones padded at their ends; a visit is a direction.
+
+    A class token in the "middle" of the tokens is scanned at just that place of every sequence, padded or not, as
+    published. One at the "head" comes first, or last where a direction is flipped.
+    """
+    pairs = [_with_class_token(direction, grid, class_token, vertical_reverse) for direction in directions]
+    length = max(len(tokens) for tokens, _ in pairs)
+    tokens = [np.pad(tokens, (0, length - len(tokens)), constant_values=PADDING) for tokens, _ in pairs]
+    places = np.stack([places for _, places in pairs], axis=-1)
+    return ScanOrder(np.int32(np.stack(tokens, axis=-1)), np.int32(places * len(pairs) + np.arange(len(pairs))))
+
+
+def _with_class_token(direction, grid, class_token, vertical_reverse) -> tuple[np.ndarray, np.ndarray]:
+    tokens, places = scan_order(direction, grid), scan_places(direction, grid, vertical_reverse)
+    for token in class_token_positions(class_token, grid[0] * grid[1]):
+        place = len(tokens) if class_token == "head" and direction.endswith("_flip") else token
+        tokens = np.insert(tokens + (tokens >= token), place, token)
+        places = np.insert(places + (places >= place), token, place)
+    return tokens, places
+
+
+def order_of_ways(ways: np.ndarray) -> ScanOrder:
+    """The order of ways (directions, length) that pass every token equally often; PADDING is no token."""
+    directions, length = ways.shape
+    visits = np.argsort(ways, axis=None, kind="stable")[np.count_nonzero(ways == PADDING) :]
+    direction, place = np.divmod(visits, length)
+    places = (place * directions + direction).reshape(ways.max() + 1, -1)
+    return ScanOrder(np.int32(ways.T), np.int32(places))
+
+
+def stack_orders(orders: Sequence[ScanOrder]) -> ScanOrder:
+    """The orders of several blocks on a leading axis; the shorter sequences are padded at their ends."""
+    longest = max(len(order.tokens) for order in orders)
+    tokens = [
+        np.pad(order.tokens, ((0, longest - len(order.tokens)), (0, 0)), constant_values=PADDING) for order in orders
+    ]
+    return ScanOrder(np.stack(tokens), np.stack([order.places for order in orders]))
+
+
+def to_sequences(tokens: jax.Array, order: ScanOrder) -> jax.Array:
+    """(batch, tokens, channels) along each direction: (batch, length, directions, channels)."""
+    if order.tokens.size > order.places.size:  # there is padding: a token of zeros at the end, which -1 refers to
+        tokens = jnp.pad(tokens, ((0, 0), (0, 1), (0, 0)))
+    return tokens.at[:, order.tokens].get(mode="promise_in_bounds")
+
+
+def to_tokens(sequences: jax.Array, order: ScanOrder) -> jax.Array:
+    """What each visit brought: (batch, length, directions, channels) to (batch, tokens, visits, channels)."""
+    rows = sequences.reshape(len(sequences), -1, sequences.shape[-1])
+    return rows.at[:, order.places].get(mode="promise_in_bounds")
+
+
+def _constant(array: np.ndarray) -> np.ndarray:
+    """A copy that nobody can change: what a cached function returns is shared by its callers."""
+    array = array.astype(np.int32)
+    array.flags.writeable = False
+    return array
