@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vimd_jax.models.mamba import ShortConv, inverse_softplus_of_steps
-from vimd_jax.models.positions import resize_positions
 from vimd_jax.models.isotropic import Layer
 from vimd_jax.models.layers import rms_norm
+from vimd_jax.models.mamba import ShortConv, inverse_softplus_of_steps
+from vimd_jax.models.positions import resize_positions
 from vimd_jax.models.vim import Mixer, Vim
 from vimd_jax.models.vim_ablations import VimAblation
 from weight_convert import convert_state_dict

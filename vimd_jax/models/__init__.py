@@ -18,9 +18,9 @@ from vimd_jax.models.network import COMPUTATION, from_plain, options_of, plain
 from vimd_jax.models.srresnet import SRResNet
 from vimd_jax.models.srvm import SRVM
 
-_ISOTROPIC = vim.MODELS | vim_ablations.MODELS | local_vim.MODELS
-_HIERARCHICAL = vmamba.MODELS | local_vmamba.MODELS | efficient_vmamba.MODELS
-CLASSIFIERS = _ISOTROPIC | _HIERARCHICAL
+CLASSIFIERS = (
+    vim.MODELS | vim_ablations.MODELS | local_vim.MODELS | vmamba.MODELS | local_vmamba.MODELS | efficient_vmamba.MODELS
+)
 
 
 def _srvm(

@@ -18,7 +18,7 @@ from flax import linen as nn
 
 from vimd_jax.models.hierarchical import Block, Hierarchical
 from vimd_jax.models.layers import BatchNorm, ChannelGate, DepthwiseConv, layer_norm, uniform, uniform_fan_in
-from vimd_jax.models.scan_order import PADDING, ScanOrder, order_of_ways, stack_orders
+from vimd_jax.models.scan_order import PADDING, ScanOrder, scan_order_of, stack_orders
 from vimd_jax.models.vmamba import SS2D
 
 SCANNING_STAGES = 2  # the first; the others convolve
@@ -175,7 +175,7 @@ def _pointwise(inputs: int, outputs: int, dtype: Any, name: str) -> nn.Dense:
 @functools.cache
 def atrous_scan_order(grid: tuple[int, int]) -> ScanOrder:
     """The order of `atrous_scan`."""
-    return order_of_ways(atrous_scan(grid))
+    return scan_order_of(atrous_scan(grid))
 
 
 def atrous_scan(grid: tuple[int, int]) -> np.ndarray:

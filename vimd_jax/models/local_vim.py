@@ -26,9 +26,10 @@ from vimd_jax.models.scan_order import (
     VerticalReverse,
     check_directions,
     layer_directions,
-    order_of_directions,
+    local_scan_order,
     parse_directions,
     stack_orders,
+    sum_visits,
     to_sequences,
     to_tokens,
 )
@@ -73,7 +74,7 @@ class LocalVim(Isotropic):
         equally many in every layer. SEARCHED serves networks of up to 20 layers. None is the network of the search:
         all ways in every layer, each result normalised and weighed by a learned softmax.
       vertical_reverse: "correct", or "published": on grids that are not square the original returns the results of
-        vertical scans to the wrong tokens (see `scan_order.scan_places`).
+        vertical scans to the wrong tokens (see `scan_order.reverse_map`).
 
     Images of any size are padded with zeros, at the bottom and on the right, to whole patches.
     """
@@ -108,7 +109,7 @@ class LocalVim(Isotropic):
         """See `Isotropic`."""
         return stack_orders(
             [
-                order_of_directions(directions, grid, self.class_token, self.vertical_reverse)
+                local_scan_order(directions, grid, self.class_token, self.vertical_reverse)
                 for directions in layer_directions(self.directions, self.depth)
             ]
         )
@@ -169,7 +170,7 @@ class Mixer(nn.Module):
         )
         y = to_tokens(ssm(GroupedShortConv(name="conv")(x), z), order)
         y = ChannelGate(axes=(1,), name="gate")(y)
-        y = DirectionWeights(name="search")(y) if self.search else y.sum(axis=2)
+        y = DirectionWeights(name="search")(y) if self.search else sum_visits(y)
         return out_projection(dim, self.depth, self.dtype)(y)
 
 
@@ -181,7 +182,7 @@ class DirectionWeights(nn.Module):
         """Maps y (batch, tokens, directions, channels) to (batch, tokens, channels)."""
         weights = self.param("direction_weights", nn.initializers.normal(1e-3), (y.shape[-2],))
         norm = layer_norm(use_scale=False, use_bias=False, name="norm")
-        return (norm(y) * jax.nn.softmax(weights)[:, None]).sum(axis=-2)
+        return sum_visits(norm(y) * jax.nn.softmax(weights)[:, None])
 
 
 MODELS = {

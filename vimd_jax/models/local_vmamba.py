@@ -19,9 +19,10 @@ from vimd_jax.models.scan_order import (
     VerticalReverse,
     check_directions,
     layer_directions,
-    order_of_directions,
+    local_scan_order,
     parse_directions,
     stack_orders,
+    sum_visits,
 )
 from vimd_jax.models.vmamba import SS2D, VSSBlock
 
@@ -89,7 +90,7 @@ class LocalVMamba(Hierarchical):
         beginning. None is the network of the search: all ways in every block, each result normalised and weighed by a
         learned softmax.
       vertical_reverse: "correct", or "published": on maps that are not square the original returns the results of
-        vertical scans to the wrong tokens (see `scan_order.scan_places`).
+        vertical scans to the wrong tokens (see `scan_order.reverse_map`).
     """
 
     directions: LayerDirections | None = SEARCHED_TINY
@@ -110,7 +111,7 @@ class LocalVMamba(Hierarchical):
         first = sum(self.depths[:stage])
         directions = layer_directions(self.directions, sum(self.depths))[first : first + self.depths[stage]]
         return stack_orders(
-            [order_of_directions(names, grid, vertical_reverse=self.vertical_reverse) for names in directions]
+            [local_scan_order(names, grid, vertical_reverse=self.vertical_reverse) for names in directions]
         )
 
     @staticmethod
@@ -131,7 +132,7 @@ class LocalSS2D(SS2D):
     def merge(self, y: jax.Array) -> jax.Array:
         """See `SS2D`."""
         y = ChannelGate(axes=(1,), name="gate")(y)
-        return DirectionWeights(name="search")(y) if self.search else y.sum(axis=2)
+        return DirectionWeights(name="search")(y) if self.search else sum_visits(y)
 
 
 MODELS = {
