@@ -6,11 +6,16 @@ import jax
 import numpy as np
 from flax import linen as nn
 
+from vimd_jax.models.efficient_vmamba import EfficientVMamba
+from vimd_jax.models.hierarchical import Hierarchical
 from vimd_jax.models.local_vim import LocalVim
 from vimd_jax.models.local_vmamba import LocalVMamba
 from vimd_jax.models.srresnet import SRResNet
 from vimd_jax.models.vim import Vim
 from vimd_jax.models.vim_ablations import VimAblation
+from vimd_jax.models.vmamba import VMamba
+from weight_convert import convert_state_dict, export_state_dict
+from weight_convert.mapping import plan
 
 
 def vim(constructor: dict, **overrides) -> Vim:
@@ -75,6 +80,68 @@ def local_vmamba(constructor: dict, **overrides) -> LocalVMamba:
         "directions": directions and tuple(map(tuple, directions)),
     }
     return LocalVMamba(**(options | overrides))
+
+
+def vmamba(constructor: dict) -> VMamba:
+    """The VMamba that the original `VSSM(**constructor)` is."""
+    return VMamba(
+        num_classes=constructor["num_classes"],
+        dims=tuple(constructor["dims"]),
+        depths=tuple(constructor["depths"]),
+        state_size=constructor["ssm_d_state"],
+    )
+
+
+def efficient_vmamba(constructor: dict) -> EfficientVMamba:
+    """The EfficientVMamba that the original `EfficientVSSM(**constructor)` is; that one does not read d_state."""
+    dims = constructor["dims"]
+    return EfficientVMamba(
+        num_classes=constructor["num_classes"],
+        dims=dims if isinstance(dims, int) else tuple(dims),
+        depths=tuple(constructor["depths"]),
+        mlp_ratio=constructor["mlp_ratio"],
+        downsample={"v1": "merge", "v2": "conv"}[constructor["downsample_version"]],
+    )
+
+
+def first_block(tensors: dict[str, np.ndarray], model: Hierarchical, prefix: str = "") -> Any:
+    """Variables of the first block of a network with stages, from tensors that were recorded for it or a part of it."""
+    names = {f"layers.0.blocks.0.{prefix}{name}": tensor for name, tensor in tensors.items()}
+    whole = export_state_dict(random_variables(model, np.zeros((1, 32, 32, 3), np.float32)), model)
+    variables = convert_state_dict(whole | names, model)
+    return {kind: jax.tree.map(lambda x: x[0], stages["stage_0"]) for kind, stages in variables.items()}
+
+
+def stages_by_rule(model: Hierarchical) -> Any:
+    """Variables of a network with stages that follow a rule: cos(rank of the name + 0.37 index), scaled and shifted."""
+
+    def tensor(rank, name, shape):
+        c = np.cos(rank + 0.37 * np.arange(np.prod(shape))).reshape(shape)
+        if "A_logs" in name:
+            return np.log(np.arange(1, shape[1] + 1)) + 0.1 * c
+        if name.endswith("dt_projs_bias"):
+            return -2 + 0.5 * c
+        if name.endswith(("x_proj_weight", "dt_projs_weight")):
+            return c / np.sqrt(shape[-1])
+        if len(shape) == 1:
+            return name.endswith((".weight", "Ds")) + 0.1 * c
+        return c / np.sqrt(np.prod(shape[1:]))
+
+    def statistic(name, shape):
+        angle = 0.37 * np.arange(shape[0])
+        return 0.1 * np.cos(angle) if name.endswith("mean") else 1 + 0.1 * np.sin(angle)
+
+    shapes = {entry.source: entry.shape for entry in plan(model)}
+    statistics = {name: statistic(name, shapes[name]) for name in shapes if ".running_" in name}
+    parameters = sorted(set(shapes) - set(statistics))
+    filled = {name: tensor(rank, name, shapes[name]) for rank, name in enumerate(parameters)}
+    return convert_state_dict(filled | statistics, model)
+
+
+def images_by_rule(height: int, width: int) -> np.ndarray:
+    """Two images whose numbers, in the original's layout, are sin(0.05 index)."""
+    numbers = np.sin(0.05 * np.arange(2 * 3 * height * width, dtype=np.float64))
+    return nhwc(numbers.reshape(2, 3, height, width)).astype(np.float32)
 
 
 def srresnet(constructor: dict) -> SRResNet:
