@@ -45,7 +45,7 @@ _STACKED_MIXER = "params/layers/mixer"
 
 
 def _direction(name: str, a_log: str, suffix: str) -> tuple[Rule, ...]:
-    """The rows of one scan direction of a Vim mixer; PyTorch marks the backward one by a suffix."""
+    """The rows of one of a mixer's two scans; PyTorch marks the second by a suffix."""
     target = f"{_STACKED_MIXER}/{name}"
     return (
         Rule(f"{_MIXER}.conv1d{suffix}.weight", f"{target}/conv/kernel", _CONV1D),
@@ -74,6 +74,7 @@ _ISOTROPIC = (
 )
 
 VIM = (*_ISOTROPIC, *_direction("forward", "A_log", ""), *_direction("backward", "A_b_log", "_b"))
+V2M = (*_ISOTROPIC, *_direction("along", "A_log", ""), *_direction("across", "A_2_log", "_2"))
 
 
 def _layer_norm(source: str, target: str) -> tuple[Rule, ...]:
@@ -232,16 +233,9 @@ def _inside(part: str, rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
     return tuple(rule._replace(source=f"{part}.{rule.source}", target=target(rule.target)) for rule in rules)
 
 
-_ABLATION = (
-    Rule("layers.{i}.norm.bias", "params/layers/norm/bias"),
-    Rule("norm_f.bias", "params/norm/bias"),
-    Rule(f"{_MIXER}.A_b_log", f"{_STACKED_MIXER}/forward/A_log_backward"),
-    Rule(f"{_MIXER}.gamma", f"{_STACKED_MIXER}/layer_scale"),
-)
-
 TABLES = {  # by class
     "Vim": VIM,
-    "VimAblation": VIM + _ABLATION,
+    "V2M": V2M,
     "LocalVim": LOCAL_VIM,
     "SRResNet": SRRESNET,
     "LocalVMamba": LOCAL_VMAMBA,
@@ -302,16 +296,11 @@ def computed_tensors(model: nn.Module) -> dict[str, np.ndarray]:
     return {"rope.freqs_cos": np.cos(angles), "rope.freqs_sin": np.sin(angles)}
 
 
-# Options on which tensors depend, by a pattern of names: where to look when such a tensor is missing or unexpected.
+# Options on which tensors depend, by a pattern of names: the hint when one is missing or unexpected.
 OPTIONS = {
     "rope.freqs": "rope",
     "cls_token": "class_token",
-    "mixer.gamma": "layer_scale (vim_ablation)",
-    r"layers\.\d+\.norm\.bias": "norm (vim_ablation)",
-    "norm_f.bias": "norm (vim_ablation)",
-    r"_b\.": "bimamba_type (vim_ablation)",
     "multi_scan.weights": "directions",
-    "norm2|mlp.fc": "mlp_ratio",
+    r"norm2|mlp\.fc": "mlp_ratio",
     r"downsample\.[13]": "downsample",
-    "A_b_log": "bimamba_type (vim_ablation)",
 }

@@ -16,6 +16,7 @@ from vimd_jax.models.layers import BatchNorm
 from vimd_jax.models.scan_order import PADDING
 from vimd_jax.models.vmamba import SS2D
 from weight_convert import convert_state_dict
+from weight_convert.mapping import plan
 
 MIXERS = golden.cases("c08_es2d_block_*")
 BLOCKS = golden.cases("c08_evss_block*")
@@ -97,7 +98,9 @@ def test_recorded_models(case):
 )
 def test_logits_of_weights_by_rule(size, expected, total, length):
     model = EfficientVMamba(num_classes=5, dims=16, depths=(2, 1, 1, 1))
-    logits = run(model, golden_models.stages_by_rule(model), golden_models.images_by_rule(*size))
+    weights = golden_models.weights_by_rule({entry.source: entry.shape for entry in plan(model)})
+    images = golden_models.nhwc(golden_models.images_by_rule((2, 3, *size)))
+    logits = run(model, convert_state_dict(weights, model), images)
     np.testing.assert_allclose(logits[0], expected, atol=1e-5)
     assert float(logits.sum()) == pytest.approx(total, abs=2e-5)
     assert float(jnp.linalg.norm(logits)) == pytest.approx(length, abs=1e-5)

@@ -37,6 +37,8 @@ def model_of(variant: str):
     if "student" in variant:
         return create_model("vim_tiny_stride8", num_classes=PUBLISHED["variants"][variant]["num_classes"])
     size = next(size for size in ("tiny", "small", "base") if size in variant)
+    if variant.startswith("v2m"):
+        return create_model(f"v2m_{size}", depth=12 if "depth12" in variant else 24)
     return create_model(f"vim_{size}" + ("_stride8" if "stride8" in variant else ""))
 
 
@@ -118,7 +120,6 @@ def cast(name, dtype):
             lambda w: w.update({"rope.freqs_cos": np.zeros((4, 16))}),
             "unexpected.*; look at the options rope of the",
         ),
-        (lambda w: w.update({"layers.0.mixer.gamma": np.zeros(16)}), "unexpected.*options layer_scale of"),
         (without("cls_token"), "missing.*options class_token of"),
         (lambda w: w.clear(), r"missing \(41\): .* and 21 more"),
     ],

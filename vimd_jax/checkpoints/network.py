@@ -55,7 +55,7 @@ class TrainedModel:
 
     @property
     def image_size(self) -> int | tuple[int, int] | None:
-        """Side, or (height, width), in pixels of the images that are classified; None for a super-resolution network."""
+        """Side, or (height, width), in pixels of the images that are classified; None for an SR network."""
         return getattr(getattr(self.model, "classifier", self.model), "image_size", None)
 
     def predict(
@@ -97,8 +97,8 @@ class TrainedModel:
         if not low or image.size != (low, low):
             if low and not downsample:
                 raise DatasetError(
-                    f"{path}: {image.width}x{image.height} pixels, but this network reads {low}x{low}; resize the image "
-                    "(--downsample, or downsample=True)"
+                    f"{path}: {image.width}x{image.height} pixels, but this network reads {low}x{low}; "
+                    "add --downsample (downsample=True) to resize and crop it"
                 )
             height, width = square(self.image_size)
             if height != width:
