@@ -7,11 +7,15 @@ import jax
 import numpy as np
 from flax import linen as nn
 
+from vimd_jax.models.efficient_vmamba import EfficientVMamba
+from vimd_jax.models.hierarchical import Hierarchical
 from vimd_jax.models.local_vim import LocalVim
 from vimd_jax.models.local_vmamba import LocalVMamba
 from vimd_jax.models.srresnet import SRResNet
 from vimd_jax.models.v2m import V2M
 from vimd_jax.models.vim import Vim
+from vimd_jax.models.vmamba import VMamba
+from weight_convert import convert_state_dict, export_state_dict
 
 
 def vim(constructor: dict, **overrides) -> Vim:
@@ -76,6 +80,36 @@ def local_vmamba(constructor: dict, **overrides) -> LocalVMamba:
     return LocalVMamba(**(options | overrides))
 
 
+def vmamba(constructor: dict) -> VMamba:
+    """The VMamba that the original `VSSM(**constructor)` is."""
+    return VMamba(
+        num_classes=constructor["num_classes"],
+        dims=tuple(constructor["dims"]),
+        depths=tuple(constructor["depths"]),
+        state_size=constructor["ssm_d_state"],
+    )
+
+
+def efficient_vmamba(constructor: dict) -> EfficientVMamba:
+    """The EfficientVMamba that the original `EfficientVSSM(**constructor)` is; that one does not read d_state."""
+    dims = constructor["dims"]
+    return EfficientVMamba(
+        num_classes=constructor["num_classes"],
+        dims=dims if isinstance(dims, int) else tuple(dims),
+        depths=tuple(constructor["depths"]),
+        mlp_ratio=constructor["mlp_ratio"],
+        downsample={"v1": "merge", "v2": "conv"}[constructor["downsample_version"]],
+    )
+
+
+def first_block(tensors: dict[str, np.ndarray], model: Hierarchical, prefix: str = "") -> Any:
+    """Variables of the first block of a network with stages, from tensors that were recorded for it or a part of it."""
+    names = {f"layers.0.blocks.0.{prefix}{name}": tensor for name, tensor in tensors.items()}
+    whole = export_state_dict(random_variables(model, np.zeros((1, 32, 32, 3), np.float32)), model)
+    variables = convert_state_dict(whole | names, model)
+    return {kind: jax.tree.map(lambda x: x[0], stages["stage_0"]) for kind, stages in variables.items()}
+
+
 def srresnet(constructor: dict) -> SRResNet:
     """The SRResNet that the original `SRResNet(**constructor)` is."""
     return SRResNet(
@@ -101,8 +135,13 @@ def random_variables(model: nn.Module, images: Any, seed: int = 0) -> Any:
 
 def weights_by_rule(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
     """Parameters under PyTorch's names by the rule for which figures of the originals are known: waves around what each
-    kind of parameter starts from, their phases in the alphabetical order of the names."""
-    return {name: _weight_by_rule(rank, name, shapes[name]) for rank, name in enumerate(sorted(shapes))}
+    kind of parameter starts from, their phases in the names' alphabetical order. Statistics of batch norms too."""
+    parameters = sorted(name for name in shapes if ".running_" not in name)
+    weights = {name: _weight_by_rule(rank, name, shapes[name]) for rank, name in enumerate(parameters)}
+    for name in set(shapes) - set(parameters):
+        angle = 0.37 * np.arange(shapes[name][0])
+        weights[name] = 0.1 * np.cos(angle) if name.endswith("mean") else 1 + 0.1 * np.sin(angle)
+    return weights
 
 
 def _weight_by_rule(rank: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -110,9 +149,11 @@ def _weight_by_rule(rank: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
     kind = name.split(".")[-1]
     if re.match(r"A_(\w_)?log", kind):
         return np.log(np.arange(1, shape[1] + 1)) + 0.1 * wave
-    if kind in ("D", "D_b", "D_2") or "norm" in name and kind == "weight":
+    if kind in ("D", "D_b", "D_2", "Ds") or (len(shape) == 1 and kind == "weight"):
         return 1 + 0.1 * wave
-    if "dt_proj" in name and kind == "bias":
+    if kind in ("x_proj_weight", "dt_projs_weight"):
+        return wave / np.sqrt(shape[-1])
+    if kind == "dt_projs_bias" or ("dt_proj" in name and kind == "bias"):
         return -2 + 0.5 * wave
     if kind == "bias":
         return 0.1 * wave

@@ -30,6 +30,13 @@ PARAMETERS = [
             37: 7_064_485,  # Pets
         }.items()
     ],
+    ("vmamba_tiny", {}, 22_893_448),
+    ("vmamba_small", {}, 44_417_416),
+    ("vmamba_base", {}, 76_254_056),
+    ("efficient_vmamba_tiny", {}, 6_493_660),
+    ("efficient_vmamba_small", {}, 11_273_688),
+    ("efficient_vmamba_small", {"dims": 96}, 24_757_456),  # as its published settings say, against its training log
+    ("efficient_vmamba_base", {}, 33_717_136),
     ("v2m_tiny", {}, 6_852_712),
     ("v2m_tiny", {"depth": 12}, 3_615_592),
     ("v2m_small", {}, 25_205_992),

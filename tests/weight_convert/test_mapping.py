@@ -15,7 +15,8 @@ from vimd_jax.models.srvm import SRVM
 from vimd_jax.models.vim import Vim
 from weight_convert import convert_state_dict, export_state_dict
 
-PUBLISHED = json.loads((golden.FOLDER / "keys" / "state_dicts.json").read_text())
+FILES = [json.loads(path.read_text()) for path in sorted((golden.FOLDER / "keys").glob("*.json"))]
+PUBLISHED = {part: {name: value for file in FILES for name, value in file[part].items()} for part in FILES[0]}
 
 
 def published(variant: str) -> dict[str, np.ndarray]:
@@ -28,6 +29,9 @@ def published(variant: str) -> dict[str, np.ndarray]:
 
 
 def model_of(variant: str):
+    description = PUBLISHED["variants"][variant]
+    if "model" in description:
+        return create_model(description["model"], **description["options"])
     if "srresnet" in variant:
         return create_model(variant.removeprefix("vimd_").removesuffix("_64_16"))
     if "student" in variant:

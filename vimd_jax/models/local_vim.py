@@ -29,6 +29,7 @@ from vimd_jax.models.scan_order import (
     local_scan_order,
     parse_directions,
     stack_orders,
+    sum_visits,
     to_sequences,
     to_tokens,
 )
@@ -169,7 +170,7 @@ class Mixer(nn.Module):
         )
         y = to_tokens(ssm(GroupedShortConv(name="conv")(x), z), order)
         y = ChannelGate(axes=(1,), name="gate")(y)
-        y = DirectionWeights(name="search")(y) if self.search else y.sum(axis=2)
+        y = DirectionWeights(name="search")(y) if self.search else sum_visits(y)
         return out_projection(dim, self.depth, self.dtype)(y)
 
 
@@ -181,7 +182,7 @@ class DirectionWeights(nn.Module):
         """Maps y (batch, tokens, directions, channels) to (batch, tokens, channels)."""
         weights = self.param("direction_weights", nn.initializers.normal(1e-3), (y.shape[-2],))
         norm = layer_norm(use_scale=False, use_bias=False, name="norm")
-        return (norm(y) * jax.nn.softmax(weights)[:, None]).sum(axis=-2)
+        return sum_visits(norm(y) * jax.nn.softmax(weights)[:, None])
 
 
 MODELS = {

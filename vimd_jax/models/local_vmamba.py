@@ -22,6 +22,7 @@ from vimd_jax.models.scan_order import (
     local_scan_order,
     parse_directions,
     stack_orders,
+    sum_visits,
 )
 from vimd_jax.models.vmamba import SS2D, VSSBlock
 
@@ -131,7 +132,7 @@ class LocalSS2D(SS2D):
     def merge(self, y: jax.Array) -> jax.Array:
         """See `SS2D`."""
         y = ChannelGate(axes=(1,), name="gate")(y)
-        return DirectionWeights(name="search")(y) if self.search else y.sum(axis=2)
+        return DirectionWeights(name="search")(y) if self.search else sum_visits(y)
 
 
 MODELS = {

@@ -18,7 +18,7 @@ from flax import linen as nn
 from vimd_jax.models.hierarchical import Block, Hierarchical, projection
 from vimd_jax.models.layers import DepthwiseConv, layer_norm
 from vimd_jax.models.mamba import EXPAND, GroupedSSM, inverse_softplus_of_steps
-from vimd_jax.models.scan_order import ScanOrder, scan_order_of, stack_orders, to_sequences, to_tokens
+from vimd_jax.models.scan_order import ScanOrder, scan_order_of, stack_orders, sum_visits, to_sequences, to_tokens
 
 # Uniform in ±1/√fan_in for each direction.
 _uniform_fan_in = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", batch_axis=0)
@@ -93,7 +93,7 @@ class SS2D(nn.Module):
 
     def merge(self, y: jax.Array) -> jax.Array:
         """The directions' results (batch, tokens, visits, channels) as one, (batch, tokens, channels)."""
-        return y.sum(axis=2, dtype=jnp.float32)
+        return sum_visits(y.astype(jnp.float32))
 
 
 @functools.cache
