@@ -206,7 +206,8 @@ def _read(folder: Path) -> TrainedModel:
     content = read_description(folder)
     try:
         model = create_model(content["architecture"], **content["options"])
-        view, names = content["view"], tuple(content["class_names"])
+        names, provenance = tuple(content["class_names"]), content["provenance"]
+        low_resolution, crop = content["view"]["low_resolution"], content["view"]["crop"]
         leaves = load_file(folder / content["variables"])
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{folder}/network.json is incomplete ({error}): write the checkpoint anew") from error
@@ -221,7 +222,7 @@ def _read(folder: Path) -> TrainedModel:
     classes = getattr(getattr(model, "classifier", model), "num_classes", 0)
     if len(names) != classes:
         raise CheckpointError(f"{folder}: network.json names {len(names)} classes, but the network has {classes}")
-    return TrainedModel(model, variables, names, view["low_resolution"], view["crop"], content["provenance"])
+    return TrainedModel(model, variables, names, low_resolution, crop, provenance)
 
 
 def read_description(folder: Path) -> dict[str, Any]:
