@@ -120,6 +120,7 @@ def cast(name, dtype):
             lambda w: w.update({"rope.freqs_cos": np.zeros((4, 16))}),
             "unexpected.*; look at the options rope of the",
         ),
+        (lambda w: w.update({"layers.0.mixer.gamma": np.zeros(16)}), r"unexpected \(1\): layers.0.mixer.gamma$"),
         (without("cls_token"), "missing.*options class_token of"),
         (lambda w: w.clear(), r"missing \(41\): .* and 21 more"),
     ],

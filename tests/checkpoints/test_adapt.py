@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch_writer
 
+from vimd_jax.checkpoints import adapt
+from vimd_jax.checkpoints.adapt import load_variables
 from vimd_jax.models.srresnet import SRResNet
 from vimd_jax.models.srvm import SRVM
 from vimd_jax.models.vim import Vim
-from weight_convert import checkpoint, convert_state_dict, export_state_dict, load_pretrained, resize_position_embedding
+from weight_convert import convert_state_dict, export_state_dict, resize_position_embedding
 
 SMALL = Vim(num_classes=5, image_size=32, stride=8, embed_dim=16, depth=2, state_size=4)  # a grid of 3×3
 
@@ -39,8 +41,8 @@ def test_correct_mode_changes_no_row_on_the_same_grid():
         np.testing.assert_array_equal(resize_position_embedding(table, grid, grid=grid), table)
 
 
-def test_correct_mode_moves_positions_with_the_picture():
-    """A ramp down the picture stays that ramp away from the edges, to a sixth of a row: the kernel ripples."""
+def test_correct_mode_moves_positions_with_the_image():
+    """A ramp down the image stays that ramp away from the edges, to a sixth of a row: the kernel ripples."""
     rows = (np.arange(8) + 0.5) / 8
     ramp = np.insert(np.repeat(rows, 8), 32, 0.0)[None, :, None].astype(np.float32)
     resized = np.asarray(resize_position_embedding(ramp, (16, 12)))[0, :, 0]
@@ -87,7 +89,7 @@ def test_bad_arguments(arguments, message):
 @pytest.fixture
 def logged(monkeypatch) -> list[str]:
     lines = []
-    monkeypatch.setattr(checkpoint.log, "info", lambda line, *values: lines.append(line % values))
+    monkeypatch.setattr(adapt.log, "info", lambda line, *values: lines.append(line % values))
     return lines
 
 
@@ -106,21 +108,21 @@ def assert_trees_equal(actual, expected):
 
 def test_the_same_network_is_loaded_unchanged(small_file, logged):
     path, variables = small_file
-    assert_trees_equal(load_pretrained(path, SMALL), variables)
+    assert_trees_equal(load_variables(path, SMALL, adapt=True), variables)
     assert logged == []
 
 
 def test_another_number_of_classes_starts_a_new_head(small_file, logged):
     path, variables = small_file
     model = SMALL.copy(num_classes=7)
-    params = load_pretrained(path, model)["params"]
+    params = load_variables(path, model, adapt=True)["params"]
     init = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
     np.testing.assert_allclose(params["head"]["kernel"], init["head"]["kernel"], rtol=1e-6)
     assert params["head"]["bias"].shape == (7,)
     del params["head"]
     assert_trees_equal(params, {name: leaf for name, leaf in variables["params"].items() if name != "head"})
     assert [line.split(": ", 1)[1] for line in logged] == [
-        "the head is initialised anew and needs training: 5 classes in the checkpoint, 7 wanted"
+        "5 classes in the checkpoint, 7 wanted: the head is initialised anew and needs training"
     ]
 
 
@@ -128,21 +130,21 @@ def test_another_number_of_classes_starts_a_new_head(small_file, logged):
 def test_another_grid_resizes_the_positions(overrides, small_file, logged):
     path, variables = small_file
     model = SMALL.copy(**overrides)
-    params = load_pretrained(path, model)["params"]
+    params = load_variables(path, model, adapt=True)["params"]
     expected = resize_position_embedding(variables["params"]["position_embedding"], model.grid)
     np.testing.assert_array_equal(params.pop("position_embedding"), expected)
     assert_trees_equal(params, {name: x for name, x in variables["params"].items() if name != "position_embedding"})
     assert len(logged) == 1
-    assert f"the position embedding is resized from 10 to {expected.shape[1]} tokens (mode correct)" in logged[0]
-    published = load_pretrained(path, model, position_mode="reference")["params"]["position_embedding"]
+    assert f"10 tokens in the checkpoint, {expected.shape[1]} wanted: the position embedding is resized" in logged[0]
+    published = load_variables(path, model, adapt=True, position_mode="reference")["params"]["position_embedding"]
     assert np.abs(published - expected).max() > 0.01
 
 
 @pytest.mark.parametrize("overrides", [{"num_classes": 7}, {"image_size": 48}])
 def test_no_difference_is_accepted_without_adapting(overrides, small_file, logged):
-    with pytest.raises(ValueError, match="fits the model only after changes: the "):
-        load_pretrained(small_file[0], SMALL.copy(**overrides), adapt=False)
-    assert_trees_equal(load_pretrained(small_file[0], SMALL, adapt=False), small_file[1])
+    with pytest.raises(ValueError, match="small.pth does not fit the network: .* in the checkpoint, .* wanted$"):
+        load_variables(small_file[0], SMALL.copy(**overrides))
+    assert_trees_equal(load_variables(small_file[0], SMALL), small_file[1])
     assert logged == []
 
 
@@ -159,7 +161,7 @@ def test_no_difference_is_accepted_without_adapting(overrides, small_file, logge
 )
 def test_no_other_difference_is_accepted(overrides, message, small_file):
     with pytest.raises(ValueError, match=message):
-        load_pretrained(small_file[0], SMALL.copy(**overrides))
+        load_variables(small_file[0], SMALL.copy(**overrides), adapt=True)
 
 
 def test_half_of_srvm_can_be_fitted_too(tmp_path, small_file, logged):
@@ -169,7 +171,7 @@ def test_half_of_srvm_can_be_fitted_too(tmp_path, small_file, logged):
     weights = {"sr": sr_weights, "classifier": export_state_dict(small_file[1], SMALL)}
     torch_writer.save(tmp_path / "both.pth", {"model": weights})
     model = SRVM(sr=sr, classifier=SMALL.copy(num_classes=3, image_size=40))
-    params = load_pretrained(tmp_path / "both.pth", model)["params"]
+    params = load_variables(tmp_path / "both.pth", model, adapt=True)["params"]
     assert params["classifier"]["head"]["kernel"].shape == (16, 3)
     assert params["classifier"]["position_embedding"].shape == (1, 17, 16)
     assert_trees_equal(params["sr"], convert_state_dict(sr_weights, sr)["params"])
