@@ -249,3 +249,22 @@ def test_images_too_small_for_strided_convolutions_are_named():
     jax.eval_shape(model.init, jax.random.key(0), sample_images(32, 32))
     with pytest.raises(ValueError, match=r"^images: too small, a map of \(1, 1\) tokens"):
         jax.eval_shape(model.init, jax.random.key(0), sample_images(16, 16))
+
+
+def test_remat_does_not_change_training(small):
+    """With stochastic depth and statistics that are updated."""
+    images = sample_images()
+
+    @functools.partial(jax.jit, static_argnames="model")
+    def step(model, params):
+        def loss(params):
+            variables, rngs = {**small, "params": params}, {"drop_path": jax.random.key(0)}
+            logits, updates = model.apply(variables, images, train=True, mutable=["batch_stats"], rngs=rngs)
+            return jnp.sum(jnp.sin(logits)), updates
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    model = SMALL.clone(drop_path_rate=0.3)
+    plain, again = step(model, small["params"]), step(model.clone(remat=True), small["params"])
+    for one, other in zip(jax.tree.leaves(plain), jax.tree.leaves(again), strict=True):
+        np.testing.assert_allclose(other, one, rtol=1e-3, atol=1e-5)
