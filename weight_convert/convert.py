@@ -23,6 +23,7 @@ from vimd_jax.models import create_model, describe
 from vimd_jax.models.network import parse_option, variable_shapes
 from weight_convert.load import as_trained_model, model_for, provenance_of
 from weight_convert.mapping import fill, flat_state_dict, plan, step_counters
+from weight_convert.tables import name_in_table
 from weight_convert.torch_file import load_torch_checkpoint
 
 
@@ -78,7 +79,8 @@ def _convert(flags: argparse.Namespace) -> None:
     notes = [": ".join(change) for change in changes]
     if broken := [path for path, leaf in leaves.items() if not np.isfinite(leaf).all()]:
         notes.append(f"warning: {len(broken)} variables hold numbers that are not finite, first {broken[0]}")
-    counters = {name: state_dict[name].item() for name in step_counters(plan(model)) if name in state_dict}
+    names = {name_in_table(name, model): name for name in state_dict}
+    counters = {name: state_dict[names[name]].item() for name in step_counters(plan(model)) if name in names}
     parameters = sum(leaf.size for path, leaf in leaves.items() if path.startswith("params/"))
 
     _print_table(model)
@@ -102,7 +104,7 @@ def _convert(flags: argparse.Namespace) -> None:
 def _load(flags: argparse.Namespace) -> dict[str, np.ndarray]:
     """The state dict, for SRVM-Net with both halves under their names."""
     state_dict = load_torch_checkpoint(flags.checkpoint, key=flags.key)
-    half = flags.model.startswith("srvm") and not any(name.startswith("classifier.") for name in state_dict)
+    half = flags.model.startswith("srvm") and not all(name.startswith(("sr.", "classifier.")) for name in state_dict)
     if flags.sr_checkpoint and not half:
         raise ValueError(
             f"--sr_checkpoint {flags.sr_checkpoint} is not needed: it is the other half of an srvm_* model whose "
@@ -128,7 +130,8 @@ def _print_table(model: nn.Module) -> None:
     for entry in plan(model):
         sources.setdefault(entry.target, []).append(entry.source)
     for target, names in sources.items():
-        name = names[0] if len(names) == 1 else names[0].replace(".0.", f".{{0..{len(names) - 1}}}.", 1)
+        ends = zip(names[0].split("."), names[-1].split("."))
+        name = ".".join(first if first == last else f"{{{first}..{last}}}" for first, last in ends)
         print(f"{name:50} → {target:50} {shapes[target].shape}")
 
 
