@@ -1,6 +1,6 @@
 """Writes the table of classifiers: size, cost and what is published of each, as Markdown.
 
-    python scripts/model_table.py [PATTERN …] [--output FILE]
+    python scripts/model_table.py [PATTERN …] [--into README.md]
 
 Parameters and operations are counted from the code, by tracing each network at its own image size: nothing is computed.
 Results, checkpoints and published costs are what the authors state; the table names where.
@@ -236,6 +236,7 @@ RULES = {"Vim": by_rule_of_local_mamba, "LocalVim": by_rule_of_local_mamba}  # b
 # ----------------------------------------------------------------------------------------------------------------------
 # The table.
 
+BEGIN, END = "<!-- model table -->", "<!-- end of model table -->"
 COLUMNS = (
     *("network", "paper", "parameters", "image", "operations, 10⁹", "by LocalMamba's rule", "published"),
     *("top-1, %", "checkpoint"),
@@ -289,13 +290,15 @@ def table(patterns: list[str]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("patterns", nargs="*", default=["*"], metavar="PATTERN", help="names, such as 'vim_*'")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write here instead of printing")
+    parser.add_argument("--into", type=Path, metavar="FILE", help=f"replace what is between {BEGIN} and {END} there")
     arguments = parser.parse_args()
     if not listed(arguments.patterns):
         parser.error(f"no classifier matches {' '.join(arguments.patterns)}; there are {', '.join(listed(['*']))}")
     text = table(arguments.patterns)
-    if arguments.output:
-        arguments.output.write_text(text)
+    if arguments.into:
+        before, _, rest = arguments.into.read_text().partition(BEGIN)
+        _, _, after = rest.partition(END)
+        arguments.into.write_text(f"{before}{BEGIN}\n{text}{END}{after}")
     else:
         print(text, end="")
 

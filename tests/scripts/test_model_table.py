@@ -1,6 +1,7 @@
 """The table of classifiers: its counts against known ones, and its form."""
 
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -175,11 +176,19 @@ def test_unpublished_networks_have_a_row_too(monkeypatch):
 
 
 def test_command(tmp_path, monkeypatch, capsys):
-    file = tmp_path / "models.md"
-    monkeypatch.setattr("sys.argv", ["model_table.py", "vim_tiny", "--output", str(file)])
+    file = tmp_path / "README.md"
+    file.write_text(f"before\n{model_table.BEGIN}old{model_table.END}\nafter\n")
+    monkeypatch.setattr("sys.argv", ["model_table.py", "vim_tiny", "--into", str(file)])
     model_table.main()
-    assert file.read_text() == model_table.table(["vim_tiny"])
+    table = model_table.table(["vim_tiny"])
+    assert file.read_text() == f"before\n{model_table.BEGIN}\n{table}{model_table.END}\nafter\n"
     monkeypatch.setattr("sys.argv", ["model_table.py", "resnet*"])
     with pytest.raises(SystemExit):
         model_table.main()
     assert "no classifier matches resnet*; there are vim_tiny, " in capsys.readouterr().err
+
+
+def test_the_readme_has_the_table():
+    readme = (Path(model_table.__file__).parent.parent / "README.md").read_text()
+    table = readme.partition(model_table.BEGIN)[2].partition(model_table.END)[0]
+    assert table.strip() == model_table.table(["*"]).strip()
