@@ -79,7 +79,7 @@ class View(NamedTuple):
 
 # The grid turned counter-clockwise by 0, 90, 180 and 270 degrees: the corner at its top left is then the view's.
 FOUR_CORNERS = (View(False, False, False), View(True, False, True), View(False, True, True), View(True, True, False))
-# The authors turn no view upside down, so that none starts at the bottom right.
+# In the authors' code the second pass never runs backwards, so that no view starts at the bottom right.
 AUTHORS = (View(False, False, False), View(True, False, False), View(False, True, False), View(True, True, False))
 
 
