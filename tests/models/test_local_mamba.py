@@ -111,7 +111,7 @@ def test_initial_distributions():
     assert float(jnp.abs(mixer["out_proj"]["kernel"]).max()) == pytest.approx((128 * 4) ** -0.5, rel=0.01)
     assert float(jnp.abs(params["patch_embed"]["kernel"]).max()) == pytest.approx(768**-0.5, rel=0.01)
     assert not np.any(mixer["ssm"]["dt_proj_bias"]) and not np.any(params["class_token"])
-    np.testing.assert_allclose(mixer["ssm"]["A_log"][0, 0], np.log(np.arange(1, 17)), rtol=1e-6)
+    np.testing.assert_allclose(mixer["ssm"]["A_log"][0, 0, 0], np.log(np.arange(1, 17)), rtol=1e-6)
 
     model = create_model("local_vmamba_tiny", dims=32, depths=(2,), num_classes=5, directions=(("h", "v"),))
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
