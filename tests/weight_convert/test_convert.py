@@ -218,7 +218,7 @@ def test_an_interrupted_conversion_leaves_nothing_behind(tmp_path, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(network, "save_file", interrupted)
+    monkeypatch.setattr(network, "save", interrupted)
     with pytest.raises(KeyboardInterrupt):
         convert(*VIM, "--output", tmp_path / "out")
     assert not list(tmp_path.iterdir())
