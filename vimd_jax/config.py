@@ -22,6 +22,23 @@ STAGES = {
 # Options that a run derives from its other settings.
 DERIVED = ("num_classes", "image_size", "scale", "bn_axis_name")
 
+# What the numbers of a run may be. Those of a dataset, a batch or a network are checked where these are made.
+_RANGES = {
+    "at least 1": (lambda x: x >= 1, ("eval_every_epochs", "log_every_steps", "checkpoint_every_steps")),
+    "at least 0": (
+        lambda x: x >= 0,
+        (
+            *("seed", "optimizer.weight_decay", "loss.logits_weight", "loss.hidden_weight"),
+            *("schedule.learning_rate", "schedule.min_learning_rate", "schedule.warmup_learning_rate"),
+        ),
+    ),
+    "at least 0 and below 1": (
+        lambda x: 0 <= x < 1,
+        ("ema_decay", "loss.label_smoothing", "optimizer.b1", "optimizer.b2"),
+    ),
+    "above 0": (lambda x: x > 0, ("loss.temperature", "optimizer.eps", "optimizer.clip_norm")),
+}
+
 # Fields that may differ between a run and its continuation, because they change no number of the run.
 CHANGEABLE = ("dataset.num_workers", "log_every_steps", "checkpoint_every_steps", "eval_batch_size")
 
@@ -101,6 +118,16 @@ def _flag_type(kind: Any) -> type:
     if get_origin(kind) is Literal:
         return type(get_args(kind)[0])
     return get_origin(kind) or {Any: str}.get(kind, kind)
+
+
+def check_ranges(config: ConfigDict) -> None:
+    """Raises ValueError, naming the field, if a number of a stage is none that a run can have."""
+    for words, (fits, fields) in _RANGES.items():
+        for field in fields:
+            section, _, name = field.rpartition(".")
+            value = (config[section] if section else config).get(name)
+            if value is not None and not fits(value):
+                raise ValueError(f"config.{field} is {value}: it must be {words}.")
 
 
 def given_options(section: ConfigDict) -> dict[str, Any]:

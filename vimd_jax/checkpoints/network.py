@@ -146,7 +146,7 @@ def save_model(folder: Path, trained: TrainedModel) -> str:
             if is_new:
                 folder.rmdir()
         raise
-    for old in folder.glob("variables-*.safetensors"):
+    for old in folder.glob("*variables-*"):  # the last network's, and what a killed process left
         if old.name != content["variables"]:
             old.unlink()
     return checksum
