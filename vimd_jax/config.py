@@ -4,7 +4,7 @@ The configs are `ml_collections.ConfigDict`s: a misspelt field or a value of the
 can be changed on the command line, as in `--config.schedule.num_epochs=10`.
 """
 
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin
 
 from ml_collections import ConfigDict, config_dict
@@ -112,9 +112,10 @@ def _network(role: str) -> ConfigDict:
 
 
 def _flag_type(kind: Any) -> type:
-    """The type that a command line reads for an option."""
+    """The type that a command line reads for an option; object is any value, as Python writes it."""
     if isinstance(kind, UnionType) or get_origin(kind) not in (None, tuple, Literal):
-        return _flag_type(max(get_args(kind), key=lambda part: get_origin(part) is tuple))
+        kinds = [part for part in get_args(kind) if part is not NoneType]
+        return object if any(get_origin(part) is tuple for part in kinds) else _flag_type(kinds[0])
     if get_origin(kind) is Literal:
         return type(get_args(kind)[0])
     return get_origin(kind) or {Any: str}.get(kind, kind)
