@@ -1,7 +1,11 @@
 """Configs: sections for every network, options declared by the networks alone."""
 
+import sys
+
+import jax.numpy as jnp
 import pytest
-from ml_collections import ConfigDict
+from absl import flags
+from ml_collections import ConfigDict, config_flags
 
 from vimd_jax.config import DERIVED, STAGES, default_config, given_options
 from vimd_jax.models import CLASSIFIERS, create_model, model_options
@@ -13,6 +17,54 @@ def test_every_option_of_every_classifier_can_be_set(name):
     section = default_config("classifier").classifier
     for option in set(model_options(name)) - set(DERIVED):
         assert option in section, option
+
+
+@pytest.fixture
+def from_command_line(monkeypatch):
+    """What a program gets that starts with a config and these arguments."""
+
+    def read(config, *arguments):
+        monkeypatch.setattr(sys, "argv", ["program", *arguments])
+        values = flags.FlagValues()
+        flag = config_flags.DEFINE_config_dict("config", config, flag_values=values, lock_config=True)
+        values(sys.argv)
+        return flag.value
+
+    return read
+
+
+def test_every_option_can_be_set_on_the_command_line(from_command_line):
+    section = default_config("classifier").classifier
+    texts = {
+        object: ("(('h',), 7)", (("h",), 7)),
+        int: ("3", 3),
+        float: ("0.5", 0.5),
+        bool: ("true", True),
+        str: ("text", "text"),
+        tuple: ("(1, 2)", (1, 2)),
+    }
+    given = {option: texts[section.get_type(option)] for option in section}
+    arguments = [f"--config.classifier.{option}={text}" for option, (text, _) in given.items()]
+    read = from_command_line(default_config("classifier"), *arguments).classifier
+    assert read.to_dict() == {option: value for option, (_, value) in given.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "text", "value"),
+    [
+        ("vim_tiny", "class_token", "none", None),
+        ("vmamba_tiny", "dims", "16", 16),
+        ("vmamba_tiny", "dims", "(16, 32, 64, 128)", (16, 32, 64, 128)),
+        ("local_vim_tiny", "directions", "(('h', 'v'),)", (("h", "v"),)),
+        ("local_vim_tiny", "directions", "none", None),
+        ("vmamba_tiny", "depths", "(1, 1, 1)", (1, 1, 1)),
+        ("vim_tiny", "dtype", "bfloat16", jnp.bfloat16),
+    ],
+)
+def test_options_of_several_types_from_the_command_line(from_command_line, name, option, text, value):
+    arguments = f"--config.classifier.name={name}", f"--config.classifier.{option}={text}"
+    config = from_command_line(default_config("classifier"), *arguments)
+    assert getattr(build_networks(config, num_classes=3).trained, option) == value
 
 
 @pytest.mark.parametrize("stage", STAGES)

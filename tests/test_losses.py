@@ -132,3 +132,36 @@ def test_unknown_layers_are_named(layers):
 def test_states_of_another_shape_are_named():
     with pytest.raises(ValueError, match=r"^teacher_hidden: .*\(12, 1, 2, 3\).*\(24, 1, 2, 3\)"):
         losses.hidden_state_distillation(jnp.zeros((24, 1, 2, 3)), jnp.zeros((12, 1, 2, 3)))
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_states_of_stages_are_summed_stage_by_stage(normalize):
+    rng = np.random.default_rng(0)
+    shapes = [(2, 8, 6, 4), (2, 4, 3, 8), (2, 2, 2, 16)]
+    student, teacher = (tuple(rng.normal(size=s).astype(np.float32) for s in shapes) for _ in range(2))
+    alone = [losses.hidden_state_distillation(s[None], t[None], "all", normalize) for s, t in zip(student, teacher)]
+    assert len({float(value) for value in alone}) == 3
+    for layers, stages in {"all": (0, 1, 2), "last": (2,), (0,): (0,), (2, 0): (0, 2)}.items():
+        value = losses.hidden_state_distillation(student, teacher, layers, normalize)
+        assert value.shape == ()
+        assert float(value) == pytest.approx(sum(float(alone[i]) for i in stages), rel=1e-5)
+    with pytest.raises(ValueError, match="^layers: .*0 to 2"):
+        losses.hidden_state_distillation(student, teacher, (3,))
+
+
+def test_equal_stages_are_as_good_as_a_stack():
+    rng = np.random.default_rng(0)
+    student, teacher = rng.normal(size=(2, 3, 2, 5, 4)).astype(np.float32)
+    stacked = losses.hidden_state_distillation(student, teacher, "all")
+    assert float(losses.hidden_state_distillation(tuple(student), list(teacher), "all")) == pytest.approx(
+        float(stacked)
+    )
+
+
+def test_stages_of_other_shapes_are_refused():
+    maps = jnp.zeros((1, 4, 4, 8)), jnp.zeros((1, 2, 2, 16))
+    for other in ((maps[0],), (maps[0], jnp.zeros((1, 2, 2, 8))), jnp.zeros((2, 1, 16, 8))):
+        with pytest.raises(ValueError, match="^teacher_hidden: shape .* differs from the student's .*, logits between"):
+            losses.hidden_state_distillation(maps, other)
+        with pytest.raises(ValueError, match="^teacher_hidden: "):
+            losses.hidden_state_distillation(other, maps)

@@ -10,18 +10,21 @@ import sys
 from pathlib import Path
 
 import golden
+import golden_models
 import jax
 import numpy as np
 import pytest
+import tiny
 from tiny import tiny_config
 
 from vimd_jax import evaluate, load_model, predict, train
 from vimd_jax.checkpoints import training_state
-from vimd_jax.checkpoints.network import save_model
+from vimd_jax.checkpoints.network import TrainedModel, save_model
 from vimd_jax.data.images import DatasetError, find_images
 from vimd_jax.data.sources import load_source
 from vimd_jax.data.transforms import eval_view
 from vimd_jax.log import TrainingError
+from vimd_jax.models import create_model
 from vimd_jax.training import workdirs
 from vimd_jax.training.metrics import read_metrics
 
@@ -111,6 +114,20 @@ def test_a_non_finite_loss_stops_and_names_step_and_images(tmp_path):
         train.train(config, tmp_path)
 
 
+def test_a_kill_in_the_middle_of_the_first_best_network_is_survived(tmp_path):
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / ".variables-0123.safetensors.77").write_bytes(b"half of it")
+    options = {"merge": "sum", "pool": "last", "class_token": "none", "input_normalization": True}
+    config = tiny_config("classifier", **{f"classifier__{name}": value for name, value in options.items()})
+    train.train(config, tmp_path)
+    assert len(list((tmp_path / "best").iterdir())) == 2
+    model = load_model(tmp_path).model
+    assert {name: getattr(model, name) for name in options} == options | {"class_token": None}
+    logged = read_metrics(tmp_path)[-1]["metrics"]
+    scores = evaluate.evaluate_run(config, tmp_path, "test").summary()
+    assert scores == pytest.approx({name: logged[name] for name in scores})
+
+
 def test_averaged_weights_are_evaluated_and_saved(tmp_path):
     config = tiny_config("teacher", ema_decay=0.5)
     train.train(config, tmp_path)
@@ -118,6 +135,27 @@ def test_averaged_weights_are_evaluated_and_saved(tmp_path):
     if read_metrics(tmp_path)[-1]["metrics"]["best_step"] == int(state["step"]):
         assert np.array_equal(state["ema_params"]["head"]["kernel"], best["params"]["head"]["kernel"])
     assert not np.array_equal(state["ema_params"]["head"]["kernel"], state["params"]["head"]["kernel"])
+
+
+def test_a_student_and_teacher_of_stages_with_batch_norms(tmp_path):
+    """Hidden states of stages are distilled; the statistics change while training and belong to the best network."""
+    maps = {"name": "efficient_vmamba_tiny", "dims": (8, 16), "depths": (1, 1)}
+    config = tiny_config("student", sr__name="bicubic", schedule__warmup_epochs=0, schedule__num_epochs=1)
+    for role in ("teacher", "student"):
+        config[role].update(dict.fromkeys(tiny.VIM) | maps | {"init": str(tmp_path / "teacher")})
+    model = create_model(maps["name"], num_classes=4, image_size=32, dims=(8, 16), depths=(1, 1))
+    teacher = golden_models.random_variables(model, np.zeros((1, 32, 32, 3), np.float32))
+    save_model(tmp_path / "teacher", TrainedModel(model, teacher, ("a", "b", "c", "d")))
+
+    train.train(config, tmp_path / "student")
+    metrics = read_metrics(tmp_path / "student")[0]["metrics"]
+    weighted = metrics["cross_entropy"] + 1.0 * metrics["logits"] + 20.0 * metrics["hidden"]
+    assert metrics["hidden"] > 0 and metrics["loss"] == pytest.approx(weighted, rel=1e-5)
+    student = load_model(tmp_path / "student")
+    assert set(student.variables["batch_stats"]) == {"classifier"}
+    statistics = student.variables["batch_stats"]["classifier"], teacher["batch_stats"]
+    assert not any(jax.tree.leaves(jax.tree.map(np.array_equal, *statistics)))
+    assert student.predict(np.zeros((1, 8, 8, 3), np.float32)).shape == (1, 4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -138,11 +176,29 @@ def test_averaged_weights_are_evaluated_and_saved(tmp_path):
         ({"teacher__name": "vim_tinny"}, "config.teacher.name: .*vim_tiny"),
         ({"teacher__init": "/nowhere"}, "/nowhere"),
         ({"selection": "vote"}, "vote"),
+        ({"eval_every_epochs": 0}, "config.eval_every_epochs is 0: it must be at least 1"),
+        ({"log_every_steps": 0}, "config.log_every_steps"),
+        ({"checkpoint_every_steps": 0}, "config.checkpoint_every_steps"),
+        ({"seed": -1}, "config.seed"),
+        ({"ema_decay": 1.0}, "config.ema_decay is 1.0: it must be at least 0 and below 1"),
+        ({"loss__label_smoothing": 1.5}, "config.loss.label_smoothing"),
+        ({"optimizer__clip_norm": 0.0}, "config.optimizer.clip_norm is 0.0: it must be above 0"),
+        ({"optimizer__b2": 1.0}, "config.optimizer.b2"),
+        ({"schedule__learning_rate": -1.0}, "config.schedule.learning_rate"),
+        ({"dataset__low_resolution": 0}, "config.dataset.low_resolution"),
+        ({"dataset__num_workers": -1}, "config.dataset.num_workers"),
+        ({"dataset__repeats": 0}, "config.dataset.repeats"),
+        ({"dataset__on_error": "ask"}, "config.dataset.on_error is 'ask'; choose stop or skip"),
+        ({"dataset__eval_crop": 1.5}, "config.dataset.eval_crop"),
+        ({"dataset__crop_scale": (0.5, 0.1)}, "config.dataset.crop_scale"),
+        ({"dataset__crop_scale": (0.1, 0.5, 1.0)}, "config.dataset.crop_scale"),
     ],
+    ids=str,
 )
-def test_wrong_requests_are_refused(tmp_path, changes, message):
+def test_wrong_requests_are_refused_before_anything_is_written(tmp_path, changes, message):
     with pytest.raises((ValueError, OSError, DatasetError), match=message):
-        train.train(tiny_config("teacher", **changes), tmp_path)
+        train.train(tiny_config("teacher", **changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_student_needs_trained_networks(tmp_path, trained):

@@ -4,7 +4,7 @@ The configs are `ml_collections.ConfigDict`s: a misspelt field or a value of the
 can be changed on the command line, as in `--config.schedule.num_epochs=10`.
 """
 
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin
 
 from ml_collections import ConfigDict, config_dict
@@ -21,6 +21,23 @@ STAGES = {
 
 # Options that a run derives from its other settings.
 DERIVED = ("num_classes", "image_size", "scale", "bn_axis_name")
+
+# What the numbers of a run may be. Those of a dataset, a batch or a network are checked where these are made.
+_RANGES = {
+    "at least 1": (lambda x: x >= 1, ("eval_every_epochs", "log_every_steps", "checkpoint_every_steps")),
+    "at least 0": (
+        lambda x: x >= 0,
+        (
+            *("seed", "optimizer.weight_decay", "loss.logits_weight", "loss.hidden_weight"),
+            *("schedule.learning_rate", "schedule.min_learning_rate", "schedule.warmup_learning_rate"),
+        ),
+    ),
+    "at least 0 and below 1": (
+        lambda x: 0 <= x < 1,
+        ("ema_decay", "loss.label_smoothing", "optimizer.b1", "optimizer.b2"),
+    ),
+    "above 0": (lambda x: x > 0, ("loss.temperature", "optimizer.eps", "optimizer.clip_norm")),
+}
 
 # Fields that may differ between a run and its continuation, because they change no number of the run.
 CHANGEABLE = ("dataset.num_workers", "log_every_steps", "checkpoint_every_steps", "eval_batch_size")
@@ -95,12 +112,23 @@ def _network(role: str) -> ConfigDict:
 
 
 def _flag_type(kind: Any) -> type:
-    """The type that a command line reads for an option."""
+    """The type that a command line reads for an option; object is any value, as Python writes it."""
     if isinstance(kind, UnionType) or get_origin(kind) not in (None, tuple, Literal):
-        return _flag_type(max(get_args(kind), key=lambda part: get_origin(part) is tuple))
+        kinds = [part for part in get_args(kind) if part is not NoneType]
+        return object if any(get_origin(part) is tuple for part in kinds) else _flag_type(kinds[0])
     if get_origin(kind) is Literal:
         return type(get_args(kind)[0])
     return get_origin(kind) or {Any: str}.get(kind, kind)
+
+
+def check_ranges(config: ConfigDict) -> None:
+    """Raises ValueError, naming the field, if a number of a stage is none that a run can have."""
+    for words, (fits, fields) in _RANGES.items():
+        for field in fields:
+            section, _, name = field.rpartition(".")
+            value = (config[section] if section else config).get(name)
+            if value is not None and not fits(value):
+                raise ValueError(f"config.{field} is {value}: it must be {words}.")
 
 
 def given_options(section: ConfigDict) -> dict[str, Any]:

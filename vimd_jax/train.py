@@ -24,7 +24,8 @@ from ml_collections import ConfigDict
 from vimd_jax.checkpoints import training_state
 from vimd_jax.checkpoints.network import TrainedModel, load_model, read_description, save_model
 from vimd_jax.command import CONFIG, WORKDIR, StopRequest, show_log
-from vimd_jax.data.pipeline import steps_per_epoch, train_batches
+from vimd_jax.config import check_ranges
+from vimd_jax.data.pipeline import check_config, steps_per_epoch, train_batches
 from vimd_jax.data.sources import Source, load_source
 from vimd_jax.log import readable_errors
 from vimd_jax.training import networks, parallel, plots, steps, workdirs
@@ -58,6 +59,8 @@ def check(config: ConfigDict, workdir: Path, made_before: set[Path] = frozenset(
     Raises:
       ValueError, FileNotFoundError, DatasetError: one line that names the field and the remedy.
     """
+    check_ranges(config)
+    check_config(config.dataset)
     parallel.check_batch_size("batch_size", config.batch_size)
     parallel.check_batch_size("eval_batch_size", config.eval_batch_size)
     splits = ("train", config.selection, "test")
@@ -167,7 +170,7 @@ def save_if_best(workdir, config, nets, variables, class_names, step, score) -> 
     folder = workdir / "best"
     if jax.process_index() != 0:
         return
-    if folder.is_dir() and score <= read_description(folder)["provenance"]["score"]:
+    if (folder / "network.json").exists() and score <= read_description(folder)["provenance"]["score"]:
         return
     provenance = {"library": f"vimd_jax {version('vimd-jax')}", "stage": config.stage, "step": step, "score": score}
     save_model(

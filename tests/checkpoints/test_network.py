@@ -78,7 +78,7 @@ def test_the_next_network_takes_the_place_of_the_last(vim):
     jax.tree.map(np.testing.assert_array_equal, load_model(vim).variables, better.variables)
 
 
-@pytest.mark.parametrize("moment", ["save_file", "json.dumps"])
+@pytest.mark.parametrize("moment", ["save", "json.dumps"])
 def test_an_interrupted_write_leaves_the_last_network(vim, moment, monkeypatch):
     before = load_model(vim)
     better = dataclasses.replace(before, variables=jax.tree.map(lambda x: x + 1, before.variables))
@@ -90,7 +90,13 @@ def test_an_interrupted_write_leaves_the_last_network(vim, moment, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         save_model(vim, better)
     monkeypatch.undo()
+    assert sorted(path.suffix for path in vim.iterdir()) == [".json", ".safetensors"]
     jax.tree.map(np.testing.assert_array_equal, load_model(vim).variables, before.variables)
+
+
+def test_whoever_may_read_the_description_may_read_the_variables(vim):
+    modes = {path.suffix: path.stat().st_mode for path in vim.iterdir()}
+    assert modes[".safetensors"] == modes[".json"]
 
 
 def test_damage_is_noticed(vim):
@@ -122,6 +128,17 @@ def test_damage_is_noticed(vim):
 def test_a_description_that_is_not_right_is_refused(vim, fields, message):
     change(vim, **fields)
     assert_refused(vim, message)
+
+
+@pytest.mark.parametrize(
+    "key", ["architecture", "options", "class_names", "view", "provenance", "variables", "checksum"]
+)
+def test_a_description_that_lacks_something_is_refused(vim, key):
+    path = vim / "network.json"
+    content = json.loads(path.read_text())
+    del content[key]
+    path.write_text(json.dumps(content))
+    assert_refused(vim, f"network.json is incomplete .*{key}")
 
 
 def test_text_that_is_no_description_is_refused(vim):

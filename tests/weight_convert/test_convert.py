@@ -127,6 +127,8 @@ def test_a_grid_of_the_same_size_but_another_shape_is_resized_too(tmp_path):
     """The directory remembers its grid; the number of tokens alone would not tell."""
     assert convert(*VIM[:-1], "64x96", "--output", tmp_path / "wide") == 0
     tall = create_model("vim_tiny", embed_dim=48, depth=4, stride=8, image_size=(96, 64), num_classes=10)
+    with pytest.raises(ValueError, match="7×11 patches in the checkpoint, 11×7 wanted$"):
+        load_variables(tmp_path / "wide", tall)
     resized = load_variables(tmp_path / "wide", tall, adapt=True)["params"]["position_embedding"]
     assert np.abs(resized - load_model(tmp_path / "wide").variables["params"]["position_embedding"]).max() > 0.1
 
@@ -218,7 +220,7 @@ def test_an_interrupted_conversion_leaves_nothing_behind(tmp_path, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(network, "save_file", interrupted)
+    monkeypatch.setattr(network, "save", interrupted)
     with pytest.raises(KeyboardInterrupt):
         convert(*VIM, "--output", tmp_path / "out")
     assert not list(tmp_path.iterdir())

@@ -174,13 +174,14 @@ def fit(
             Change(f"{old} classes in the checkpoint, {new} wanted", "the head is initialised anew and needs training")
         )
     for path in tables:
-        old = leaves[path].shape[1]
+        old, new = f"{leaves[path].shape[1]} tokens", f"{shapes[path].shape[1]}"
+        if grid is not None:
+            old, new = f"{grid[0]}×{grid[1]} patches", f"{classifier.grid[0]}×{classifier.grid[1]}"
         leaves[path] = resize_position_embedding(
             leaves[path], classifier.grid, mode, grid=grid, class_token=classifier.class_token
         )
-        new = leaves[path].shape[1]
         changes.append(
-            Change(f"{old} tokens in the checkpoint, {new} wanted", f"the position embedding is resized (mode {mode})")
+            Change(f"{old} in the checkpoint, {new} wanted", f"the position embedding is resized (mode {mode})")
         )
     return leaves, changes
 

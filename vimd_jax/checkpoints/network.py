@@ -11,7 +11,6 @@ import functools
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from vimd_jax.data.images import DatasetError, find_images, read_image
 from vimd_jax.data.transforms import eval_view, low_resolution_view
@@ -137,14 +136,17 @@ def save_model(folder: Path, trained: TrainedModel) -> str:
     }
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
+    variables, description = folder / content["variables"], folder / "network.json"
     try:
-        _replace(folder / content["variables"], lambda path: save_file(leaves, path))
-        _replace(folder / "network.json", lambda path: path.write_text(json.dumps(content, indent=2) + "\n"))
+        _replace(variables, lambda path: path.write_bytes(save(leaves)))
+        _replace(description, lambda path: path.write_text(json.dumps(content, indent=2) + "\n"))
     except BaseException:
-        if is_new:
-            shutil.rmtree(folder, ignore_errors=True)
+        if not (description.exists() and variables.name in description.read_text()):
+            variables.unlink(missing_ok=True)
+            if is_new:
+                folder.rmdir()
         raise
-    for old in folder.glob("variables-*.safetensors"):
+    for old in folder.glob("*variables-*"):  # the last network's, and what a killed process left
         if old.name != content["variables"]:
             old.unlink()
     return checksum
@@ -208,13 +210,14 @@ def _read(folder: Path) -> TrainedModel:
         model = create_model(content["architecture"], **content["options"])
         names, provenance = tuple(content["class_names"]), content["provenance"]
         low_resolution, crop = content["view"]["low_resolution"], content["view"]["crop"]
+        checksum = content["checksum"]
         leaves = load_file(folder / content["variables"])
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{folder}/network.json is incomplete ({error}): write the checkpoint anew") from error
     except Exception as error:  # an option that is not valid, a file that is not there or damaged
         raise CheckpointError(f"{folder} is damaged ({' '.join(str(error).split())}): write it anew") from error
     variables = unflatten_dict(leaves, sep="/")
-    if checksum_of(variables) != content["checksum"]:
+    if checksum_of(variables) != checksum:
         raise CheckpointError(f"{folder}/{content['variables']} is damaged, its checksum differs: write it anew")
     shapes = {path: leaf.shape for path, leaf in variable_shapes(model).items()}
     if shapes != {path: leaf.shape for path, leaf in leaves.items()}:

@@ -80,6 +80,26 @@ def eval_batches(
     return _batches(example, steps, config, batch_size, process_index, process_count)
 
 
+def check_config(config: ConfigDict) -> None:
+    """Raises DatasetError, naming the field, if batches cannot be made as `config.dataset` asks for."""
+    scale = config.crop_scale
+    fields = {
+        "on_error": ("choose stop or skip", config.on_error in ("stop", "skip")),
+        "repeats": ("choose 1, or 3 as published", config.repeats >= 1),
+        "num_workers": ("choose 0 or more processes", config.num_workers >= 0),
+        "high_resolution": ("choose a number of pixels", config.high_resolution >= 1),
+        "low_resolution": ("choose a number of pixels", config.low_resolution >= 1),
+        "eval_crop": ("choose a share above 0 and up to 1", 0 < config.eval_crop <= 1),
+        "crop_scale": (
+            "choose two shares above 0 and up to 1, the smaller first",
+            len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1,
+        ),
+    }
+    for field, (remedy, fits) in fields.items():
+        if not fits:
+            raise DatasetError(f"config.dataset.{field} is {config[field]!r}; {remedy}")
+
+
 def steps_per_epoch(source: Source, config: ConfigDict, batch_size: int) -> int:
     """Whole training batches in an epoch, at least one."""
     return max(1, samples_per_epoch(len(source), config.repeats) // batch_size)
@@ -165,10 +185,7 @@ def _batches(
     process_count: int,
 ) -> Iterator[Batch]:
     """This process's share of the batches numbered `steps`, computed in advance by Grain."""
-    if config.on_error not in ("stop", "skip"):
-        raise DatasetError(f"config.dataset.on_error is {config.on_error!r}; choose stop or skip")
-    if config.repeats < 1:
-        raise DatasetError(f"config.dataset.repeats is {config.repeats}; choose 1, or 3 as published")
+    check_config(config)
     if batch_size < 1 or batch_size % process_count:
         raise DatasetError(
             f"batch_size is {batch_size}; choose a multiple of the number of processes ({process_count})"
