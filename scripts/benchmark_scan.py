@@ -73,7 +73,7 @@ def main() -> None:
 def positive(text: str) -> int:
     """A whole number above 0, for argparse."""
     if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
 
 

@@ -140,7 +140,7 @@ def _with_class_token(direction, grid, class_token, vertical_reverse) -> tuple[n
 
 
 def scan_order_of(ways: np.ndarray) -> ScanOrder:
-    """The order of ways (directions, length) that pass every token equally often; PADDING is no token."""
+    """The order of ways (directions, length) that pass every token equally often; PADDING is not a token."""
     directions, length = ways.shape
     visits = np.argsort(ways, axis=None, kind="stable")[np.count_nonzero(ways == PADDING) :]
     direction, place = np.divmod(visits, length)
