@@ -33,8 +33,9 @@ CLASSIFIERS = [name for name in NAMES if name not in SR_NETWORKS]
 
 
 def small(name: str, **options):
-    start = max((start for start in SMALL if name.startswith(start)), key=len)
-    return create_model(name, **SMALL[start] | options)
+    starts = [start for start in SMALL if name.startswith(start)]
+    assert starts, f"{name}: add a small version of this family to SMALL"
+    return create_model(name, **SMALL[max(starts, key=len)] | options)
 
 
 def images(height: int, width: int) -> jax.Array:
@@ -44,6 +45,10 @@ def images(height: int, width: int) -> jax.Array:
 @functools.cache
 def variables(name: str):
     return golden_models.random_variables(small(name), images(16, 16))
+
+
+def test_what_is_left_out_is_another_size_of_what_is_not():
+    assert {type(create_model(name)) for name in list_models()} == {type(create_model(name)) for name in NAMES}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -71,7 +76,8 @@ def test_forward_and_backward(name, size):
     assert output.shape == expected and output.dtype == jnp.float32
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((output, updated, gradients)))
     trained = gradients["params"].get("classifier", gradients["params"])
-    assert all(np.any(leaf) for leaf in jax.tree.leaves(trained.get("head", trained)))
+    idle = [jax.tree_util.keystr(path) for path, x in jax.tree_util.tree_leaves_with_path(trained) if not np.any(x)]
+    assert not idle, "parameters without a gradient"
 
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
