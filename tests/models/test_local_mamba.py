@@ -99,7 +99,7 @@ def test_a_turned_image_gives_a_turned_result():
 
 
 def test_initial_distributions():
-    """As the original starts LocalVim: one deviation for every linear layer, steps of 0.69; LocalVMamba as Mamba does."""
+    """As the original starts LocalVim: one deviation for linear layers, steps of 0.69; LocalVMamba as Mamba does."""
     options = {"embed_dim": 64, "depth": 4, "num_classes": 50, "directions": (("h", "v"),), "class_token": "middle"}
     model = create_model("local_vim_tiny", rope=False, **options)
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 224, 224, 3)))["params"]
