@@ -83,7 +83,9 @@ class TrainedModel:
             raise ValueError("This is a super-resolution network, which has no classes: load a classifier.")
         if isinstance(images, str | Path) or (isinstance(images, Sequence) and not hasattr(images, "shape")):
             paths = find_images([Path(p) for p in ([images] if isinstance(images, str | Path) else images)])
-            images = np.stack([self.prepare(path, downsample) for path in paths])
+            images = np.array([self.prepare(path, downsample) for path in paths])
+        if len(images) == 0:
+            raise ValueError("There are no images to label.")
         size = min(batch_size, len(images))
         return np.concatenate([self.probabilities(images[i : i + size], size) for i in range(0, len(images), size)])
 
