@@ -4,14 +4,24 @@ Paper       Vision Mamba Distillation for Low-resolution Fine-grained Image Clas
 Command     python -m vimd_jax.train --config configs/quickstart.py --workdir workdir/quickstart
             python -m vimd_jax.train --config configs/quickstart.py:baseline --workdir workdir/baseline
             The second trains the plain low-resolution classifier: bicubic up-sampling, no SR network, no teacher.
-Data        synthetic birds, drawn on the spot
-Network     Vim, 4 layers of 64 channels, 8-pixel patches of 64-pixel pictures; SRResNet x4, 16 channels, 2 blocks
+Data        synthetic birds, generated on the spot
+Network     Vim, 4 layers of 64 channels, 8-pixel patches of 64-pixel images; SRResNet x4, 16 channels, 2 blocks
 Measured    see the README
 """
 
 from ml_collections import ConfigDict
 
-from vimd_jax.config import default_config
+from vimd_jax.config import STAGES, default_config
+
+SR = {"channels": 16, "num_blocks": 2}
+VIM = {
+    "name": "vim_tiny",
+    "embed_dim": 64,
+    "depth": 4,
+    "patch_size": 8,
+    "stride": 8,
+    "input_normalization": True,
+}
 
 
 def get_config(run: str = "all"):
@@ -60,15 +70,8 @@ def _small(stage):
     config.dataset.high_resolution = 64
     config.dataset.low_resolution = 16
     config.dataset.crop_scale = (0.7, 1.0)
-    config.sr.channels = 16
-    config.sr.num_blocks = 2
-    for classifier in (config.teacher, config.student):
-        classifier.name = "vim_tiny"
-        classifier.embed_dim = 64
-        classifier.depth = 4
-        classifier.patch_size = 8
-        classifier.stride = 8
-        classifier.input_normalization = True
+    for role in STAGES[stage]:
+        config[role].update(SR if role == "sr" else VIM)
     config.optimizer.weight_decay = 0.05
     config.optimizer.clip_norm = 1.0
     config.schedule.learning_rate = 2e-3

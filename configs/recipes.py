@@ -9,8 +9,8 @@ differ more than their names suggest:
                         weight 20                                   are, weight 5
     learning rate       warm-up, then cosine decay; the peak is     1.6e-8 after batch scaling, below its own floor of
                         our choice, since the paper's is not known  1e-5: it falls for 5 epochs, then rises to the end
-    pictures            every picture once an epoch                 a third of them, three times each in a row
-    best checkpoint     chosen on 10 % of the training pictures     chosen on the test pictures
+    images              every image once an epoch                   a third of them, three times each in a row
+    best checkpoint     chosen on 10 % of the training images       chosen on the test images
     both                batch 16, 250 epochs, AdamW, label smoothing 0.1, weight decay 1e-8, no clipping, float32
 
 The authors' logs call the released script an ablation arm ("KD0.0"); on Stanford Dogs it is as good as the full method.

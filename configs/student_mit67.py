@@ -1,4 +1,4 @@
-"""ViMD student (SRVM-Net), 56-pixel pictures: MIT Indoor 67 (67 rooms, 5,360 training and 1,340 test pictures).
+"""ViMD student (SRVM-Net) for 56x56 images: MIT Indoor 67 (67 scene categories, 5,360 training and 1,340 test images).
 
 Paper       Vision Mamba Distillation for Low-resolution Fine-grained Image Classification, IEEE SPL 2025
 Command     python -m vimd_jax.train --config configs/student_mit67.py --workdir workdir/student_mit67 \\
@@ -6,10 +6,10 @@ Command     python -m vimd_jax.train --config configs/student_mit67.py --workdir
               --config.sr.init=SRResNet_x4-ImageNet-6dd5216c.pth.tar \\
               --config.student.init=vim_t_midclstok_ft_78p3acc.pth
 Data        a folder: --config.dataset.directory=DIR
-Network     SRResNet x4 (frozen), then Vim-tiny, stride 8, 224 pixels; the teacher is the same Vim on the true picture
-Recipes     configs/student_mit67.py is the paper's, configs/student_mit67.py:released the public script's;
-            recipes.py explains how they differ
-Published   the figure could not be found
+Network     frozen SRResNet x4, then Vim-tiny (stride 8, 224x224); the teacher is the same Vim on the original images
+Recipes     configs/student_mit67.py follows the paper, configs/student_mit67.py:released the authors' public script;
+            recipes.py explains the differences
+Published   no figure found (not in the authors' logs)
 Measured    not yet
 """
 

@@ -1,11 +1,11 @@
-"""ViMD teacher (HRVM-Net): Stanford 40 Actions (40 actions, 4,000 training and 5,532 test pictures).
+"""ViMD teacher (HRVM-Net): Stanford 40 Actions (40 actions, 4,000 training and 5,532 test images).
 
 Paper       Vision Mamba Distillation for Low-resolution Fine-grained Image Classification, IEEE SPL 2025
 Command     python -m vimd_jax.train --config configs/teacher_action.py --workdir workdir/teacher_action \\
               --config.dataset.directory=DIR --config.teacher.init=vim_t_midclstok_ft_78p3acc.pth
 Data        a folder: --config.dataset.directory=DIR
-Network     Vim-tiny, stride 8, 224 pixels
-Published   not published
+Network     Vim-tiny (stride 8, 224x224)
+Published   no figure found (not in the authors' logs)
 Measured    not yet
 """
 

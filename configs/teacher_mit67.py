@@ -1,11 +1,11 @@
-"""ViMD teacher (HRVM-Net): MIT Indoor 67 (67 rooms, 5,360 training and 1,340 test pictures).
+"""ViMD teacher (HRVM-Net): MIT Indoor 67 (67 scene categories, 5,360 training and 1,340 test images).
 
 Paper       Vision Mamba Distillation for Low-resolution Fine-grained Image Classification, IEEE SPL 2025
 Command     python -m vimd_jax.train --config configs/teacher_mit67.py --workdir workdir/teacher_mit67 \\
               --config.dataset.directory=DIR --config.teacher.init=vim_t_midclstok_ft_78p3acc.pth
 Data        a folder: --config.dataset.directory=DIR
-Network     Vim-tiny, stride 8, 224 pixels
-Published   not published
+Network     Vim-tiny (stride 8, 224x224)
+Published   no figure found (not in the authors' logs)
 Measured    not yet
 """
 

@@ -1,11 +1,11 @@
-"""ViMD teacher (HRVM-Net): Oxford-IIIT Pet (37 breeds, 3,680 training and 3,669 test pictures).
+"""ViMD teacher (HRVM-Net): Oxford-IIIT Pet (37 breeds, 3,680 training and 3,669 test images).
 
 Paper       Vision Mamba Distillation for Low-resolution Fine-grained Image Classification, IEEE SPL 2025
 Command     python -m vimd_jax.train --config configs/teacher_pets.py --workdir workdir/teacher_pets \\
               --config.teacher.init=vim_t_midclstok_ft_78p3acc.pth
-Data        TFDS (`pip install vimd-jax[tfds]`), or a folder: --config.dataset.directory=DIR
-Network     Vim-tiny, stride 8, 224 pixels
-Published   not published
+Data        TFDS (`pip install 'vimd-jax[tfds]'`), or a folder: --config.dataset.directory=DIR
+Network     Vim-tiny (stride 8, 224x224)
+Published   no figure found (not in the authors' logs)
 Measured    not yet
 """
 

@@ -1,5 +1,5 @@
-"""Selective scan, the recurrence of Mamba: one function, several implementations (see `selective_scan.py`)."""
+"""Operations with several implementations, a folder for each; `choice` decides which one runs, `build` compiles C++."""
 
-from kernels.selective_scan import selective_scan
+from kernels.scan import selective_scan
 
 __all__ = ["selective_scan"]

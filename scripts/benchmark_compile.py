@@ -1,10 +1,11 @@
-"""Compile time of a student training step and the memory of its activations, against depth.
+"""Compile time of a student training step against depth, and the memory that it needs.
 
     python scripts/benchmark_compile.py
 
 The step is that of the paper's recipe: SRVM-Net and its teacher at the published size (56 to 224 pixels, stride 8), all
-loss terms, gradients, AdamW. Only shapes are compiled, nothing runs. The memory is XLA's own plan (`memory_analysis`)
-of the classifier's gradient; its growth per layer is given in states, (batch, tokens, embed_dim) float32.
+loss terms, gradients, AdamW; it is compiled and does not run. The memory is XLA's own plan (`memory_analysis`): of the
+whole step, and of the classifier's gradient, whose growth per layer is given in states, (batch, tokens, embed_dim)
+float32.
 """
 
 import argparse
@@ -12,50 +13,10 @@ import time
 
 import jax
 import jax.numpy as jnp
-import optax
-from ml_collections import ConfigDict
+from benchmark_model import planned, student_step
 
-from vimd_jax import losses
+from vimd_jax.config import default_config
 from vimd_jax.models import create_model
-from vimd_jax.training.optimizer import create_optimizer
-
-OPTIMIZER = ConfigDict(
-    {"weight_decay": 0.05, "b1": 0.9, "b2": 0.999, "eps": 1e-8, "clip_norm": None, "decay_state_matrix": True}
-)
-
-
-def student_step(depth: int, remat: bool) -> tuple:
-    """The training step and the shapes of its arguments."""
-    student = create_model("srvm_tiny", num_classes=200, depth=depth, remat=remat)
-    teacher = create_model("vim_tiny_stride8", num_classes=200, depth=depth)
-    low, high = (jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32) for size in (56, 224))
-    variables = jax.eval_shape(student.init, jax.random.key(0), low)
-    params = variables["params"]["classifier"]
-    frozen = {
-        "sr": variables["params"]["sr"],
-        "batch_stats": variables["batch_stats"],
-        "teacher": jax.eval_shape(teacher.init, jax.random.key(0), high),
-    }
-    optimizer = create_optimizer(OPTIMIZER, params, optax.constant_schedule(1e-4))
-
-    def step(params, opt_state, frozen, low, high, labels):
-        teacher_logits, teacher_features = teacher.apply(frozen["teacher"], high, return_features=True)
-
-        def loss(params):
-            trees = {"params": {"sr": frozen["sr"], "classifier": params}, "batch_stats": frozen["batch_stats"]}
-            logits, features = student.apply(trees, low, train=True, return_features=True)
-            states = features["hidden_states"], teacher_features["hidden_states"]
-            return (
-                losses.label_smoothing_cross_entropy(logits, labels, 0.1)
-                + losses.logits_distillation(logits, teacher_logits, 4.0)
-                + 20 * losses.hidden_state_distillation(*states, "all", normalize=True)
-            )
-
-        updates, opt_state = optimizer.update(jax.grad(loss)(params), opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
-
-    labels = jax.ShapeDtypeStruct((1,), jnp.int32)
-    return step, (params, jax.eval_shape(optimizer.init, params), frozen, low, high, labels)
 
 
 def classifier_memory(depth: int, remat: bool, batch: int) -> tuple[int, int]:
@@ -71,6 +32,7 @@ def classifier_memory(depth: int, remat: bool, batch: int) -> tuple[int, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--depths", type=int, nargs="+", default=[24, 48], help="of the compiled training steps")
+    parser.add_argument("--step_batch", type=int, default=16, help="of the training steps whose memory is given")
     parser.add_argument("--memory_depths", type=int, nargs="+", default=[6, 12, 24])
     parser.add_argument("--batch", type=int, default=4, help="of the memory table")
     args = parser.parse_args()
@@ -78,13 +40,25 @@ def main() -> None:
     print("| depth | remat | trace and lower (s) | compile (s) |\n|---|---|---|---|")
     for depth in args.depths:
         for remat in (False, True):
-            step, shapes = student_step(depth, remat)
+            config = default_config("student")
+            config.teacher.depth = config.student.depth = depth
+            config.student.remat = remat
+            step, *arguments = student_step(config, batch=1)
             start = time.perf_counter()
-            lowered = jax.jit(step).lower(*shapes)
+            lowered = step.lower(*arguments)
             middle = time.perf_counter()
             lowered.compile()
             end = time.perf_counter()
             print(f"| {depth} | {remat} | {middle - start:.1f} | {end - middle:.1f} |", flush=True)
+
+    print(f"\n| training step, batch {args.step_batch} | remat | GB |\n|---|---|---|")
+    for dtype in ("float32", "bfloat16"):
+        for remat in (False, True):
+            config = default_config("student")
+            config.student.dtype = config.teacher.dtype = dtype
+            config.student.remat = remat
+            step, *arguments = student_step(config, args.step_batch)
+            print(f"| {dtype} | {remat} | {planned(step.lower(*arguments).compile()) / 1e9:.1f} |", flush=True)
 
     print("\n| depth | remat | temporary MB | growth per layer, in states |\n|---|---|---|---|")
     for remat in (False, True):

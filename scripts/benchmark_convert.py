@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests" / "weight_convert"))
+sys.path.insert(0, str(ROOT / "tests"))
 
 import torch_writer  # noqa: E402
 

@@ -24,10 +24,13 @@ import jax.numpy as jnp
 import optax
 from benchmark_scan import available, positive
 from flax import linen as nn
+from ml_collections import ConfigDict
 
-from kernels.selective_scan import FASTEST_FIRST, IMPLEMENTATIONS
+from kernels.scan.api import IMPLEMENTATIONS
 from vimd_jax.config import default_config
 from vimd_jax.models import create_model
+from vimd_jax.models.network import input_images
+from vimd_jax.training.networks import build_networks
 from vimd_jax.training.optimizer import create_optimizer
 from vimd_jax.training.parallel import replicate, shard
 from vimd_jax.training.steps import create_state, make_train_step
@@ -37,10 +40,8 @@ CLASSES = 200
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    usual = [*FASTEST_FIRST[jax.default_backend()], "associative"]
-    parser.add_argument(
-        "--implementations", nargs="*", default=list(dict.fromkeys(usual)), choices=IMPLEMENTATIONS, metavar="NAME"
-    )
+    names, usual = IMPLEMENTATIONS.names, dict.fromkeys([*IMPLEMENTATIONS.candidates(), "associative"])
+    parser.add_argument("--implementations", nargs="*", default=list(usual), choices=names, metavar="NAME")
     parser.add_argument("--batch", type=positive, default=1, help="images, per device where training")
     parser.add_argument("--sizes", type=positive, nargs="*", default=[224, 384, 512, 768, 1024, 1248])
     parser.add_argument("--repeats", type=positive, default=5)
@@ -101,29 +102,34 @@ def inference(model: nn.Module, size: int, batch: int, repeats: int) -> dict:
 
 def training_step(implementation: str | None, batch: int, repeats: int) -> dict:
     """Median seconds and memory of one optimiser step on all local devices."""
-    network = create_model("srvm_tiny", num_classes=CLASSES, scan_implementation=implementation)
-    teacher = create_model("vim_tiny_stride8", num_classes=CLASSES, scan_implementation=implementation)
     config = default_config("student")
-    count = batch * jax.local_device_count()
-    pictures = {name: jnp.zeros((count, size, size, 3), jnp.uint8) for name, size in (("high", 224), ("low", 56))}
-    pictures |= {"label": jnp.zeros(count, jnp.int32), "weight": jnp.ones(count)}
-
-    variables = jax.jit(network.init)(jax.random.key(0), pictures["low"] / 255)
-    frozen = {name: {} for name in ("sr", "teacher")}
-    frozen["sr"] = {"params": variables["params"]["sr"], "batch_stats": variables["batch_stats"]["sr"]}
-    frozen["teacher"] = jax.jit(teacher.init)(jax.random.key(1), pictures["high"] / 255)
-    params = variables["params"]["classifier"]
-    optimizer = create_optimizer(config.optimizer, params, optax.constant_schedule(1e-5))
-    state = replicate(create_state(config, params, {}, optimizer))
-    frozen, pictures = replicate(frozen), shard(pictures)
-    program = make_train_step(config, network, teacher, optimizer).lower(state, frozen, pictures).compile()
-
+    config.teacher.scan_implementation = config.student.scan_implementation = implementation
+    step, state, frozen, images = student_step(config, batch)
+    program = step.lower(state, frozen, images).compile()
     seconds = []
     for _ in range(repeats + 1):
         began = time.perf_counter()
-        state, metrics = jax.block_until_ready(program(state, frozen, pictures))
+        state, metrics = jax.block_until_ready(program(state, frozen, images))
         seconds.append(time.perf_counter() - began)
+    count = batch * jax.local_device_count()
     return {"seconds": statistics.median(seconds[1:]), "memory": planned(program), "images": count}
+
+
+def student_step(config: ConfigDict, batch: int) -> tuple:
+    """A student's training step as train.py runs it, and its arguments: state, frozen networks, a batch a device."""
+    networks = build_networks(config, CLASSES)
+    count = batch * jax.local_device_count()
+    images = {name: jnp.zeros((count, size, size, 3), jnp.uint8) for name, size in (("high", 224), ("low", 56))}
+    images |= {"label": jnp.zeros(count, jnp.int32), "weight": jnp.ones(count)}
+
+    def initial(model: nn.Module) -> dict:
+        return jax.jit(model.init)(jax.random.key(0), jnp.zeros(input_images(model).shape))
+
+    frozen = {"sr": initial(networks.sr), "teacher": initial(networks.teacher)}
+    variables = initial(networks.trained)
+    optimizer = create_optimizer(config.optimizer, variables["params"], optax.constant_schedule(1e-5))
+    state = create_state(config, variables, optimizer)
+    return make_train_step(config, networks, optimizer), replicate(state), replicate(frozen), shard(images)
 
 
 def no_scan(u, delta, A, B, C, D, z, delta_bias, **options) -> jax.Array:

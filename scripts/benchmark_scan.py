@@ -25,15 +25,16 @@ import jax
 import jax.numpy as jnp
 
 from kernels import selective_scan
-from kernels.selective_scan import IMPLEMENTATIONS, choose_implementation, why_unavailable
-from kernels.shapes import BATCH_SIZES, SHAPES, Shape
+from kernels.scan.api import IMPLEMENTATIONS
+from kernels.scan.inputs import ScanInputs
+from kernels.scan.shapes import BATCH_SIZES, SHAPES, Shape
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser, names = argparse.ArgumentParser(description=__doc__.splitlines()[0]), IMPLEMENTATIONS.names
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES), metavar="SHAPE")
     parser.add_argument("--batch", nargs="+", type=positive, default=list(BATCH_SIZES))
-    parser.add_argument("--implementations", nargs="+", default=list(IMPLEMENTATIONS), choices=IMPLEMENTATIONS)
+    parser.add_argument("--implementations", nargs="+", default=list(names), choices=names)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--repeats", type=positive, default=9)
     parser.add_argument("--max_states_gb", type=float, default=4, help="leave associative, which stores all, out above")
@@ -78,7 +79,8 @@ def positive(text: str) -> int:
 
 def available(names: list[str]) -> list[str]:
     """The implementations that can run here; prints why the others cannot."""
-    reasons = {name: why_unavailable(name) for name in names}
+    inputs = ScanInputs(**make_inputs(Shape(1, 1, 1), 1, jnp.float32))
+    reasons = {name: IMPLEMENTATIONS.why_unavailable(name, inputs) for name in names}
     for name, reason in reasons.items():
         if reason:
             print(f"{name}: {reason}")
@@ -159,7 +161,8 @@ def check_large() -> None:
     whole = results(long, matrices)
     for x, expected in zip(jax.tree.leaves(whole), jax.tree.leaves(last)):
         assert jnp.allclose(x[-1:], expected, rtol=1e-5, atol=1e-5 * jnp.abs(expected).max())
-    print(f"{choose_implementation()}: {long.nbytes / 1e9:.1f} GB for each long array, forward and backward are right")
+    name = IMPLEMENTATIONS.choose(ScanInputs(**inputs | matrices, u=long))
+    print(f"{name}: {long.nbytes / 1e9:.1f} GB for each long array, forward and backward are right")
 
 
 def make_inputs(shape: Shape, batch: int, dtype) -> dict[str, jax.Array]:

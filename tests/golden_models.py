@@ -1,16 +1,21 @@
 """The networks of the recorded cases, built from the original classes' constructor arguments; and quick weights."""
 
+import re
 from typing import Any
 
 import jax
 import numpy as np
 from flax import linen as nn
 
+from vimd_jax.models.efficient_vmamba import EfficientVMamba
+from vimd_jax.models.hierarchical import Hierarchical
 from vimd_jax.models.local_vim import LocalVim
 from vimd_jax.models.local_vmamba import LocalVMamba
 from vimd_jax.models.srresnet import SRResNet
+from vimd_jax.models.v2m import V2M
 from vimd_jax.models.vim import Vim
-from vimd_jax.models.vim_ablations import VimAblation
+from vimd_jax.models.vmamba import VMamba
+from weight_convert import convert_state_dict, export_state_dict
 
 
 def vim(constructor: dict, **overrides) -> Vim:
@@ -22,7 +27,6 @@ def vim(constructor: dict, **overrides) -> Vim:
     if not constructor["if_cls_token"]:
         class_token = None
     divide = constructor.get("if_divide_out", constructor.get("if_devide_out"))
-    bimamba_type = "v1" if constructor.get("if_bimamba") else constructor["bimamba_type"]
     pool = constructor["final_pool_type"]
     options = {
         "num_classes": constructor["num_classes"],
@@ -37,16 +41,15 @@ def vim(constructor: dict, **overrides) -> Vim:
         "merge": "mean" if divide else "sum",
         "rope": constructor.get("if_rope_residual", False),
     }
-    ablations = {
-        "bimamba_type": None if bimamba_type == "none" else bimamba_type,
-        "norm": "rms" if constructor.get("rms_norm", True) else "layer",
-        "layer_scale": constructor.get("init_layer_scale"),
-        "paired_layers": constructor.get("if_bidirectional", False),
-        "flip_tokens": constructor.get("flip_img_sequences_ratio", 0) >= 1,
-    }
-    if any(value != getattr(VimAblation, name) for name, value in ablations.items()):
-        return VimAblation(**(options | ablations | overrides))
     return Vim(**(options | overrides))
+
+
+def v2m(constructor: dict, **overrides) -> V2M:
+    """The V2M that the original `VisionMamba(**constructor, bimamba_type="2d")` is; it never uses a class token."""
+    options = {name: constructor[name] for name in ("num_classes", "patch_size", "stride", "embed_dim", "depth")}
+    options |= {"image_size": constructor["img_size"], "routing": "published"}
+    options["merge"] = "mean" if constructor["if_devide_out"] else "sum"
+    return V2M(**(options | overrides))
 
 
 def local_vim(constructor: dict, **overrides) -> LocalVim:
@@ -77,6 +80,36 @@ def local_vmamba(constructor: dict, **overrides) -> LocalVMamba:
     return LocalVMamba(**(options | overrides))
 
 
+def vmamba(constructor: dict) -> VMamba:
+    """The VMamba that the original `VSSM(**constructor)` is."""
+    return VMamba(
+        num_classes=constructor["num_classes"],
+        dims=tuple(constructor["dims"]),
+        depths=tuple(constructor["depths"]),
+        state_size=constructor["ssm_d_state"],
+    )
+
+
+def efficient_vmamba(constructor: dict) -> EfficientVMamba:
+    """The EfficientVMamba that the original `EfficientVSSM(**constructor)` is; that one does not read d_state."""
+    dims = constructor["dims"]
+    return EfficientVMamba(
+        num_classes=constructor["num_classes"],
+        dims=dims if isinstance(dims, int) else tuple(dims),
+        depths=tuple(constructor["depths"]),
+        mlp_ratio=constructor["mlp_ratio"],
+        downsample={"v1": "merge", "v2": "conv"}[constructor["downsample_version"]],
+    )
+
+
+def first_block(tensors: dict[str, np.ndarray], model: Hierarchical, prefix: str = "") -> Any:
+    """Variables of the first block of a network with stages, from tensors that were recorded for it or a part of it."""
+    names = {f"layers.0.blocks.0.{prefix}{name}": tensor for name, tensor in tensors.items()}
+    whole = export_state_dict(random_variables(model, np.zeros((1, 32, 32, 3), np.float32)), model)
+    variables = convert_state_dict(whole | names, model)
+    return {kind: jax.tree.map(lambda x: x[0], stages["stage_0"]) for kind, stages in variables.items()}
+
+
 def srresnet(constructor: dict) -> SRResNet:
     """The SRResNet that the original `SRResNet(**constructor)` is."""
     return SRResNet(
@@ -98,3 +131,37 @@ def random_variables(model: nn.Module, images: Any, seed: int = 0) -> Any:
         return np.abs(values) + 0.5 if path[-1].key == "var" else values
 
     return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(model.init, jax.random.key(0), images))
+
+
+def weights_by_rule(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """Parameters under PyTorch's names by the rule for which figures of the originals are known: waves around what each
+    kind of parameter starts from, their phases in the names' alphabetical order. Statistics of batch norms too."""
+    parameters = sorted(name for name in shapes if ".running_" not in name)
+    weights = {name: _weight_by_rule(rank, name, shapes[name]) for rank, name in enumerate(parameters)}
+    for name in set(shapes) - set(parameters):
+        angle = 0.37 * np.arange(shapes[name][0])
+        weights[name] = 0.1 * np.cos(angle) if name.endswith("mean") else 1 + 0.1 * np.sin(angle)
+    return weights
+
+
+def _weight_by_rule(rank: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    wave = np.cos(rank + 0.37 * np.arange(np.prod(shape))).reshape(shape)
+    kind = name.split(".")[-1]
+    if re.match(r"A_(\w_)?log", kind):
+        return np.log(np.arange(1, shape[1] + 1)) + 0.1 * wave
+    if kind in ("D", "D_b", "D_2", "Ds") or (len(shape) == 1 and kind == "weight"):
+        return 1 + 0.1 * wave
+    if kind in ("x_proj_weight", "dt_projs_weight"):
+        return wave / np.sqrt(shape[-1])
+    if kind == "dt_projs_bias" or ("dt_proj" in name and kind == "bias"):
+        return -2 + 0.5 * wave
+    if kind == "bias":
+        return 0.1 * wave
+    if kind in ("pos_embed", "cls_token"):
+        return wave / 2
+    return wave / np.sqrt(np.prod(shape[1:]))
+
+
+def images_by_rule(shape: tuple[int, ...]) -> np.ndarray:
+    """The images, in the originals' layout, that go with `weights_by_rule`."""
+    return np.sin(0.05 * np.arange(np.prod(shape), dtype=np.float64)).reshape(shape).astype(np.float32)

@@ -1,9 +1,9 @@
 """Whole runs: three stages in a row, interruption, wrong requests, and the programs that use what comes out."""
 
 import csv
+import dataclasses
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,10 +15,15 @@ import numpy as np
 import pytest
 from tiny import tiny_config
 
-from vimd_jax import evaluate, predict, train
-from vimd_jax.data import DatasetError, eval_view, load_source
-from vimd_jax.training import checkpoints, workdirs
-from vimd_jax.training.metrics import TrainingError, read_metrics
+from vimd_jax import evaluate, load_model, predict, train
+from vimd_jax.checkpoints import training_state
+from vimd_jax.checkpoints.network import save_model
+from vimd_jax.data.images import DatasetError, find_images
+from vimd_jax.data.sources import load_source
+from vimd_jax.data.transforms import eval_view
+from vimd_jax.log import TrainingError
+from vimd_jax.training import workdirs
+from vimd_jax.training.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent
 
@@ -38,7 +43,7 @@ def student_config(folder: Path, **changes):
 
 
 def final_state(workdir: Path):
-    manager = checkpoints.open_folder(workdir / "checkpoints")
+    manager = training_state.open_folder(workdir / "checkpoints")
     return manager.restore(manager.latest_step()).state
 
 
@@ -62,8 +67,7 @@ def test_student_metrics_name_every_term(trained):
 
 
 def test_the_student_keeps_its_sr_network_frozen(trained):
-    _, sr = checkpoints.load_best(trained / "sr")
-    _, student = checkpoints.load_best(trained / "student")
+    sr, student = load_model(trained / "sr").variables, load_model(trained / "student").variables
     same = jax.tree.map(np.array_equal, sr["params"], student["params"]["sr"])
     assert all(jax.tree.leaves(same))
 
@@ -101,16 +105,16 @@ def _sigterm_after(step, train_batches):
     return wrapped
 
 
-def test_a_non_finite_loss_stops_and_names_step_and_pictures(tmp_path):
+def test_a_non_finite_loss_stops_and_names_step_and_images(tmp_path):
     config = tiny_config("teacher", schedule__learning_rate=1e30, schedule__warmup_learning_rate=1e30)
-    with pytest.raises(TrainingError, match=r"not finite at step \d+ .*Pictures of the batch: .*synthetic"):
+    with pytest.raises(TrainingError, match=r"not finite at step \d+ .*Images of the batch: .*synthetic"):
         train.train(config, tmp_path)
 
 
 def test_averaged_weights_are_evaluated_and_saved(tmp_path):
     config = tiny_config("teacher", ema_decay=0.5)
     train.train(config, tmp_path)
-    state, (_, best) = final_state(tmp_path), checkpoints.load_best(tmp_path)
+    state, best = final_state(tmp_path), load_model(tmp_path).variables
     if read_metrics(tmp_path)[-1]["metrics"]["best_step"] == int(state["step"]):
         assert np.array_equal(state["ema_params"]["head"]["kernel"], best["params"]["head"]["kernel"])
     assert not np.array_equal(state["ema_params"]["head"]["kernel"], state["params"]["head"]["kernel"])
@@ -123,11 +127,15 @@ def test_averaged_weights_are_evaluated_and_saved(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dataset__low_resolution": 9}, "config.dataset.low_resolution"),
         ({"batch_size": 0}, "config.batch_size"),
         ({"dataset__name": "folder", "dataset__directory": "/nowhere"}, "config.dataset.directory"),
         ({"dataset__name": "bird"}, "bird"),
         ({"teacher__dtype": "float8"}, "config.teacher.dtype"),
+        (
+            {"teacher__directions": ("h",)},
+            "config.teacher.directions: vim_tiny has no such option, choose from .*merge",
+        ),
+        ({"teacher__name": "vim_tinny"}, "config.teacher.name: .*vim_tiny"),
         ({"teacher__init": "/nowhere"}, "/nowhere"),
         ({"selection": "vote"}, "vote"),
     ],
@@ -140,8 +148,13 @@ def test_wrong_requests_are_refused(tmp_path, changes, message):
 def test_a_student_needs_trained_networks(tmp_path, trained):
     with pytest.raises(ValueError, match="config.sr.init is empty"):
         train.train(tiny_config("student"), tmp_path / "a")
-    with pytest.raises(ValueError, match="classes"):
+    with pytest.raises(ValueError, match="4 classes in the checkpoint, 5 wanted"):
         train.train(student_config(trained, dataset__synthetic_classes=5), tmp_path / "b")
+    with pytest.raises(ValueError, match="config.dataset.low_resolution"):
+        train.train(student_config(trained, dataset__low_resolution=9), tmp_path / "c")
+    with pytest.raises(ValueError, match=r"config.loss: layers: \(0, 2\) is not valid"):
+        train.train(student_config(trained, loss__hidden_layers="0,2"), tmp_path / "d")
+    assert not any(tmp_path.glob("[acd]"))
 
 
 def test_a_workdir_belongs_to_one_config(trained):
@@ -178,7 +191,7 @@ def test_a_misspelt_or_mistyped_field_ends_the_program(tmp_path, flag):
 @pytest.mark.parametrize("stage", ["teacher", "student"])
 def test_evaluate_agrees_with_the_training_log(trained, stage):
     config, workdir = workdirs.read_config(trained / stage), trained / stage
-    scores = evaluate.evaluate_run(config, workdir, "test", workdir)
+    scores = evaluate.evaluate_run(config, workdir, "test")
     logged = read_metrics(workdir)[-1]["metrics"]
     assert scores.summary() == pytest.approx({name: logged[name] for name in scores.summary()})
     rows = list(csv.reader((workdir / "test_per_class.csv").read_text().splitlines()))
@@ -193,39 +206,63 @@ def test_predict_labels_files_and_folders(trained, tmp_path, capsys):
     source = load_source(tiny_config("student").dataset, "test", seed=0)
     source.read(0).resize((8, 8)).save(tmp_path / "small.png")
     source.read(1).resize((50, 40)).save(tmp_path / "large.png")
-    classifier = predict.load_classifier(trained / "student")
-    paths = predict.find_pictures([tmp_path])
-    labelled = dict(predict.predict(classifier, paths, 2, downsample=False))
+    classifier = load_model(trained / "student")
+    paths = find_images([tmp_path])
+    labelled = dict(predict.label(classifier, paths, 2, downsample=False))
     assert [path.name for path in labelled] == ["small.png"]
     assert "large.png: 50x40 pixels" in capsys.readouterr().err
-    labelled = dict(predict.predict(classifier, paths, 2, downsample=True))
+    labelled = dict(predict.label(classifier, paths, 2, downsample=True))
     assert len(labelled) == 2
     np.testing.assert_allclose([p.sum() for p in labelled.values()], 1, rtol=1e-5)
+    np.testing.assert_allclose(classifier.predict(tmp_path, downsample=True), list(labelled.values()), rtol=1e-5)
 
 
-def test_predict_reads_a_file_as_it_is(tmp_path):
+def test_predict_reads_a_file_as_it_is():
     file = golden.FOLDER / "checkpoints" / "vim_style.pth"
     options = {"embed_dim": 48, "depth": 4, "stride": 8, "image_size": 64}
-    classifier = predict.load_classifier(file, "vim_tiny", options=options)
-    assert len(classifier.class_names) == classifier.network.num_classes == 10
+    classifier = load_model(file, "vim_tiny", options=options)
+    assert len(classifier.class_names) == classifier.model.num_classes == 10
     with pytest.raises(ValueError, match="vim_style.pth: the weights do not fit Vim: wrong shape .*: pos_embed is"):
-        predict.load_classifier(file, "vim_tiny", options=options | {"image_size": 96})
-    with pytest.raises(ValueError, match="vim_style.pth does not say of which network it is: .*--model"):
-        predict.load_classifier(file)
-    with pytest.raises(ValueError, match="reads 400x16 pixels"):
-        predict.load_classifier(file, "vim_tiny", options=options | {"image_size": (16, 400)})
+        load_model(file, "vim_tiny", options=options | {"image_size": 96})
+    with pytest.raises(ValueError, match="vim_style.pth does not say which network it holds: .*--model"):
+        load_model(file)
+    with pytest.raises(DatasetError, match="reads 400x16 pixels"):
+        wide = load_model(file, "vim_tiny", options=options | {"image_size": (16, 400)})
+        wide.prepare(ROOT / "docs" / "panel.png")
 
 
-def test_predict_looks_at_pictures_as_the_run_did(trained, tmp_path):
-    stored = json.loads((trained / "teacher" / "config.json").read_text())
-    stored["dataset"]["eval_crop"] = 0.5
-    shutil.copytree(trained / "teacher", tmp_path / "teacher")
-    (tmp_path / "teacher" / "config.json").write_text(json.dumps(stored))
-    classifier = predict.load_classifier(tmp_path / "teacher")
-    picture = load_source(tiny_config("teacher").dataset, "test", seed=0).read(0).resize((64, 64))
-    picture.save(tmp_path / "x.png")
-    expected = np.asarray(eval_view(picture, classifier.high, 0.5), np.float32) / 255
-    np.testing.assert_array_equal(classifier.prepare(tmp_path / "x.png", downsample=False), expected)
+def test_predict_looks_at_images_as_the_run_did(trained, tmp_path):
+    save_model(tmp_path / "teacher", dataclasses.replace(load_model(trained / "teacher"), crop=0.5))
+    classifier = load_model(tmp_path / "teacher")
+    image = load_source(tiny_config("teacher").dataset, "test", seed=0).read(0).resize((64, 64))
+    image.save(tmp_path / "x.png")
+    expected = np.asarray(eval_view(image, classifier.image_size, 0.5), np.float32) / 255
+    np.testing.assert_array_equal(classifier.prepare(tmp_path / "x.png"), expected)
+
+
+def test_evaluate_refuses_another_network_and_other_classes(trained):
+    workdir = trained / "teacher"
+    with pytest.raises(ValueError, match="merge is 'mean' there, 'sum' in the model"):
+        evaluate.evaluate_run(tiny_config("teacher", teacher__merge="sum"), workdir, "test")
+    with pytest.raises(ValueError, match="4 classes in the checkpoint, 3 wanted"):
+        evaluate.evaluate_run(tiny_config("teacher", dataset__synthetic_classes=3), workdir, "test")
+    with pytest.raises(ValueError, match="trained on other classes: 'barred wing'"):
+        evaluate.check_class_names(workdir, ("owl", "crow", "robin", "wren"))
+
+
+def test_every_stage_of_a_config_is_checked_before_the_first_begins(tmp_path):
+    command = [sys.executable, "-m", "vimd_jax.train", "--config=configs/quickstart.py", f"--workdir={tmp_path}/run"]
+    wrong = {
+        "--config.stages.student.batch_size=0": "stage student: config.batch_size",
+        "--config.stages.student.loss.hidden_layers=99": "stage student: config.loss: layers",
+        "--config.stages.teacher.teacher.class_token=tail": "stage teacher: config.teacher.class_token",
+        "--config.stages.student.teacher.init=/nowhere": "stage student: config.teacher.init: /nowhere",
+    }
+    for flag, message in wrong.items():
+        result = subprocess.run([*command, flag], cwd=ROOT, capture_output=True, text=True)
+        assert result.returncode == 1 and message in result.stderr, result.stderr
+        assert len(result.stderr.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("form", ["table", "json", "csv"])

@@ -1,8 +1,10 @@
-"""The smallest run that is still a whole run: seconds a stage, drawn pictures, a Vim of two layers."""
+"""The smallest run that is still a whole run: seconds a stage, synthetic images, a Vim of two layers."""
 
 from ml_collections import ConfigDict
 
-from vimd_jax.config import default_config
+from vimd_jax.config import STAGES, default_config
+
+VIM = {"name": "vim_tiny", "embed_dim": 16, "depth": 2, "patch_size": 8, "stride": 8}
 
 
 def tiny_config(stage: str, **changes) -> ConfigDict:
@@ -17,14 +19,8 @@ def tiny_config(stage: str, **changes) -> ConfigDict:
     config.dataset.synthetic_test_size = 10
     config.dataset.high_resolution = 32
     config.dataset.low_resolution = 8
-    config.sr.channels = 4
-    config.sr.num_blocks = 1
-    for classifier in (config.teacher, config.student):
-        classifier.name = "vim_tiny"
-        classifier.embed_dim = 16
-        classifier.depth = 2
-        classifier.patch_size = 8
-        classifier.stride = 8
+    for role in STAGES[stage]:
+        config[role].update({"channels": 4, "num_blocks": 1} if role == "sr" else VIM)
     config.schedule.learning_rate = 1e-3
     config.schedule.warmup_epochs = 1
     config.schedule.num_epochs = 2

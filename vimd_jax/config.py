@@ -4,32 +4,45 @@ The configs are `ml_collections.ConfigDict`s: a misspelt field or a value of the
 can be changed on the command line, as in `--config.schedule.num_epochs=10`.
 """
 
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin
+
 from ml_collections import ConfigDict, config_dict
 
-STAGES = ("sr", "teacher", "student")
+from vimd_jax.models import CLASSIFIERS, SR_NETWORKS, model_options
+
+# The stages of training, and the networks that each one has a section for.
+STAGES = {
+    "sr": ("sr",),  # a super-resolution network, on images
+    "classifier": ("classifier",),  # any classifier, on labels
+    "teacher": ("teacher",),  # the same, as HRVM-Net of ViMD
+    "student": ("sr", "teacher", "student"),  # the classifier of SRVM-Net, on labels and what the teacher makes of them
+}
+
+# Options that a run derives from its other settings.
+DERIVED = ("num_classes", "image_size", "scale", "bn_axis_name")
 
 # Fields that may differ between a run and its continuation, because they change no number of the run.
 CHANGEABLE = ("dataset.num_workers", "log_every_steps", "checkpoint_every_steps", "eval_batch_size")
 
 
 def default_config(stage: str) -> ConfigDict:
-    """The settings of one training stage: "sr", "teacher" or "student".
+    """The settings of one training stage, see `STAGES`.
 
-    The defaults are the recipe of the ViMD paper (Chen et al., IEEE SPL 2025) for 56x56 pictures, where the paper and
-    the authors' logs tell it.
+    The defaults are the recipe of the ViMD paper (Chen et al., IEEE SPL 2025) for 56x56 images, where the paper and
+    the authors' logs state it.
     """
     if stage not in STAGES:
         raise ValueError(f"config.stage is {stage!r}: choose one of {', '.join(STAGES)}.")
     config = ConfigDict()
     config.stage = stage
     config.seed = 0
-    config.batch_size = 16  # pictures a step, over all devices and hosts
+    config.batch_size = 16  # images a step, over all devices and hosts
     config.eval_batch_size = 64
     config.dataset = _dataset()
-    config.sr = _super_resolution()
-    config.teacher = _classifier()  # HRVM-Net: trained in stage "teacher", frozen in stage "student"
-    config.student = _classifier()  # the classifier half of SRVM-Net
-    config.loss = _loss()
+    for role in STAGES[stage]:
+        config[role] = _network(role)
+    config.loss = _loss(stage)
     config.optimizer = _optimizer()
     config.schedule = _schedule()
     config.ema_decay = 0.0  # > 0 keeps an exponential moving average of the weights, evaluates it and saves it as best
@@ -43,17 +56,17 @@ def default_config(stage: str) -> ConfigDict:
 def _dataset() -> ConfigDict:
     return ConfigDict(
         {
-            "name": "folder",  # "folder", "synthetic", or cub, cars, dogs, pets, flowers, mit67, action, aircraft
-            "directory": "",  # holds train|val|test/<class>/*.jpg; empty: read through TFDS, where TFDS has the dataset
+            "name": "folder",  # or "synthetic", cub, cars, dogs, pets, flowers, mit67, action, aircraft, imagenet
+            "directory": "",  # contains train|val|test/<class>/*.jpg; empty: read through TFDS, if TFDS has the dataset
             "num_classes": 0,  # 0: as many as the data has; otherwise checked
-            "high_resolution": 224,  # pixels, what the teacher sees
-            "low_resolution": 56,  # pixels, what the student sees
-            "validation_fraction": 0.1,  # of the training pictures, held out (where the folder has no val/ of its own)
-            "crop_scale": (0.08, 1.0),  # share of the picture's area that a random-resized crop takes
+            "high_resolution": 224,  # pixels, what a classifier sees and a teacher teaches
+            "low_resolution": 56,  # pixels, what a student sees
+            "validation_fraction": 0.1,  # of the training images, held out (if the folder has no val/ of its own)
+            "crop_scale": (0.08, 1.0),  # share of the image's area that a random-resized crop takes
             "flip": True,
-            "eval_crop": 1.0,  # share of the picture's short side that the evaluation view keeps
-            "repeats": 1,  # times each picture is drawn in a row; 3 is the published repeated augmentation
-            "on_error": "stop",  # an unreadable picture: "stop", or "skip" and count
+            "eval_crop": 1.0,  # share of the image's short side that the evaluation view keeps
+            "repeats": 1,  # times each image is drawn in a row; 3 is the published repeated augmentation
+            "on_error": "stop",  # an unreadable image: "stop", or "skip" and count
             "num_workers": 0,  # input processes; 0: a thread of the training process
             "synthetic_classes": 8,
             "synthetic_train_size": 2000,
@@ -62,46 +75,45 @@ def _dataset() -> ConfigDict:
     )
 
 
-def _super_resolution() -> ConfigDict:
-    return ConfigDict(
-        {
-            "name": "srresnet_x4",  # or srresnet_x2, srresnet_x8, or "bicubic": no network
-            "channels": 64,
-            "num_blocks": 16,
-            "init": "",  # a workdir, a converted checkpoint, or a .pth / .safetensors file
-        }
-    )
+def _network(role: str) -> ConfigDict:
+    """A name of `list_models()`, where its weights come from, and its options: see the network's class.
+
+    There is a field for every option of every network that could stand here; one that the named network does not have
+    is an error. Fields left at None keep the network's own value; "none" is None.
+    """
+    names = SR_NETWORKS if role == "sr" else CLASSIFIERS
+    kinds = {
+        option: kind
+        for name in names
+        for option, kind in model_options(name).items()
+        if option not in DERIVED and kind is not None  # an option that can only be None
+    }
+    section = ConfigDict({option: config_dict.placeholder(_flag_type(kind)) for option, kind in sorted(kinds.items())})
+    section.name = "srresnet_x4" if role == "sr" else "vim_tiny_stride8"  # for role "sr" also "bicubic": no network
+    section.init = ""  # a workdir, a converted checkpoint, or a .pth / .safetensors file; empty: from scratch
+    return section
 
 
-def _classifier() -> ConfigDict:
-    """A Vim: see `vimd_jax.models.vim.Vim`. Fields left at None keep the value of the named variant; "none" is None."""
-    return ConfigDict(
-        {
-            "name": "vim_tiny_stride8",
-            "init": "",  # a workdir, a converted checkpoint, or a .pth / .safetensors file; empty: from scratch
-            "embed_dim": config_dict.placeholder(int),
-            "depth": config_dict.placeholder(int),
-            "patch_size": config_dict.placeholder(int),
-            "stride": config_dict.placeholder(int),
-            "state_size": config_dict.placeholder(int),
-            "class_token": config_dict.placeholder(str),
-            "pool": config_dict.placeholder(str),
-            "merge": config_dict.placeholder(str),
-            "bimamba_type": config_dict.placeholder(str),
-            "norm": config_dict.placeholder(str),
-            "layer_scale": config_dict.placeholder(float),
-            "rope": config_dict.placeholder(bool),
-            "paired_layers": config_dict.placeholder(bool),
-            "flip_tokens": config_dict.placeholder(bool),
-            "drop_path_rate": 0.0,
-            "input_normalization": False,  # subtract ImageNet's mean and divide by its deviation first
-            "dtype": "float32",  # of the matrix products: "bfloat16" halves memory; weights and scan stay float32
-            "remat": False,  # recompute activations in the backward pass: less memory, more time
-        }
-    )
+def _flag_type(kind: Any) -> type:
+    """The type that a command line reads for an option."""
+    if isinstance(kind, UnionType) or get_origin(kind) not in (None, tuple, Literal):
+        return _flag_type(max(get_args(kind), key=lambda part: get_origin(part) is tuple))
+    if get_origin(kind) is Literal:
+        return type(get_args(kind)[0])
+    return get_origin(kind) or {Any: str}.get(kind, kind)
 
 
-def _loss() -> ConfigDict:
+def given_options(section: ConfigDict) -> dict[str, Any]:
+    """The options of a network's section that are set."""
+    fields = {name: section[name] for name in section if name not in ("name", "init") and section[name] is not None}
+    return {name: None if value == "none" else value for name, value in fields.items()}
+
+
+def _loss(stage: str) -> ConfigDict:
+    if stage == "sr":
+        return ConfigDict()
+    if stage != "student":
+        return ConfigDict({"label_smoothing": 0.1})
     return ConfigDict(
         {
             "label_smoothing": 0.1,

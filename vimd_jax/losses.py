@@ -5,6 +5,7 @@
 Pure functions that return scalars, means over the batch, computed in float32.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
@@ -42,42 +43,55 @@ def logits_distillation(student_logits: jax.Array, teacher_logits: jax.Array, te
 
 
 def hidden_state_distillation(
-    student_hidden: jax.Array,
-    teacher_hidden: jax.Array,
+    student_hidden: jax.Array | Sequence[jax.Array],
+    teacher_hidden: jax.Array | Sequence[jax.Array],
     layers: Literal["all", "last"] | tuple[int, ...] = "all",
     normalize: bool = False,
 ) -> jax.Array:
-    """L_HSD: the sum over layers of the mean squared difference of hidden states.
+    """L_HSD: the sum over layers, or stages, of the mean squared difference of hidden states.
 
     Args:
-      student_hidden: (depth, batch, tokens, channels), `features["hidden_states"]`.
+      student_hidden: `features["hidden_states"]`: (depth, batch, tokens, channels), or of a hierarchical network an
+        array (batch, height, width, channels) for each stage.
       teacher_hidden: the same of the teacher.
-      layers: "all", "last", or the numbers of the layers to sum over, counted from 0.
+      layers: "all", "last", or the numbers of the layers (stages) to sum over, counted from 0.
       normalize: scale every token to unit length first.
 
     Raises:
       ValueError: the shapes differ, or there is no such layer.
     """
-    if student_hidden.shape != teacher_hidden.shape:
+    if _shapes(student_hidden) != _shapes(teacher_hidden):
         raise ValueError(
-            f"teacher_hidden: shape {teacher_hidden.shape} differs from the student's {student_hidden.shape}; "
-            "both networks need the same depth, width and number of tokens"
+            f"teacher_hidden: shape {_shapes(teacher_hidden)} differs from the student's {_shapes(student_hidden)}; "
+            "hidden states can be distilled only between networks of the same depth, width and number of tokens, "
+            "logits between any two"
         )
     chosen = _layer_numbers(layers, len(student_hidden))
-    student, teacher = (hidden[chosen].astype(jnp.float32) for hidden in (student_hidden, teacher_hidden))
+    if isinstance(student_hidden, tuple | list):
+        pairs = [(student_hidden[i][None], teacher_hidden[i][None]) for i in chosen]
+    else:
+        pairs = [(student_hidden[jnp.array(chosen)], teacher_hidden[jnp.array(chosen)])]
+    return sum(_distances(student, teacher, normalize).sum() for student, teacher in pairs)
+
+
+def _shapes(hidden: jax.Array | Sequence[jax.Array]) -> tuple | list[tuple]:
+    return [stage.shape for stage in hidden] if isinstance(hidden, tuple | list) else hidden.shape
+
+
+def _layer_numbers(layers: str | tuple[int, ...], depth: int) -> tuple[int, ...]:
+    if layers in ("all", "last"):
+        return tuple(range(depth)) if layers == "all" else (depth - 1,)
+    if isinstance(layers, str) or not layers or not all(0 <= layer < depth for layer in layers):
+        raise ValueError(f'layers: {layers!r} is not valid, expected "all", "last" or numbers from 0 to {depth - 1}')
+    return tuple(layers)
+
+
+def _distances(student: jax.Array, teacher: jax.Array, normalize: bool) -> jax.Array:
+    """Mean squared difference of each layer, (layers,)."""
+    student, teacher = student.astype(jnp.float32), teacher.astype(jnp.float32)
     if normalize:
         student, teacher = _unit_length(student), _unit_length(teacher)
-    return jnp.sum(jnp.mean(jnp.square(student - teacher), axis=(1, 2, 3)))
-
-
-def _layer_numbers(layers, depth: int) -> slice | jax.Array:
-    if layers == "all":
-        return slice(None)
-    if layers == "last":
-        return slice(depth - 1, None)
-    if isinstance(layers, str) or not layers or not all(0 <= layer < depth for layer in layers):
-        raise ValueError(f'layers: {layers!r}, expected "all", "last" or numbers from 0 to {depth - 1}')
-    return jnp.array(layers)
+    return jnp.mean(jnp.square(student - teacher), axis=tuple(range(1, student.ndim)))
 
 
 def _unit_length(tokens: jax.Array) -> jax.Array:

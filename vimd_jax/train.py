@@ -2,26 +2,32 @@
 
 The same command, given again, continues where the last one stopped. A workdir holds
 
-    config.json      every setting of the run          classes.txt   the class names, a line each
-    metrics.jsonl    one JSON object a line            tensorboard/  the same as TensorBoard events
+    config.json      every setting of the run          classes.txt   the class names, one per line
+    metrics.jsonl    one JSON object per line          tensorboard/  the same as TensorBoard events
     checkpoints/     the latest training state         best/         the best network, for evaluate and predict
-    curves.png       losses, scores, learning rate     panel.png     pictures with what the network says of them
+    curves.png       losses, scores, learning rate     panel.png     images with the network's predictions
 
 This file tells the story of a run. Its words are defined in vimd_jax/training/: workdirs, networks (what is trained),
-steps (what a step computes), optimizer, parallel (devices), checkpoints, evaluation, metrics, plots.
+steps (what a step computes), optimizer, parallel (devices), evaluation, metrics, plots; and in vimd_jax/checkpoints/.
 """
 
 import logging
 import time
+from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 from absl import app, flags
 from ml_collections import ConfigDict
 
-from vimd_jax.command import CONFIG, WORKDIR, StopRequest, readable_errors, show_log
-from vimd_jax.data import load_source, steps_per_epoch, train_batches
-from vimd_jax.training import checkpoints, networks, parallel, plots, steps, workdirs
+from vimd_jax.checkpoints import training_state
+from vimd_jax.checkpoints.network import TrainedModel, load_model, read_description, save_model
+from vimd_jax.command import CONFIG, WORKDIR, StopRequest, show_log
+from vimd_jax.data.pipeline import steps_per_epoch, train_batches
+from vimd_jax.data.sources import Source, load_source
+from vimd_jax.log import readable_errors
+from vimd_jax.training import networks, parallel, plots, steps, workdirs
 from vimd_jax.training.evaluation import evaluate, save_panel
 from vimd_jax.training.metrics import MetricWriter, Progress, read_metrics
 from vimd_jax.training.optimizer import create_optimizer, create_schedule
@@ -33,53 +39,82 @@ _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With coordinator_a
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "With coordinator_address: which one this is, from 0.")
 
 
-def train(config: ConfigDict, workdir: Path) -> None:
-    """Runs one stage ("sr", "teacher" or "student") from its start, or from its latest checkpoint, to its end.
+class Data(NamedTuple):
+    """The three splits of a run; `held_out` picks the best network."""
+
+    train: Source
+    held_out: Source
+    test: Source
+
+
+def check(config: ConfigDict, workdir: Path, made_before: set[Path] = frozenset()) -> Data:
+    """Finds everything that can be wrong with the settings of a stage before anything is computed, and its data.
+
+    Args:
+      config: of one stage.
+      workdir: its folder.
+      made_before: workdirs that earlier stages of the same command make.
 
     Raises:
-      ValueError, FileNotFoundError, DatasetError: the request cannot be met; found before anything is compiled.
-      TrainingError: the loss is no longer finite. The latest checkpoint is from before that.
+      ValueError, FileNotFoundError, DatasetError: one line that names the field and the remedy.
     """
-    # 1. Everything that can be wrong with the request.
-    networks.check_resolutions(config)
     parallel.check_batch_size("batch_size", config.batch_size)
     parallel.check_batch_size("eval_batch_size", config.eval_batch_size)
-    pictures = load_source(config.dataset, "train", seed=config.seed)
-    held_out = load_source(config.dataset, config.selection, seed=config.seed)
-    test = load_source(config.dataset, "test", seed=config.seed)
-    workdirs.claim(workdir, config, pictures.class_names)
+    splits = ("train", config.selection, "test")
+    data = Data(*(load_source(config.dataset, split, seed=config.seed) for split in splits))
+    create_schedule(config.schedule, steps_per_epoch(data.train, config.dataset, config.batch_size))
+    steps.check_objective(config, networks.build_networks(config, len(data.train.class_names)))
+    networks.check_sources_of_weights(config, made_before)
+    workdirs.check(workdir, config, data.train.class_names)
+    return data
 
-    # 2. The network, the frozen networks around it, the optimiser.
-    num_classes = len(pictures.class_names)
-    network = networks.build_network(config, num_classes)
-    teacher = networks.build_teacher(config, num_classes) if steps.distils(config) else None
-    params, batch_stats, frozen = networks.initial_weights(config, network, teacher)
-    epoch_steps = steps_per_epoch(pictures, config.dataset, config.batch_size)
+
+def train(config: ConfigDict, workdir: Path, data: Data | None = None) -> None:
+    """Runs one stage from its start, or from its latest checkpoint, to its end.
+
+    Args:
+      config: of one stage.
+      workdir: its folder.
+      data: what `check` returned, where that is done already.
+
+    Raises:
+      ValueError, FileNotFoundError, DatasetError: see `check`.
+      TrainingError: the loss is no longer finite. The latest checkpoint is from before that.
+    """
+    # 1. The request: its data, and the folder that now belongs to it.
+    data = data or check(config, workdir)
+    class_names = data.train.class_names
+    workdirs.claim(workdir, config, class_names)
+
+    # 2. The trained network, the frozen networks around it, the optimiser.
+    nets = networks.build_networks(config, len(class_names))
+    variables, frozen = networks.initial_variables(config, nets)
+    epoch_steps = steps_per_epoch(data.train, config.dataset, config.batch_size)
     total_steps = epoch_steps * config.schedule.num_epochs
     schedule = create_schedule(config.schedule, epoch_steps)
-    optimizer = create_optimizer(config.optimizer, params, schedule)
-    state = steps.create_state(config, params, batch_stats, optimizer)
+    optimizer = create_optimizer(config.optimizer, variables["params"], schedule, nets.trained.decays)
+    state = steps.create_state(config, variables, optimizer)
     log.info(
-        "Stage %s: %s parameters, %d pictures of %d classes, %d epochs of %d steps, %d devices.",
-        config.stage, f"{networks.count(params):,}", len(pictures), num_classes,
+        "Stage %s: %s parameters, %d images of %d classes, %d epochs of %d steps, %d devices.",
+        config.stage, f"{networks.count(state.params):,}", len(data.train), len(class_names),
         config.schedule.num_epochs, epoch_steps, jax.device_count(),
     )  # fmt: skip
 
     # 3. The latest checkpoint, if there is one.
-    latest, best = checkpoints.open_folder(workdir / "checkpoints"), checkpoints.open_folder(workdir / "best")
-    state = checkpoints.restore_state(latest, state) or state
+    latest = training_state.open_folder(workdir / "checkpoints")
+    state = training_state.restore_state(latest, state) or state
     first_step = int(state.step)
     if first_step:
         log.info("Continuing from step %d.", first_step)
 
     # 4. The steps.
-    train_step = steps.make_train_step(config, network, teacher, optimizer)
-    eval_step = steps.make_eval_step(config, network)
+    train_step = steps.make_train_step(config, nets, optimizer)
+    eval_step = steps.make_eval_step(nets)
     batches = train_batches(
-        pictures, config.dataset, batch_size=config.batch_size, seed=config.seed, start_step=first_step,
+        data.train, config.dataset, batch_size=config.batch_size, seed=config.seed, start_step=first_step,
         process_index=jax.process_index(), process_count=jax.process_count(),
     )  # fmt: skip
-    state, frozen = parallel.replicate(state), parallel.replicate(frozen)
+    state, replicated_frozen = parallel.replicate(state), parallel.replicate(frozen)
     writer = MetricWriter(workdir, epoch_steps, first_step)
     progress = Progress(total_steps, epoch_steps, config.batch_size)
     stop, step = StopRequest(), first_step
@@ -87,8 +122,8 @@ def train(config: ConfigDict, workdir: Path) -> None:
         began = time.perf_counter()
         batch = next(batches)
         waited = time.perf_counter() - began
-        state, metrics = train_step(state, frozen, parallel.shard(batch))
-        names = [pictures.name(index) for index in batch["index"]]
+        state, metrics = train_step(state, replicated_frozen, parallel.shard(batch))
+        names = [data.train.name(index) for index in batch["index"]]
         progress.add(step, metrics, names, int(batch["skipped"].sum()), waited)
 
         epoch_ends = step % (config.eval_every_epochs * epoch_steps) == 0 or step == total_steps
@@ -98,40 +133,70 @@ def train(config: ConfigDict, workdir: Path) -> None:
         with progress.pause():
             if epoch_ends:
                 progress.flush()
-                variables = steps.inference_variables(config, state, frozen)
-                scores = evaluate(eval_step, variables, held_out, config, config.selection)
+                trained = parallel.fetch(steps.trained_variables(config, state))
+                variables = nets.product_variables(trained, frozen)
+                title = config.selection
+                scores = evaluate(eval_step, parallel.replicate(variables), data.held_out, config, title)
                 writer.write(step, config.selection, scores.summary())
-                if scores.score > checkpoints.best_score(best):
-                    checkpoints.save_best(best, step, parallel.fetch(variables), scores.score)
+                save_if_best(workdir, config, nets, variables, class_names, step, scores.score)
             if epoch_ends or stopping or step % config.checkpoint_every_steps == 0:
                 progress.flush()
-                checkpoints.save_state(latest, step, parallel.fetch(state))
+                training_state.save_state(latest, step, parallel.fetch(state))
         if stopping:
             break
-    checkpoints.finish(latest, best)
+    training_state.finish(latest)
     if step < total_steps:
         log.info("Stopped after step %d of %d and saved it; the same command continues.", step, total_steps)
         raise SystemExit(0)
 
-    # 5. What came out: the best network on the test pictures, the curves, a panel to look at.
-    best_step, variables = checkpoints.load_best(workdir)
-    scores = evaluate(eval_step, parallel.replicate(variables), test, config, f"test, network of step {best_step}")
+    # 5. What came out: the best network on the test images, the curves, a panel to look at.
+    best = load_model(workdir)
+    best_step = best.provenance["step"]
+    title = f"test, network of step {best_step}"
+    scores = evaluate(eval_step, parallel.replicate(best.variables), data.test, config, title)
     writer.write(total_steps, "test", {**scores.summary(), "best_step": best_step})
     writer.close()
     if jax.process_index() == 0:
         plots.save_curves(read_metrics(workdir), workdir / "curves.png")
-        save_panel(config, network, variables, test, workdir / "panel.png")
+        save_panel(config, nets, best.variables, data.test, workdir / "panel.png")
     log.info("Done. %s holds the best network, curves.png and panel.png.", workdir)
 
 
+def save_if_best(workdir, config, nets, variables, class_names, step, score) -> None:
+    """Writes the network to best/ unless the one that is there scored as well."""
+    folder = workdir / "best"
+    if jax.process_index() != 0:
+        return
+    if folder.is_dir() and score <= read_description(folder)["provenance"]["score"]:
+        return
+    provenance = {"library": f"vimd_jax {version('vimd-jax')}", "stage": config.stage, "step": step, "score": score}
+    save_model(
+        folder,
+        TrainedModel(
+            nets.product,
+            variables,
+            class_names if config.stage != "sr" else (),
+            low_resolution=config.dataset.low_resolution if nets.reads_low else 0,
+            crop=config.dataset.eval_crop,
+            provenance=provenance,
+        ),
+    )
+
+
 def main(_: list[str]) -> None:
-    """Trains what the config asks for: one stage, or several in a row."""
+    """Trains what the config asks for: one stage, or several in a row, all of them checked first."""
     show_log()
     with readable_errors():
         if _COORDINATOR.value:
             jax.distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-        for config, workdir in workdirs.stages(CONFIG.value, Path(WORKDIR.value)):
-            train(config, workdir)
+        stages = workdirs.stages(CONFIG.value, Path(WORKDIR.value))
+        made_before, checked = set(), []
+        for config, workdir in stages:
+            with workdirs.naming_the_stage(config, len(stages)):
+                checked.append(check(config, workdir, made_before))
+            made_before.add(workdir.resolve())
+        for (config, workdir), data in zip(stages, checked):
+            train(config, workdir, data)
 
 
 if __name__ == "__main__":

@@ -11,19 +11,19 @@ Every tensor of the file is used once and every variable of the model is filled 
 import argparse
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from flax import linen as nn
 from flax.traverse_util import unflatten_dict
 
-from vimd_jax.models import create_model
-from weight_convert.checkpoint import checksum, file_sha256, save_converted
-from weight_convert.finetune import FLEXIBLE, MODES, fit
-from weight_convert.mapping import fill, flat_state_dict, plan, step_counters, variable_shapes
-from weight_convert.options import create_model_for, parse_option
+from vimd_jax.checkpoints.adapt import FLEXIBLE, MODES, fit
+from vimd_jax.checkpoints.network import save_model
+from vimd_jax.models import create_model, describe
+from vimd_jax.models.network import parse_option, variable_shapes
+from weight_convert.load import as_trained_model, model_for, provenance_of
+from weight_convert.mapping import fill, flat_state_dict, plan, step_counters
+from weight_convert.tables import name_in_table
 from weight_convert.torch_file import load_torch_checkpoint
 
 
@@ -67,50 +67,47 @@ def _size(text: str) -> int | tuple[int, int]:
 
 def _convert(flags: argparse.Namespace) -> None:
     if flags.output is None and not flags.dry_run:
-        raise ValueError("output: name the directory to write with --output, or only check with --dry_run")
+        raise ValueError("name the directory to write with --output, or only check with --dry_run")
     if flags.output is not None and flags.output.exists():
-        raise ValueError(f"output: {flags.output} exists; name another directory or remove it")
+        raise ValueError(f"--output {flags.output} exists: name another directory or remove it")
     state_dict = _load(flags)
     given = {"image_size": flags.image_size, "num_classes": flags.num_classes}
     options = dict(flags.option) | {name: value for name, value in given.items() if value is not None}
-    model, options = create_model_for(state_dict, flags.model, options)
+    model = model_for(state_dict, flags.model, options)
     leaves = fill(state_dict, model, FLEXIBLE, str(flags.checkpoint))
-    leaves, changes = fit(leaves, model, grid=_source_grid(flags, options), mode=flags.position_mode)
-    variables = unflatten_dict(leaves, sep="/")
+    leaves, changes = fit(leaves, model, grid=_source_grid(flags, model), mode=flags.position_mode)
+    notes = [": ".join(change) for change in changes]
     if broken := [path for path, leaf in leaves.items() if not np.isfinite(leaf).all()]:
-        changes.append(f"warning: {len(broken)} variables hold numbers that are not finite, first {broken[0]}")
-    counters = {name: state_dict[name].item() for name in step_counters(plan(model)) if name in state_dict}
+        notes.append(f"warning: {len(broken)} variables hold numbers that are not finite, first {broken[0]}")
+    names = {name_in_table(name, model): name for name in state_dict}
+    counters = {name: state_dict[names[name]].item() for name in step_counters(plan(model)) if name in names}
+    parameters = sum(leaf.size for path, leaf in leaves.items() if path.startswith("params/"))
 
     _print_table(model)
     print(f"{len(state_dict)} tensors read, each used once ({len(counters)} batch counters only noted)")
-    for change in changes:
-        print(change)
-    print(f"{_parameter_count(leaves):,} parameters; checksum {checksum(variables)}")
+    for note in notes:
+        print(note)
+    print(f"{parameters:,} parameters")
     if flags.dry_run:
         print("dry run: nothing written")
         return
     files = [flags.checkpoint] + ([flags.sr_checkpoint] if flags.sr_checkpoint else [])
-    provenance = {
-        "library": f"vimd_jax {version('vimd-jax')}",
-        "model": flags.model,
-        "options": options,
-        "sources": [{"file": file.name, "sha256": file_sha256(file)} for file in files],
-        "key": flags.key,
-        "changes": changes,
-        "parameters": _parameter_count(leaves),
+    provenance = provenance_of(files, flags.key) | {
+        "changes": notes,
+        "parameters": parameters,
         "num_batches_tracked": counters,
     }
-    save_converted(flags.output, variables, provenance)
-    print(f"written to {flags.output}")
+    trained = as_trained_model(model, unflatten_dict(leaves, sep="/"), provenance)
+    print(f"written to {flags.output}, checksum {save_model(flags.output, trained)}")
 
 
 def _load(flags: argparse.Namespace) -> dict[str, np.ndarray]:
     """The state dict, for SRVM-Net with both halves under their names."""
     state_dict = load_torch_checkpoint(flags.checkpoint, key=flags.key)
-    half = flags.model.startswith("srvm") and not any(name.startswith("classifier.") for name in state_dict)
+    half = flags.model.startswith("srvm") and not all(name.startswith(("sr.", "classifier.")) for name in state_dict)
     if flags.sr_checkpoint and not half:
         raise ValueError(
-            f"sr_checkpoint: nothing of {flags.sr_checkpoint} is wanted: it is the other half of a srvm_* model whose "
+            f"--sr_checkpoint {flags.sr_checkpoint} is not needed: it is the other half of an srvm_* model whose "
             "--checkpoint is the classifier alone"
         )
     if not half:
@@ -119,10 +116,10 @@ def _load(flags: argparse.Namespace) -> dict[str, np.ndarray]:
     return flat_state_dict({"classifier": state_dict} | sr)
 
 
-def _source_grid(flags: argparse.Namespace, options: dict[str, Any]) -> tuple[int, int] | None:
+def _source_grid(flags: argparse.Namespace, model: nn.Module) -> tuple[int, int] | None:
     if flags.source_size is None:
         return None
-    trained = create_model(flags.model, **options | {"image_size": flags.source_size})
+    trained = create_model(flags.model, **describe(model)["options"] | {"image_size": flags.source_size})
     return getattr(trained, "classifier", trained).grid
 
 
@@ -133,12 +130,9 @@ def _print_table(model: nn.Module) -> None:
     for entry in plan(model):
         sources.setdefault(entry.target, []).append(entry.source)
     for target, names in sources.items():
-        name = names[0] if len(names) == 1 else names[0].replace(".0.", f".{{0..{len(names) - 1}}}.", 1)
+        ends = zip(names[0].split("."), names[-1].split("."))
+        name = ".".join(first if first == last else f"{{{first}..{last}}}" for first, last in ends)
         print(f"{name:50} → {target:50} {shapes[target].shape}")
-
-
-def _parameter_count(leaves: dict[str, Any]) -> int:
-    return sum(leaf.size for path, leaf in leaves.items() if path.startswith("params/"))
 
 
 if __name__ == "__main__":

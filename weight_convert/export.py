@@ -14,8 +14,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from vimd_jax.training import networks, workdirs
-from weight_convert.checkpoint import load_converted
+from vimd_jax.checkpoints.network import load_model
 from weight_convert.mapping import export_state_dict
 
 
@@ -36,19 +35,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _export(checkpoint: Path, output: Path, part: str | None) -> None:
     if output.suffix != ".safetensors":
-        raise ValueError(f"output: {output} must end in .safetensors")
+        raise ValueError(f"--output {output} must end in .safetensors")
     if output.exists():
-        raise ValueError(f"output: {output} exists; name another file or remove it")
-    if workdirs.is_workdir(checkpoint):
-        (model, variables), counters = networks.load_run(checkpoint), {}
-    else:
-        model, variables, provenance = load_converted(checkpoint)
-        counters = provenance.get("num_batches_tracked", {})
-    tensors = export_state_dict(variables, model) | {name: np.array(count) for name, count in counters.items()}
+        raise ValueError(f"--output {output} exists: name another file or remove it")
+    trained = load_model(checkpoint)
+    counters = trained.provenance.get("num_batches_tracked", {})
+    tensors = export_state_dict(trained.variables, trained.model) | {
+        name: np.array(count) for name, count in counters.items()
+    }
     if part is not None:
         tensors = {name.removeprefix(f"{part}."): x for name, x in tensors.items() if name.startswith(f"{part}.")}
         if not tensors:
-            raise ValueError(f"part: {checkpoint} holds a {type(model).__name__}, which has no part {part!r}")
+            raise ValueError(
+                f"--part {part}: {checkpoint} holds a {type(trained.model).__name__}, which has no such part"
+            )
     output.parent.mkdir(parents=True, exist_ok=True)
     scratch = output.with_name(f".{output.name}.{os.getpid()}")
     try:

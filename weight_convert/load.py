@@ -55,7 +55,8 @@ def torch_variables(
     """
     state_dict = load_torch_checkpoint(path, key=key)
     prefix = "sr." if isinstance(model, SRResNet) else "classifier."
-    if not isinstance(model, SRVM) and any(name.startswith(prefix) for name in state_dict):
+    # VMamba calls its head a classifier: all names must say that they belong to a half.
+    if not isinstance(model, SRVM) and all(name.startswith(("sr.", "classifier.")) for name in state_dict):
         state_dict = {name.removeprefix(prefix): x for name, x in state_dict.items() if name.startswith(prefix)}
     return fill(state_dict, model, flexible, str(path))
 
@@ -67,7 +68,7 @@ def model_for(state_dict: dict[str, Any], architecture: str, options: dict[str, 
       ValueError: no such network, option or value.
     """
     model = create_model(architecture, **options)
-    bias = state_dict.get("head.bias", state_dict.get("classifier.head.bias"))
+    bias = next((x for name, x in state_dict.items() if f".{name}".endswith(".head.bias")), None)
     counts = hasattr(getattr(model, "classifier", model), "num_classes")
     if bias is None or not counts or "num_classes" in options:
         return model

@@ -1,7 +1,7 @@
 """PyTorch tensors to Flax variables and back, by the tables of tables.py.
 
-Every difference of layout between the two frameworks is a transposition, and layers that PyTorch numbers may be stacked
-on leading axes.
+Every difference of layout between the two frameworks is a transposition or a division into other axes, and layers that
+PyTorch numbers may be stacked on leading axes.
 """
 
 import re
@@ -14,7 +14,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vimd_jax.models.network import variable_shapes
-from weight_convert.tables import OPTIONS, Rule, computed_tensors, table
+from weight_convert.tables import OPTIONS, Rule, computed_tensors, name_in_table, table
 
 
 class Entry(NamedTuple):
@@ -48,15 +48,25 @@ def _expand(rule: Rule, shapes: dict[str, tuple[int, ...]]) -> Iterator[Entry]:
     for target, shape in shapes.items():
         if not (match := pattern.fullmatch(target)):
             continue
-        stacked = [name for name in re.findall(r"{(\w+)}", rule.source) if name not in match.groupdict()]
+        counted = {name: int(number) for name, number in match.groupdict().items()}
+        stacked = [name for name in re.findall(r"{(\w+)", rule.source) if name not in counted]
         own = shape[len(stacked) :]
         if rule.axes is not None:
+            own = _with_first_axes(own, len(rule.axes))
             own = tuple(own[axis] for axis in np.argsort(rule.axes))
         if rule.shape is not None:
             own = rule.shape(*own)
         for index in np.ndindex(shape[: len(stacked)]):
-            source = rule.source.format(**match.groupdict(), **dict(zip(stacked, index)))
+            source = _with_numbers(rule.source, counted | dict(zip(stacked, index)))
             yield Entry(source, own, target, index, rule.axes)
+
+
+def _with_numbers(source: str, numbers: dict[str, int]) -> str:
+    return re.sub(r"{(\w+)(\+1)?}", lambda match: str(numbers[match[1]] + bool(match[2])), source)
+
+
+def _with_first_axes(shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
+    return (1,) * (rank - len(shape)) + tuple(shape)
 
 
 def step_counters(entries: list[Entry]) -> list[str]:
@@ -70,8 +80,9 @@ def convert_state_dict(state_dict: dict[str, Any], model: nn.Module) -> dict[str
 
     Args:
       state_dict: PyTorch name → array, of the original classes (`VisionMamba`, `SRResNet`). For SRVM-Net the two
-        halves: `{"sr": {...}, "classifier": {...}}`, or one flat dict with these prefixes. `num_batches_tracked` is
-        ignored, rotary tables are compared with ours.
+        halves: `{"sr": {...}, "classifier": {...}}`, or one flat dict with these prefixes. Names may begin with
+        `module.`, as wrappers of PyTorch leave them, or be older ones. `num_batches_tracked` is ignored, rotary tables
+        are compared with ours.
       model: a network of vimd_jax.models; its options decide the expected names and shapes.
 
     Returns:
@@ -97,8 +108,8 @@ def fill(
 
     Errors name the `source`.
     """
-    state_dict = flat_state_dict(state_dict)
     entries = plan(model)
+    state_dict = _as_in_table(flat_state_dict(state_dict), entries, model)
     if problems := _differences(state_dict, entries, model, flexible):
         raise ValueError(f"{source}: the weights do not fit {type(model).__name__}: {'; '.join(problems)}")
     shapes = variable_shapes(model)
@@ -112,6 +123,27 @@ def fill(
             leaves[entry.target] = np.empty((*stacked, *tensor.shape), np.float32)
         leaves[entry.target][entry.index] = tensor
     return leaves
+
+
+def _as_in_table(state_dict: dict[str, Any], entries: list[Entry], model: nn.Module) -> dict[str, np.ndarray]:
+    """The tensors under the names of the table; those of linear layers that came as 1×1 convolutions in its shapes."""
+    shapes, renamed = {entry.source: entry.shape for entry in entries}, {}
+    for name, tensor in state_dict.items():
+        known = name_in_table(name, model)
+        if known in renamed or (known != name and known in state_dict):
+            known = name  # two tensors for one variable: this one stays unexpected
+        tensor = np.asarray(tensor)
+        if known in shapes and tensor.shape in _equivalent_shapes(shapes[known], known != name):
+            tensor = tensor.reshape(shapes[known])
+        renamed[known] = tensor
+    return renamed
+
+
+def _equivalent_shapes(shape: tuple[int, ...], renamed: bool) -> list[tuple[int, ...]]:
+    """Shapes in which the same numbers come: of a linear layer as 1×1 convolution, of one for all directions."""
+    shapes = [(*shape, 1, 1)] if len(shape) == 2 else []
+    shapes += [shape[:2]] if shape[2:] == (1, 1) else []
+    return shapes + ([(shape[0] * shape[1], shape[2])] if renamed and len(shape) == 3 else [])
 
 
 def _differences(
@@ -139,7 +171,7 @@ def _differences(
     }
     problems = [f"{what} ({len(names)}): {_listed(names)}" for what, names in differences.items() if names]
     odd = [*differences["missing"], *differences["unexpected"]]
-    if options := sorted({option for part, option in OPTIONS.items() if any(part in name for name in odd)}):
+    if options := sorted({option for part, option in OPTIONS.items() if any(re.search(part, name) for name in odd)}):
         problems.append(f"look at the options {', '.join(options)} of the model")
     return problems
 
@@ -171,7 +203,7 @@ def export_state_dict(variables: dict[str, Any], model: nn.Module) -> dict[str, 
     for entry in entries:
         tensor = leaves[entry.target][entry.index]
         if entry.axes is not None:
-            tensor = tensor.transpose(np.argsort(entry.axes))
+            tensor = tensor.reshape(_with_first_axes(tensor.shape, len(entry.axes))).transpose(np.argsort(entry.axes))
         tensors[entry.source] = np.ascontiguousarray(tensor, np.float32).reshape(entry.shape)
     counters = {name: np.zeros((), np.int64) for name in step_counters(entries)}
     return tensors | computed_tensors(model) | counters

@@ -2,16 +2,18 @@
 
 A row is a PyTorch name, a Flax path and the transposition between them. Placeholders such as `{i}` stand for numbers:
 one that the path lacks counts along a leading axis of the variable (layers stacked by `nn.scan`, in the order of the
-name's placeholders), one that both have counts variables. Rows whose variable a network does not have, by its options,
-are skipped.
+name's placeholders), one that both have counts variables; `{i+1}` is one more. Rows whose variable a network does not
+have, by its options, are skipped.
 """
 
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 from flax import linen as nn
 
+from vimd_jax.models.efficient_vmamba import SCANNING_STAGES, EfficientVMamba
 from vimd_jax.models.positions import rotary_angles
 from vimd_jax.models.srvm import SRVM
 
@@ -22,7 +24,8 @@ class Rule(NamedTuple):
     Attributes:
       source: PyTorch's name.
       target: the path of the Flax variable.
-      axes: the transposition from PyTorch's axes to Flax's; None: the same order.
+      axes: the transposition from PyTorch's axes to Flax's; None: the same order. Where Flax has fewer, the first are
+        of length 1 and left out: the weights of a 1×1 convolution are those of a linear layer.
       shape: PyTorch's shape from Flax's where numbers in the same order are divided into axes otherwise.
     """
 
@@ -42,7 +45,7 @@ _STACKED_MIXER = "params/layers/mixer"
 
 
 def _direction(name: str, a_log: str, suffix: str) -> tuple[Rule, ...]:
-    """The rows of one scan direction of a Vim mixer; PyTorch marks the backward one by a suffix."""
+    """The rows of one of a mixer's two scans; PyTorch marks the second by a suffix."""
     target = f"{_STACKED_MIXER}/{name}"
     return (
         Rule(f"{_MIXER}.conv1d{suffix}.weight", f"{target}/conv/kernel", _CONV1D),
@@ -71,6 +74,7 @@ _ISOTROPIC = (
 )
 
 VIM = (*_ISOTROPIC, *_direction("forward", "A_log", ""), *_direction("backward", "A_b_log", "_b"))
+V2M = (*_ISOTROPIC, *_direction("along", "A_log", ""), *_direction("across", "A_2_log", "_2"))
 
 
 def _layer_norm(source: str, target: str) -> tuple[Rule, ...]:
@@ -133,41 +137,90 @@ SRRESNET = (
 )
 
 
-_BLOCK = "layers.{s}.blocks.{b}"
+_BLOCK, _STAGE = "layers.{s}.blocks.{b}", "params/stage_{s}"
 
-# What the networks with stages have in common (`VSSM` of VMamba).
-HIERARCHICAL = (
+_STAGES = (  # what networks with stages have in common
     Rule("patch_embed.0.weight", "params/patch_embed/kernel", _CONV2D),
     Rule("patch_embed.0.bias", "params/patch_embed/bias"),
     *_layer_norm("patch_embed.2", "patch_norm"),
     *_layer_norm(f"{_BLOCK}.norm", "stage_{s}/norm"),
-    Rule(f"{_BLOCK}.op.in_proj.weight", "params/stage_{s}/mixer/in_proj/kernel", _LINEAR),
-    Rule(f"{_BLOCK}.op.conv2d.weight", "params/stage_{s}/mixer/conv/kernel", _CONV2D),
-    Rule(f"{_BLOCK}.op.conv2d.bias", "params/stage_{s}/mixer/conv/bias"),
-    Rule(f"{_BLOCK}.op.x_proj_weight", "params/stage_{s}/mixer/ssm/x_proj_kernel", _LINEARS),
-    Rule(f"{_BLOCK}.op.dt_projs_weight", "params/stage_{s}/mixer/ssm/dt_proj_kernel", _LINEARS),
-    Rule(f"{_BLOCK}.op.dt_projs_bias", "params/stage_{s}/mixer/ssm/dt_proj_bias"),
-    Rule(f"{_BLOCK}.op.A_logs", "params/stage_{s}/mixer/ssm/A_log", shape=lambda k, d, n: (k * d, n)),
-    Rule(f"{_BLOCK}.op.Ds", "params/stage_{s}/mixer/ssm/D", shape=lambda k, d: (k * d,)),
+    Rule(f"{_BLOCK}.op.in_proj.weight", f"{_STAGE}/mixer/in_proj/kernel", _LINEAR),
+    Rule(f"{_BLOCK}.op.conv2d.weight", f"{_STAGE}/mixer/conv/kernel", _CONV2D),
+    Rule(f"{_BLOCK}.op.conv2d.bias", f"{_STAGE}/mixer/conv/bias"),
+    Rule(f"{_BLOCK}.op.x_proj_weight", f"{_STAGE}/mixer/ssm/x_proj_kernel", _LINEARS),
+    Rule(f"{_BLOCK}.op.dt_projs_weight", f"{_STAGE}/mixer/ssm/dt_proj_kernel", _LINEARS),
+    Rule(f"{_BLOCK}.op.dt_projs_bias", f"{_STAGE}/mixer/ssm/dt_proj_bias"),
+    Rule(f"{_BLOCK}.op.A_logs", f"{_STAGE}/mixer/ssm/A_log", shape=lambda k, d, n: (k * d, n)),
+    Rule(f"{_BLOCK}.op.Ds", f"{_STAGE}/mixer/ssm/D", shape=lambda k, d: (k * d,)),
     *_layer_norm(f"{_BLOCK}.op.out_norm", "stage_{s}/mixer/norm"),
-    Rule(f"{_BLOCK}.op.out_proj.weight", "params/stage_{s}/mixer/out_proj/kernel", _LINEAR),
-    *_layer_norm("layers.{s}.downsample.norm", "downsample_{s}/norm"),
-    Rule("layers.{s}.downsample.reduction.weight", "params/downsample_{s}/reduction/kernel", _LINEAR),
+    Rule(f"{_BLOCK}.op.out_proj.weight", f"{_STAGE}/mixer/out_proj/kernel", _LINEAR),
     *_layer_norm("classifier.norm", "norm"),
     Rule("classifier.head.weight", "params/head/kernel", _LINEAR),
     Rule("classifier.head.bias", "params/head/bias"),
 )
 
 
+def _merging(source: str, stage: int | str) -> tuple[Rule, ...]:
+    """The rows of the patch merging behind a stage."""
+    return (
+        *_layer_norm(f"{source}.norm", f"downsample_{stage}/norm"),
+        Rule(f"{source}.reduction.weight", f"params/downsample_{stage}/reduction/kernel", _LINEAR),
+    )
+
+
+VMAMBA = (*_STAGES, *_merging("layers.{s}.downsample", "{s}"))
+
 LOCAL_VMAMBA = (
-    *HIERARCHICAL,
+    *VMAMBA,
     *_channel_gate(f"{_BLOCK}.op.multi_scan.attn", "stage_{s}/mixer/gate"),
     Rule(
         f"{_BLOCK}.op.multi_scan.weights",
-        "params/stage_{s}/mixer/search/direction_weights",
+        f"{_STAGE}/mixer/search/direction_weights",
         shape=lambda directions: (directions, 1, 1, 1),
     ),
 )
+
+
+_CONVOLVING = "layers.{s}.{b+1}"  # such a stage is a row of modules: an axes swap, its blocks, and more
+
+_EFFICIENT_STAGES = (
+    *_STAGES,
+    Rule(f"{_BLOCK}.conv_branch.0.weight", f"{_STAGE}/conv/kernel", _CONV2D),
+    Rule(f"{_BLOCK}.conv_branch.0.bias", f"{_STAGE}/conv/bias"),
+    *_batch_norm(f"{_BLOCK}.conv_branch.1", "stage_{s}/conv_norm"),
+    Rule(f"{_BLOCK}.conv_branch.3.weight", f"{_STAGE}/conv_out/kernel", _CONV2D),
+    Rule(f"{_BLOCK}.conv_branch.3.bias", f"{_STAGE}/conv_out/bias"),
+    *_channel_gate(f"{_BLOCK}.se", "stage_{s}/gate"),
+    *_layer_norm(f"{_BLOCK}.norm2", "stage_{s}/mlp_norm"),
+    Rule(f"{_BLOCK}.mlp.fc1.weight", f"{_STAGE}/mlp_in/kernel", _LINEAR),
+    Rule(f"{_BLOCK}.mlp.fc1.bias", f"{_STAGE}/mlp_in/bias"),
+    Rule(f"{_BLOCK}.mlp.fc2.weight", f"{_STAGE}/mlp_out/kernel", _LINEAR),
+    Rule(f"{_BLOCK}.mlp.fc2.bias", f"{_STAGE}/mlp_out/bias"),
+    Rule(f"{_CONVOLVING}.conv_pw.0.weight", f"{_STAGE}/expand/kernel", _CONV2D),
+    *_batch_norm(f"{_CONVOLVING}.conv_pw.1", "stage_{s}/expand_norm"),
+    Rule(f"{_CONVOLVING}.conv_dw.0.weight", f"{_STAGE}/depthwise/kernel", _CONV2D),
+    *_batch_norm(f"{_CONVOLVING}.conv_dw.1", "stage_{s}/depthwise_norm"),
+    Rule(f"{_CONVOLVING}.se.conv_reduce.weight", f"{_STAGE}/se_reduce/kernel", _CONV2D),
+    Rule(f"{_CONVOLVING}.se.conv_reduce.bias", f"{_STAGE}/se_reduce/bias"),
+    Rule(f"{_CONVOLVING}.se.conv_expand.weight", f"{_STAGE}/se_expand/kernel", _CONV2D),
+    Rule(f"{_CONVOLVING}.se.conv_expand.bias", f"{_STAGE}/se_expand/bias"),
+    Rule(f"{_CONVOLVING}.conv_pw2.0.weight", f"{_STAGE}/project/kernel", _CONV2D),
+    *_batch_norm(f"{_CONVOLVING}.conv_pw2.1", "stage_{s}/project_norm"),
+)
+
+
+def _efficient_vmamba(model: EfficientVMamba) -> tuple[Rule, ...]:
+    rules = _EFFICIENT_STAGES
+    for stage, depth in enumerate(model.depths[:-1]):
+        place = "downsample" if stage < SCANNING_STAGES else depth + 2  # behind the blocks and an axes swap
+        source, target = f"layers.{stage}.{place}", f"downsample_{stage}"
+        if model.downsample == "merge":
+            rules += _merging(source, stage)
+        else:
+            conv = Rule(f"{source}.1.weight", f"params/{target}/conv/kernel", _CONV2D)
+            rules += (conv, Rule(f"{source}.1.bias", f"params/{target}/conv/bias"))
+            rules += _layer_norm(f"{source}.3", f"{target}/norm")
+    return rules
 
 
 def _inside(part: str, rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
@@ -180,21 +233,30 @@ def _inside(part: str, rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
     return tuple(rule._replace(source=f"{part}.{rule.source}", target=target(rule.target)) for rule in rules)
 
 
-_ABLATION = (
-    Rule("layers.{i}.norm.bias", "params/layers/norm/bias"),
-    Rule("norm_f.bias", "params/norm/bias"),
-    Rule(f"{_MIXER}.A_b_log", f"{_STACKED_MIXER}/forward/A_log_backward"),
-    Rule(f"{_MIXER}.gamma", f"{_STACKED_MIXER}/layer_scale"),
-)
-
 TABLES = {  # by class
     "Vim": VIM,
-    "VimAblation": VIM + _ABLATION,
+    "V2M": V2M,
     "LocalVim": LOCAL_VIM,
     "SRResNet": SRRESNET,
     "LocalVMamba": LOCAL_VMAMBA,
-    "VMamba": HIERARCHICAL,
+    "VMamba": VMAMBA,
+    "EfficientVMamba": _efficient_vmamba,  # a function of the model: its depths are in the names
 }
+
+# Names of other times and files, by class: patterns, and what stands for them in the tables.
+_FIRST_NAMES = (
+    (r"^patch_embed\.proj\.", "patch_embed.0."),
+    (r"^patch_embed\.norm\.", "patch_embed.2."),
+    (r"\.ln_1\.", ".norm."),
+    (r"\.self_attention\.", ".op."),
+    (r"^(norm|head)\.", r"classifier.\1."),
+)
+_ONE_FILE_NAMES = (  # of VMamba's version in one file
+    (r"\.op\.(x_proj|dt_projs)\.weight$", r".op.\1_weight"),
+    (r"\.downsample\.1\.", ".downsample.norm."),
+    (r"\.downsample\.2\.", ".downsample.reduction."),
+)
+RENAMES = {"VMamba": (*_FIRST_NAMES, *_ONE_FILE_NAMES), "EfficientVMamba": _FIRST_NAMES}
 
 
 def table(model: nn.Module) -> tuple[Rule, ...]:
@@ -205,7 +267,23 @@ def table(model: nn.Module) -> tuple[Rule, ...]:
     kind = type(model).__name__
     if kind not in TABLES:
         raise ValueError(f"model {kind} has no PyTorch counterpart here; convertible: {', '.join(TABLES)}")
-    return TABLES[kind]
+    rules = TABLES[kind]
+    return rules(model) if callable(rules) else rules
+
+
+def name_in_table(name: str, model: nn.Module | None) -> str:
+    """What the table of a network calls a tensor.
+
+    That is without the `module.` of wrappers around the network (DataParallel, averages of weights), and by its last
+    name where the original code has changed it.
+    """
+    name = re.sub(r"^(module\.)+", "", name)
+    if isinstance(model, SRVM) and "." in name:
+        part, rest = name.split(".", 1)
+        return f"{part}.{name_in_table(rest, getattr(model, part, None))}"
+    for pattern, replacement in RENAMES.get(type(model).__name__, ()):
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def computed_tensors(model: nn.Module) -> dict[str, np.ndarray]:
@@ -218,14 +296,11 @@ def computed_tensors(model: nn.Module) -> dict[str, np.ndarray]:
     return {"rope.freqs_cos": np.cos(angles), "rope.freqs_sin": np.sin(angles)}
 
 
-# Options on which tensors depend, by a part of their names: what to look at when such a tensor is missing or unexpected.
+# Options on which tensors depend, by a pattern of names: the hint when one is missing or unexpected.
 OPTIONS = {
     "rope.freqs": "rope",
     "cls_token": "class_token",
-    "mixer.gamma": "layer_scale (vim_ablation)",
-    "norm.bias": "norm (vim_ablation)",
-    "norm_f.bias": "norm (vim_ablation)",
-    "_b.": "bimamba_type (vim_ablation)",
     "multi_scan.weights": "directions",
-    "A_b_log": "bimamba_type (vim_ablation)",
+    r"norm2|mlp\.fc": "mlp_ratio",
+    r"downsample\.[13]": "downsample",
 }

@@ -6,7 +6,7 @@ from PIL import Image
 
 @pytest.fixture
 def dataset_config():
-    """A `config.dataset` of small synthetic pictures, with the given fields changed."""
+    """A `config.dataset` of small synthetic images, with the given fields changed."""
 
     def make(**changes):
         config = ml_collections.ConfigDict(
@@ -35,8 +35,8 @@ def dataset_config():
 
 
 @pytest.fixture
-def picture_folder(tmp_path):
-    """Writes random pictures, {"train/a": 3, …} → three files in train/a, and returns the folder."""
+def image_folder(tmp_path):
+    """Writes random images, {"train/a": 3, …} → three files in train/a, and returns the folder."""
 
     def make(counts, side=12):
         rng = np.random.default_rng(0)

@@ -1,15 +1,17 @@
 import io
+import subprocess
+import sys
 import warnings
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from vimd_jax.data import UnreadableImage, images, read_image
+from vimd_jax.data.images import UnreadableImage, decode_image, find_images, read_image
 
 
 def gradient(width=32, height=24):
-    """A smooth RGB picture, so that lossy formats stay close to it."""
+    """A smooth RGB image, so that lossy formats stay close to it."""
     y, x = np.mgrid[0:height, 0:width]
     return np.stack([x * 7, y * 9, 255 - x * 7], -1).astype(np.uint8)
 
@@ -19,7 +21,7 @@ def test_reads_the_usual_formats(tmp_path, name):
     Image.fromarray(gradient()).save(tmp_path / name)
     image = read_image(tmp_path / name)
     assert (image.mode, image.size) == ("RGB", (32, 24))
-    # GIF has but 256 colours, and JPEG and WebP lose some; none is off by more than this on average.
+    # GIF has only 256 colours, and JPEG and WebP are lossy; none differs by more than this on average.
     assert np.abs(np.asarray(image, float) - gradient()).mean() < 8
 
 
@@ -29,7 +31,7 @@ def test_cmyk_jpeg(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "LA"])
-def test_grey_becomes_three_equal_channels(tmp_path, mode):
+def test_greyscale_becomes_three_equal_channels(tmp_path, mode):
     Image.fromarray(gradient()).convert(mode).save(tmp_path / "a.png")
     pixels = np.asarray(read_image(tmp_path / "a.png"))
     assert pixels.shape == (24, 32, 3)
@@ -43,7 +45,7 @@ def test_palette(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
-def test_16_bit_grey_is_scaled_not_clipped(tmp_path, suffix):
+def test_16_bit_greyscale_is_scaled_not_clipped(tmp_path, suffix):
     values = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
     Image.fromarray(values).save(tmp_path / f"a.{suffix}")
     pixels = np.asarray(read_image(tmp_path / f"a.{suffix}"))
@@ -51,7 +53,7 @@ def test_16_bit_grey_is_scaled_not_clipped(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "P"])
-def test_transparency_is_laid_over_white(tmp_path, mode):
+def test_transparency_is_composited_onto_white(tmp_path, mode):
     image = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
     image.paste((200, 10, 10, 255), (0, 0, 4, 8))
     if mode == "P":
@@ -64,7 +66,7 @@ def test_transparency_is_laid_over_white(tmp_path, mode):
 
 def test_exif_rotation_is_applied(tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6  # shown after a quarter turn clockwise
+    exif[0x0112] = 6  # to be shown rotated clockwise by 90 degrees
     Image.fromarray(gradient()).save(tmp_path / "a.jpg", exif=exif, quality=95)
     image = read_image(tmp_path / "a.jpg")
     assert image.size == (24, 32)
@@ -72,7 +74,7 @@ def test_exif_rotation_is_applied(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
-def test_damaged_exif_does_not_hide_the_picture(tmp_path):
+def test_damaged_exif_does_not_make_the_image_unreadable(tmp_path):
     Image.fromarray(gradient()).save(tmp_path / "a.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff rubbish")
     assert read_image(tmp_path / "a.jpg").size == (32, 24)
 
@@ -82,7 +84,7 @@ def test_one_pixel(tmp_path):
     assert read_image(tmp_path / "a.png").getpixel((0, 0)) == (1, 2, 3)
 
 
-def test_enormous_jpeg_is_decoded_reduced(tmp_path):
+def test_enormous_jpeg_is_decoded_at_reduced_size(tmp_path):
     Image.new("RGB", (9000, 4500), (90, 120, 30)).save(tmp_path / "a.jpg")
     assert read_image(tmp_path / "a.jpg").size == (4500, 2250)
 
@@ -106,7 +108,7 @@ def damaged_files():
         "truncated.png": (png[: len(png) // 2], None),
         "header_only.jpg": (jpeg[:20], None),
         "empty.jpg": (b"", "the file is empty"),
-        "text.jpg": (b"this is no picture\n" * 10, "not a picture"),
+        "text.jpg": (b"this is not an image\n" * 10, "not an image"),
         "flipped.png": (png[:40] + bytes(255 - b for b in png[40:60]) + png[60:], None),
     }
 
@@ -151,7 +153,28 @@ def test_random_damage_raises_nothing_else():
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 try:
-                    image = images.decode_image(io.BytesIO(damaged[: rng.integers(1, len(clean) + 1)].tobytes()), "x")
+                    image = decode_image(io.BytesIO(damaged[: rng.integers(1, len(clean) + 1)].tobytes()), "x")
                     assert image.mode == "RGB"
                 except UnreadableImage as error:
                     assert "\n" not in str(error)
+
+
+def test_find_images_in_folders_and_subfolders(tmp_path):
+    (tmp_path / "b").mkdir()
+    for name in ("c.png", "a.JPG", "notes.txt", "._a.jpg", "b/z.webp"):
+        (tmp_path / name).touch()
+    inside = [tmp_path / name for name in ("a.JPG", "b/z.webp", "c.png")]
+    assert find_images([tmp_path]) == inside
+    assert find_images([tmp_path / "notes.txt", tmp_path / "b"]) == [tmp_path / "notes.txt", inside[1]]
+
+
+def test_find_images_finds_nothing(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"gone\.png: no such file or folder"):
+        find_images([tmp_path / "gone.png"])
+    with pytest.raises(FileNotFoundError, match="no images in this folder"):
+        find_images([tmp_path])
+
+
+def test_reading_images_does_not_import_the_training_pipeline():
+    code = "import sys, vimd_jax.data.images, vimd_jax.data.transforms; print('grain' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code]) == b"False\n"

@@ -6,17 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vimd_jax.data import (
-    DatasetError,
-    UnreadableImage,
-    eval_batches,
-    eval_view,
-    load_source,
-    low_resolution_view,
-    steps_per_epoch,
-    train_batches,
-)
-from vimd_jax.data.pipeline import samples_per_epoch
+from vimd_jax.data.images import DatasetError, UnreadableImage
+from vimd_jax.data.pipeline import eval_batches, samples_per_epoch, steps_per_epoch, train_batches
+from vimd_jax.data.sources import load_source
+from vimd_jax.data.transforms import eval_view, low_resolution_view
 
 
 def take(source, config, count, **arguments):
@@ -47,14 +40,14 @@ def test_shapes_and_types(dataset_config):
     assert all(type(value) is np.ndarray for value in batch.values())
 
 
-def test_low_is_the_same_crop_down_sampled(dataset_config):
+def test_low_resolution_is_the_same_crop_down_sampled(dataset_config):
     config = dataset_config()
     batch = take(load_source(config, "train"), config, 1)[0]
     for high, low in zip(batch["high"], batch["low"]):
         np.testing.assert_array_equal(low, low_resolution_view(Image.fromarray(high), 8))
 
 
-def test_same_seed_same_batches_and_only_then(dataset_config):
+def test_batches_are_the_same_only_with_the_same_seed(dataset_config):
     config = dataset_config()
     source = load_source(config, "train")
     batches = take(source, config, 6)
@@ -63,8 +56,8 @@ def test_same_seed_same_batches_and_only_then(dataset_config):
 
 
 @pytest.mark.parametrize("start", [1, 3, 5, 8])
-def test_resuming_is_as_if_never_interrupted(dataset_config, start):
-    config = dataset_config(synthetic_train_size=37)  # epochs do not end with a batch
+def test_resuming_continues_as_if_never_interrupted(dataset_config, start):
+    config = dataset_config(synthetic_train_size=37)  # epochs end in the middle of a batch
     source = load_source(config, "train")
     assert_same(take(source, config, 10)[start:], take(source, config, 10 - start, start_step=start))
 
@@ -78,8 +71,8 @@ def test_processes_share_the_global_batch(dataset_config, processes):
     assert_same(joined, take(source, config, 3))
 
 
-def test_worker_processes_change_nothing_and_report_errors(dataset_config, picture_folder):
-    folder = picture_folder({"train/a": 6, "train/b": 6, "test/a": 5})
+def test_worker_processes_change_nothing_and_report_errors(dataset_config, image_folder):
+    folder = image_folder({"train/a": 6, "train/b": 6, "test/a": 5})
     config = dataset_config(name="folder", directory=str(folder), validation_fraction=0.0)
     parallel = dataset_config(**config.to_dict() | {"num_workers": 1})
     source, test = load_source(config, "train"), load_source(config, "test")
@@ -91,10 +84,11 @@ def test_worker_processes_change_nothing_and_report_errors(dataset_config, pictu
     assert "\n" not in str(error.value)
 
 
-def test_workers_end_with_a_killed_main_process(dataset_config):
+def test_workers_exit_when_the_main_process_is_killed(dataset_config):
     code = f"""
 from ml_collections import ConfigDict
-from vimd_jax.data import load_source, train_batches
+from vimd_jax.data.pipeline import train_batches
+from vimd_jax.data.sources import load_source
 config = ConfigDict({dataset_config(num_workers=1).to_dict()!r})
 batches = train_batches(load_source(config, "train"), config, batch_size=8, seed=0)
 next(batches)
@@ -106,27 +100,25 @@ input()
     ) as process:
         assert process.stdout.readline() == b"ready\n"
         process.kill()
-        process.communicate(timeout=30)  # its end is that of the last process that holds the output
+        process.communicate(timeout=30)  # returns once the last process that holds the output has exited
 
 
-def test_every_epoch_is_another_order_of_all_pictures(dataset_config):
+def test_every_epoch_has_all_images_in_a_new_order(dataset_config):
     config = dataset_config()
     batches = take(load_source(config, "train"), config, 15)
     epochs = np.concatenate([batch["index"] for batch in batches]).reshape(3, 40)
     assert (np.sort(epochs) == np.arange(40)).all()
     assert not (epochs[0] == epochs[1]).all() and not (epochs[0] == np.arange(40)).all()
-    same_picture = [
-        np.concatenate([b["high"] for b in batches])[np.flatnonzero(epochs.ravel() == 7)[k]] for k in (0, 1)
-    ]
-    assert not np.array_equal(*same_picture), "the augmentation of a picture differs from epoch to epoch"
+    same_image = [np.concatenate([b["high"] for b in batches])[np.flatnonzero(epochs.ravel() == 7)[k]] for k in (0, 1)]
+    assert not np.array_equal(*same_image), "the augmentation of an image differs from epoch to epoch"
 
 
-def test_labels_belong_to_the_pictures(dataset_config):
+def test_labels_match_the_images(dataset_config):
     config = dataset_config(crop_scale=(1.0, 1.0), flip=False)
     source = load_source(config, "train")
     for i, high, label in zip(*(take(source, config, 1)[0][key] for key in ("index", "high", "label"))):
         assert label == source.labels[i]
-        # A crop of the whole area has the aspect ratio 1 only now and then; most of the bird is there in any case.
+        # A crop of the whole area is stretched unless its aspect ratio is 1, but most of the bird is always there.
         assert np.abs(high.astype(float) - np.asarray(source.read(i))).mean() < 60
 
 
@@ -142,7 +134,7 @@ def test_labels_belong_to_the_pictures(dataset_config):
         (5994, 1, 5994),
     ],
 )
-def test_samples_per_epoch_are_the_published_numbers(size, repeats, expected):
+def test_samples_per_epoch_match_the_published_numbers(size, repeats, expected):
     assert samples_per_epoch(size, repeats) == expected
 
 
@@ -168,7 +160,7 @@ def test_steps_per_epoch(dataset_config):
 
 
 @pytest.mark.parametrize("batch_size, processes", [(1, 1), (5, 1), (13, 1), (64, 1), (6, 2), (4, 4)])
-def test_evaluation_sees_each_picture_once(dataset_config, batch_size, processes):
+def test_evaluation_sees_each_image_once(dataset_config, batch_size, processes):
     config = dataset_config()
     source = load_source(config, "test")
     batches = []
@@ -187,33 +179,33 @@ def test_evaluation_sees_each_picture_once(dataset_config, batch_size, processes
 
 
 @pytest.fixture
-def damaged(dataset_config, picture_folder):
-    folder = picture_folder({"train/a": 5, "train/b": 5, "test/a": 3, "test/b": 4})
+def damaged(dataset_config, image_folder):
+    folder = image_folder({"train/a": 5, "train/b": 5, "test/a": 3, "test/b": 4})
     for name in ("train/a/004.png", "train/b/000.png", "test/a/001.png"):
         (folder / name).write_bytes(b"broken")
     return dataset_config(name="folder", directory=str(folder), validation_fraction=0.0)
 
 
 def test_stop_is_the_default(damaged):
-    with pytest.raises(DatasetError, match=r"train/./00\d\.png: not a picture .*; remove or replace it, or set config"):
+    with pytest.raises(DatasetError, match=r"train/./00\d\.png: not an image .*; remove or replace it, or set config"):
         take(load_source(damaged, "train"), damaged, 5)
     with pytest.raises(DatasetError, match=r"test/a/001\.png"):
         list(eval_batches(load_source(damaged, "test"), damaged, batch_size=4))
 
 
-def test_skip_replaces_in_training_by_the_next_readable_picture(damaged, caplog):
+def test_skip_uses_the_next_readable_image_in_training(damaged, caplog):
     damaged.on_error = "skip"
     source = load_source(damaged, "train")
     batches = take(source, damaged, 5, batch_size=2)
     index, skipped, label = (np.concatenate([b[key] for b in batches]) for key in ("index", "skipped", "label"))
-    # Records 4 and 5 are damaged: 6 is seen thrice in the epoch, twice as a replacement.
+    # Images 4 and 5 are damaged: 6 is seen three times in the epoch, twice as a replacement.
     assert sorted(index) == [0, 1, 2, 3, 6, 6, 6, 7, 8, 9]
     assert skipped.sum() == 2 and set(index[skipped == 1]) == {6}
     np.testing.assert_array_equal(label, source.labels[index])
     assert sum("a/004.png" in message for message in caplog.messages) == 1
 
 
-def test_skip_weighs_nothing_in_evaluation(damaged):
+def test_skipped_images_have_weight_zero_in_evaluation(damaged):
     damaged.on_error = "skip"
     batches = list(eval_batches(load_source(damaged, "test"), damaged, batch_size=4))
     merged = {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
@@ -222,13 +214,13 @@ def test_skip_weighs_nothing_in_evaluation(damaged):
     np.testing.assert_array_equal(merged["index"], [0, 1, 2, 3, 4, 5, 6, -1])
 
 
-def test_nothing_readable_at_all(damaged):
+def test_no_readable_image_at_all(damaged):
     damaged.on_error = "skip"
     source = load_source(damaged, "train")
     for i in range(len(source)):
         with open(source.name(i), "wb"):
             pass
-    with pytest.raises(DatasetError, match="none of the 10 training pictures can be read"):
+    with pytest.raises(DatasetError, match="none of the 10 training images can be read"):
         take(source, damaged, 1)
 
 
@@ -241,7 +233,7 @@ def test_nothing_readable_at_all(damaged):
         ({}, {"batch_size": 9, "process_count": 2}, r"batch_size is 9; choose a multiple of .* \(2\)"),
     ],
 )
-def test_impossible_settings_are_refused_at_once(dataset_config, changes, arguments, message):
+def test_invalid_settings_are_rejected_at_once(dataset_config, changes, arguments, message):
     config = dataset_config(**changes)
     with pytest.raises(DatasetError, match=message):
         train_batches(load_source(config, "train"), config, **{"batch_size": 8, "seed": 0} | arguments)

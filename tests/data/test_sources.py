@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vimd_jax.data import DATASETS, DatasetError, UnreadableImage, load_source
-from vimd_jax.data.catalog import DatasetInfo
+from vimd_jax.data.catalog import DATASETS, DatasetInfo
+from vimd_jax.data.images import DatasetError, UnreadableImage
+from vimd_jax.data.sources import load_source
 
 THREE_SPLITS = {"train/ant": 4, "train/bee": 3, "val/ant": 2, "test/ant": 1, "test/bee": 2}
 
 
-def test_folder_with_three_splits(dataset_config, picture_folder):
-    config = dataset_config(name="folder", directory=str(picture_folder(THREE_SPLITS)))
+def test_folder_with_three_splits(dataset_config, image_folder):
+    config = dataset_config(name="folder", directory=str(image_folder(THREE_SPLITS)))
     train, validation, test = (load_source(config, split) for split in ("train", "validation", "test"))
     assert train.class_names == validation.class_names == test.class_names == ("ant", "bee")
     np.testing.assert_array_equal(train.labels, [0, 0, 0, 0, 1, 1, 1])
@@ -25,23 +26,23 @@ def test_folder_with_three_splits(dataset_config, picture_folder):
         np.testing.assert_array_equal(np.asarray(train.read(4)), np.asarray(image))
 
 
-def test_published_layout_val_is_the_test_set(dataset_config, picture_folder):
-    config = dataset_config(name="folder", directory=str(picture_folder({"train/a": 20, "train/b": 10, "val/a": 2})))
+def test_val_is_the_test_set_in_the_published_layout(dataset_config, image_folder):
+    config = dataset_config(name="folder", directory=str(image_folder({"train/a": 20, "train/b": 10, "val/a": 2})))
     assert len(load_source(config, "test")) == 2
     assert len(load_source(config, "train")) == 27
     assert len(load_source(config, "validation")) == 3
 
 
 @pytest.mark.parametrize("folder", ["val", "test"])
-def test_evaluation_needs_no_training_pictures(dataset_config, picture_folder, folder):
-    config = dataset_config(name="folder", directory=str(picture_folder({f"{folder}/a": 2, f"{folder}/b": 1})))
+def test_evaluation_needs_no_training_images(dataset_config, image_folder, folder):
+    config = dataset_config(name="folder", directory=str(image_folder({f"{folder}/a": 2, f"{folder}/b": 1})))
     assert len(load_source(config, "test")) == 3
-    with pytest.raises(DatasetError, match=f"holds {folder}/; expected train/"):
+    with pytest.raises(DatasetError, match=f"contains {folder}/; expected train/"):
         load_source(config, "train")
 
 
-def test_held_out_pictures(dataset_config, picture_folder):
-    folder = picture_folder({"train/many": 40, "train/two": 2, "train/one": 1, "test/one": 1})
+def test_held_out_images(dataset_config, image_folder):
+    folder = image_folder({"train/many": 40, "train/two": 2, "train/one": 1, "test/one": 1})
     config = dataset_config(name="folder", directory=str(folder), validation_fraction=0.1)
 
     def names(split, seed):
@@ -59,20 +60,20 @@ def test_held_out_pictures(dataset_config, picture_folder):
         load_source(config, "validation")
 
 
-def test_file_endings_and_hidden_files(dataset_config, picture_folder):
-    folder = picture_folder({"train/a": 1, "train/b": 1, "test/a": 1})
+def test_file_extensions_and_hidden_files(dataset_config, image_folder):
+    folder = image_folder({"train/a": 1, "train/b": 1, "test/a": 1})
     for name in ("x.JPG", "y.jpeg", "z.Tiff"):
         Image.new("RGB", (4, 4)).save(folder / "train/a" / name)
     for name in ("notes.txt", "._x.jpg", ".hidden.png"):
-        (folder / "train/a" / name).write_text("no picture")
+        (folder / "train/a" / name).write_text("not an image")
     (folder / "train/.ipynb_checkpoints").mkdir()
     source = load_source(dataset_config(name="folder", directory=str(folder), validation_fraction=0.0), "train")
     assert [source.name(i).rsplit("/", 1)[1] for i in range(4)] == ["000.png", "x.JPG", "y.jpeg", "z.Tiff"]
     assert source.class_names == ("a", "b")
 
 
-def test_unreadable_picture_is_named(dataset_config, picture_folder):
-    folder = picture_folder(THREE_SPLITS)
+def test_unreadable_image_is_named(dataset_config, image_folder):
+    folder = image_folder(THREE_SPLITS)
     (folder / "test/ant/000.png").write_bytes(b"")
     source = load_source(dataset_config(name="folder", directory=str(folder)), "test")
     with pytest.raises(UnreadableImage, match=r"test/ant/000\.png: the file is empty"):
@@ -84,20 +85,20 @@ def test_unreadable_picture_is_named(dataset_config, picture_folder):
     [
         ({}, {"directory": ""}, "config.dataset.directory is empty"),
         ({}, {"directory": "/no/such/folder"}, "/no/such/folder is not a folder"),
-        ({}, {}, "holds none of train/, val/, test/; expected train/<class>"),
-        ({"train/a": 1}, {}, "holds train/; expected"),
-        ({"test/a": 1, "val/a": 1}, {}, "holds val/, test/; expected"),
+        ({}, {}, "contains none of train/, val/, test/; expected train/<class>"),
+        ({"train/a": 1}, {}, "contains train/; expected"),
+        ({"test/a": 1, "val/a": 1}, {}, "contains val/, test/; expected"),
         ({"train": 2, "test/a": 1}, {}, "train has no class folders"),
-        ({"train/a": 1, "train/b": 0, "test/a": 1}, {}, "train/b has no pictures"),
-        ({"train/a": 1, "test/a": 1, "test/b": 1}, {}, "test/b is not a class of the training pictures"),
-        ({"train/a": 1, "test/a": 1, "val/c": 1}, {}, "val/c is not a class of the training pictures"),
-        (THREE_SPLITS, {"num_classes": 5}, "num_classes is 5 but the data have 2 classes"),
+        ({"train/a": 1, "train/b": 0, "test/a": 1}, {}, "train/b has no images"),
+        ({"train/a": 1, "test/a": 1, "test/b": 1}, {}, "test/b is not a class of the training set"),
+        ({"train/a": 1, "test/a": 1, "val/c": 1}, {}, "val/c is not a class of the training set"),
+        (THREE_SPLITS, {"num_classes": 5}, "num_classes is 5, but the data have 2 classes"),
         (THREE_SPLITS, {"name": "birds"}, "config.dataset.name is 'birds'; choose one of synthetic, folder, cub"),
         (THREE_SPLITS, {"validation_fraction": 1.0}, "validation_fraction is 1.0"),
     ],
 )
-def test_mistakes_are_one_line_with_field_and_remedy(dataset_config, picture_folder, counts, changes, message):
-    config = dataset_config(name="folder", directory=str(picture_folder(counts)))
+def test_mistakes_are_one_line_with_field_and_remedy(dataset_config, image_folder, counts, changes, message):
+    config = dataset_config(name="folder", directory=str(image_folder(counts)))
     config.update(changes)
     with pytest.raises(DatasetError) as error:
         load_source(config, "train")
@@ -109,39 +110,23 @@ def test_unknown_split(dataset_config):
         load_source(dataset_config(), "val")
 
 
-def test_catalog_holds_the_published_numbers():
-    published = {
-        "cub": (200, 5994, 5794),
-        "cars": (196, 8144, 8041),
-        "dogs": (120, 12000, 8580),
-        "pets": (37, 3680, 3669),
-        "flowers": (102, 2040, 6149),
-        "mit67": (67, 5360, 1340),
-        "action": (40, 4000, 5532),
-        "aircraft": (100, 6667, 3333),
-        "imagenet": (1000, 1281167, 50000),
-    }
-    found = {name: (info.num_classes, info.train_sizes[0], info.test_size) for name, info in DATASETS.items()}
-    assert found == published
-
-
 @pytest.fixture
 def tiny_pets(monkeypatch):
-    """The catalog's pets, shrunk to two classes, seven training and three test pictures."""
-    info = DatasetInfo("Oxford-IIIT Pets", 2, (7,), 3, "oxford_iiit_pet")
+    """The catalog's pets, shrunk to two classes, seven training and three test images."""
+    info = DatasetInfo("Oxford-IIIT Pet", 2, (7,), 3, "oxford_iiit_pet")
     monkeypatch.setitem(DATASETS, "pets", info)
     return info
 
 
-def test_known_dataset_from_a_folder(dataset_config, picture_folder, tiny_pets):
+def test_known_dataset_from_a_folder(dataset_config, image_folder, tiny_pets):
     config = dataset_config(name="pets", num_classes=2)
-    config.directory = str(picture_folder({"train/a": 4, "train/b": 3, "test/a": 1, "test/b": 2}))
+    config.directory = str(image_folder({"train/a": 4, "train/b": 3, "test/a": 1, "test/b": 2}))
     assert len(load_source(config, "test")) == 3
 
 
-def test_validation_folder_counts_as_training_pictures(dataset_config, picture_folder, tiny_pets):
+def test_validation_folder_counts_as_training_images(dataset_config, image_folder, tiny_pets):
     counts = {"train/a": 3, "train/b": 2, "val/a": 1, "val/b": 1, "test/a": 1, "test/b": 2}
-    config = dataset_config(name="pets", directory=str(picture_folder(counts)))
+    config = dataset_config(name="pets", directory=str(image_folder(counts)))
     assert [len(load_source(config, split)) for split in ("train", "validation", "test")] == [5, 2, 3]
 
 
@@ -153,10 +138,10 @@ def test_validation_folder_counts_as_training_pictures(dataset_config, picture_f
         {"train/a": 4, "train/b": 3, "test/a": 4},
     ],
 )
-def test_known_dataset_must_be_complete(dataset_config, picture_folder, tiny_pets, counts):
-    config = dataset_config(name="pets", directory=str(picture_folder(counts)))
+def test_known_dataset_must_be_complete(dataset_config, image_folder, tiny_pets, counts):
+    config = dataset_config(name="pets", directory=str(image_folder(counts)))
     with pytest.raises(
-        DatasetError, match="holds .* but Oxford-IIIT Pets .* has 2 classes, 7 training and 3 .*=folder"
+        DatasetError, match="contains .* but Oxford-IIIT Pet .* has 2 classes, 7 training and 3 .*=folder"
     ):
         load_source(config, "train")
     config.name = "folder"
@@ -171,15 +156,15 @@ def test_datasets_that_tfds_does_not_have(dataset_config):
 
 def test_tfds_not_installed(dataset_config, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
-    with pytest.raises(DatasetError, match=r"pip install 'vimd-jax\[tfds\]'; or set config.dataset.directory"):
+    with pytest.raises(DatasetError, match=r"pip install 'vimd-jax\[tfds\]', or set config.dataset.directory"):
         load_source(dataset_config(name="cub"), "train")
 
 
 @pytest.fixture
 def fake_tfds(monkeypatch):
-    """The few names of tensorflow_datasets in use, with ten encoded pets; TFDS itself is no test dependency."""
+    """The parts of tensorflow_datasets in use, with ten encoded images; TFDS itself is not a test dependency."""
 
-    class Picture:
+    class ImageFeature:
         pass
 
     def record(i):
@@ -190,7 +175,11 @@ def fake_tfds(monkeypatch):
     class Builder:
         splits = {"train": range(7), "test": range(10, 13)}
         info = types.SimpleNamespace(
-            features={"image": Picture(), "label": types.SimpleNamespace(names=["cat", "dog"]), "file_name": object()}
+            features={
+                "image": ImageFeature(),
+                "label": types.SimpleNamespace(names=["cat", "dog"]),
+                "file_name": object(),
+            }
         )
 
         def as_data_source(self, split, decoders):
@@ -199,7 +188,7 @@ def fake_tfds(monkeypatch):
 
     module = types.SimpleNamespace(
         builder=lambda name, file_format: Builder(),
-        features=types.SimpleNamespace(Image=Picture),
+        features=types.SimpleNamespace(Image=ImageFeature),
         decode=types.SimpleNamespace(SkipDecoding=lambda: "skip"),
     )
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", module)

@@ -1,26 +1,28 @@
 import numpy as np
 import pytest
 
-from vimd_jax.data import DatasetError, load_source, low_resolution_view
+from vimd_jax.data.images import DatasetError
+from vimd_jax.data.sources import load_source
 from vimd_jax.data.synthetic import class_markings, draw_bird
+from vimd_jax.data.transforms import low_resolution_view
 
 
-def test_pictures_depend_on_split_and_number_alone(dataset_config):
+def test_images_depend_only_on_split_and_index(dataset_config):
     one, other = (load_source(dataset_config(), "train", seed=seed) for seed in (0, 1))
-    other.read(7)  # the order of reading does not matter
+    other.read(7)  # the reading order does not matter
     for i in (3, 7, 8):
         np.testing.assert_array_equal(one.read(i), other.read(i))
     assert one.read(3).mode == "RGB" and one.read(3).size == (32, 32)
 
 
-def test_no_picture_is_in_two_splits_or_twice_in_one(dataset_config):
+def test_images_are_distinct_within_and_across_splits(dataset_config):
     config = dataset_config(synthetic_train_size=60, synthetic_test_size=30, validation_fraction=0.5)
-    pictures = [
+    images = [
         source.read(i).tobytes()
         for source in (load_source(config, split) for split in ("train", "validation", "test"))
         for i in range(len(source))
     ]
-    assert len(pictures) == len(set(pictures)) == 60 + 30 + 30
+    assert len(images) == len(set(images)) == 60 + 30 + 30
 
 
 def test_classes_are_balanced_and_named(dataset_config):
@@ -34,7 +36,7 @@ def test_classes_are_balanced_and_named(dataset_config):
 
 
 def test_classes_differ_only_in_their_markings():
-    """With the same random numbers, two classes differ in a small part of the picture, but always in some of it."""
+    """With the same random numbers, any two classes differ in a small part of the image."""
     markings = class_markings(10)
     for seed in range(5):
         birds = [np.asarray(draw_bird(m, 64, np.random.default_rng(seed)), int) for m in markings]
@@ -44,8 +46,8 @@ def test_classes_differ_only_in_their_markings():
 
 
 @pytest.mark.parametrize("side", [64, 224])
-def test_a_quarter_of_the_size_hides_patterns_at_any_size(side):
-    """What tells two wing patterns apart fades in the low-resolution view, but for the coarsest bars."""
+def test_down_sampling_hides_patterns_at_any_size(side):
+    """In the low-resolution view the difference between two wing patterns fades, except for the coarsest bars."""
 
     def difference(one, other):
         return np.abs(np.asarray(one, float) - np.asarray(other, float)).mean()
@@ -56,7 +58,7 @@ def test_a_quarter_of_the_size_hides_patterns_at_any_size(side):
         ratios = []
         for seed in range(6):
             high = [draw_bird(markings[k], side, np.random.default_rng(seed)) for k in (i, j)]
-            low = [low_resolution_view(picture, side // 4) for picture in high]
+            low = [low_resolution_view(image, side // 4) for image in high]
             ratios.append(difference(*low) / difference(*high))
         return np.mean(ratios)
 

@@ -4,12 +4,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vimd_jax.data import eval_view, low_resolution_view
-from vimd_jax.data.transforms import random_crop_box, train_view
+from vimd_jax.data.transforms import eval_view, low_resolution_view, random_crop_box, train_view
 
 
 def photograph(width, height, seed=0):
-    """Smooth random colours, like a photograph and unlike noise."""
+    """Smooth random colours, more like a photograph than noise."""
     small = np.random.default_rng(seed).integers(0, 256, (9, 9, 3), np.uint8)
     return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
 
@@ -30,11 +29,11 @@ def test_eval_view_is_resize_then_centre_crop(shape):
     image = photograph(*shape)
     expected = np.asarray(reference_eval_view(image, 64), int)
     difference = np.abs(np.asarray(eval_view(image, 64), int) - expected)
-    # One resampling instead of resize and crop: the same but for the last bits of some values.
+    # One resampling instead of resize and crop: the same except for rounding.
     assert difference.max() <= 2 and difference.mean() < 0.1
 
 
-def test_eval_view_can_keep_a_share_of_the_short_side():
+def test_eval_view_can_keep_a_fraction_of_the_short_side():
     image = photograph(333, 500)
     expected = np.asarray(reference_eval_view(image, 73).crop((4, 4, 68, 68)), int)
     assert np.abs(np.asarray(eval_view(image, 64, 0.875), int) - expected).max() <= 2
@@ -72,21 +71,21 @@ def test_no_flip_when_switched_off():
         np.testing.assert_array_equal(view, image.crop(box).resize((50, 50), Image.Resampling.BICUBIC))
 
 
-def test_crop_law_on_a_large_picture():
+def test_crop_distribution_on_a_large_image():
     rng = np.random.default_rng(0)
     width, height = 4000, 4000
     boxes = np.array([random_crop_box(width, height, rng, (0.08, 0.5)) for _ in range(4000)], float)
     left, top, right, bottom = boxes.T
-    share = (right - left) * (bottom - top) / (width * height)
+    area_fraction = (right - left) * (bottom - top) / (width * height)
     log_ratio = np.log((right - left) / (bottom - top))
-    # At most half the area and 4:3 always fits, so both laws are uniform: mean, spread and range.
+    # Half the area at 4:3 always fits, so both distributions are uniform: mean, spread and range.
     limits = math.log(4 / 3)
-    assert 0.0799 < share.min() < 0.085 and 0.495 < share.max() < 0.5001
-    np.testing.assert_allclose([share.mean(), share.std()], [0.29, 0.42 / 12**0.5], rtol=0.03)
+    assert 0.0799 < area_fraction.min() < 0.085 and 0.495 < area_fraction.max() < 0.5001
+    np.testing.assert_allclose([area_fraction.mean(), area_fraction.std()], [0.29, 0.42 / 12**0.5], rtol=0.03)
     np.testing.assert_allclose([log_ratio.min(), log_ratio.max()], [-limits, limits], atol=2e-3)
     np.testing.assert_allclose(log_ratio.std(), 2 * limits / 12**0.5, rtol=0.03)
     assert abs(log_ratio.mean()) < 0.01
-    # The position is uniform over the places where the box fits, corners included.
+    # The position is uniform over all places where the box fits, including the corners.
     place = left / (width - (right - left))
     np.testing.assert_allclose([place.mean(), place.std()], [0.5, 1 / 12**0.5], rtol=0.04)
     assert (top >= 0).all() and (bottom <= height).all() and (left >= 0).all() and (right <= width).all()
@@ -102,9 +101,9 @@ def test_crop_law_on_a_large_picture():
     ],
 )
 def test_crop_falls_back_to_the_centre(shape, expected):
-    # No box of more than 90 % of the area and a ratio of at most 4:3 fits into these.
+    # No box with at least 90 % of the area and a ratio of at most 4:3 fits into these.
     assert random_crop_box(*shape, np.random.default_rng(0), (0.9, 1.0)) == expected
 
 
-def test_whole_picture_when_its_shape_is_allowed_but_no_draw_fits():
+def test_whole_image_when_its_shape_is_allowed_but_no_draw_fits():
     assert random_crop_box(120, 100, np.random.default_rng(0), (1.5, 1.6)) == (0, 0, 120, 100)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from kernels.shapes import Shape
+from kernels.scan.shapes import Shape
 
 _spec = importlib.util.spec_from_file_location(
     "benchmark_scan", Path(__file__).parents[2] / "scripts/benchmark_scan.py"

@@ -14,7 +14,6 @@ from vimd_jax.models.layers import rms_norm
 from vimd_jax.models.mamba import ShortConv, inverse_softplus_of_steps
 from vimd_jax.models.positions import resize_positions
 from vimd_jax.models.vim import Mixer, Vim
-from vimd_jax.models.vim_ablations import VimAblation
 from weight_convert import convert_state_dict
 from weight_convert.mapping import plan
 
@@ -79,7 +78,6 @@ BY_RULE = {
     "stride": ({"stride": 16}, [-0.195500, 0.016671, 0.226571, 0.406994], 1.979650),
     "double": ({"class_token": "double"}, [0.053684, -0.002921, -0.058794, -0.106548], -0.507701),
     "mean pool": ({"class_token": None}, [-0.390872, -0.476078, -0.499631, -0.458363], -4.394712),
-    "layer scale": ({"layer_scale": 1.0}, [2.096359, 2.163204, 1.947740, 1.478257], 16.996558),
     "first release": (
         {"stride": 16, "class_token": "head", "rope": True, "merge": "sum"},
         [0.187484, 0.250567, 0.280863, 0.274600],
@@ -88,30 +86,13 @@ BY_RULE = {
 }
 
 
-def weight_by_rule(rank: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    c = np.cos(rank + 0.37 * np.arange(np.prod(shape))).reshape(shape)
-    if "A_log" in name or "A_b_log" in name:
-        return np.log(np.arange(1, shape[1] + 1)) + 0.1 * c
-    if name.endswith((".D", ".D_b", "norm.weight", "norm_f.weight")):
-        return 1 + 0.1 * c
-    if "dt_proj" in name and name.endswith("bias"):
-        return -2 + 0.5 * c
-    if name.endswith("bias"):
-        return 0.1 * c
-    if name in ("pos_embed", "cls_token"):
-        return c / 2
-    return c / np.sqrt(np.prod(shape[1:]))
-
-
 @pytest.mark.parametrize("name", BY_RULE)
 def test_logits_of_weights_by_rule(name):
     overrides, first, total = BY_RULE[name]
-    model = (VimAblation if "layer_scale" in overrides else Vim)(**(RULE | overrides))
-    images = np.sin(0.05 * np.arange(2 * 3 * 32 * 32, dtype=np.float64)).reshape(2, 3, 32, 32)
-    images = golden_models.nhwc(images).astype(np.float32)
-    shapes = {entry.source: entry.shape for entry in plan(model)}
-    filled = {name: weight_by_rule(rank, name, shapes[name]) for rank, name in enumerate(sorted(shapes))}
-    logits = run(model, convert_state_dict(filled, model), images)
+    model = Vim(**(RULE | overrides))
+    weights = golden_models.weights_by_rule({entry.source: entry.shape for entry in plan(model)})
+    images = golden_models.nhwc(golden_models.images_by_rule((2, 3, 32, 32)))
+    logits = run(model, convert_state_dict(weights, model), images)
     np.testing.assert_allclose(logits[0, :4], first, atol=1e-5)
     assert float(logits.sum()) == pytest.approx(total, abs=5e-5)
 
@@ -302,14 +283,6 @@ def test_bad_options_are_named(overrides, field):
     with pytest.raises(ValueError, match=f"^{field}: .*") as error:
         SMALL.clone(**overrides)
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "overrides", [{"norm": "batch"}, {"bimamba_type": "v3"}, {"paired_layers": True, "depth": 3}], ids=str
-)
-def test_bad_options_of_ablations_are_named(overrides):
-    with pytest.raises(ValueError, match=f"^{next(iter(overrides))}: "):
-        VimAblation(**overrides)
 
 
 @pytest.mark.parametrize(

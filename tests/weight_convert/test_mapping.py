@@ -15,7 +15,8 @@ from vimd_jax.models.srvm import SRVM
 from vimd_jax.models.vim import Vim
 from weight_convert import convert_state_dict, export_state_dict
 
-PUBLISHED = json.loads((golden.FOLDER / "keys" / "state_dicts.json").read_text())
+FILES = [json.loads(path.read_text()) for path in sorted((golden.FOLDER / "keys").glob("*.json"))]
+PUBLISHED = {part: {name: value for file in FILES for name, value in file[part].items()} for part in FILES[0]}
 
 
 def published(variant: str) -> dict[str, np.ndarray]:
@@ -28,11 +29,16 @@ def published(variant: str) -> dict[str, np.ndarray]:
 
 
 def model_of(variant: str):
+    description = PUBLISHED["variants"][variant]
+    if "model" in description:
+        return create_model(description["model"], **description["options"])
     if "srresnet" in variant:
         return create_model(variant.removeprefix("vimd_").removesuffix("_64_16"))
     if "student" in variant:
         return create_model("vim_tiny_stride8", num_classes=PUBLISHED["variants"][variant]["num_classes"])
     size = next(size for size in ("tiny", "small", "base") if size in variant)
+    if variant.startswith("v2m"):
+        return create_model(f"v2m_{size}", depth=12 if "depth12" in variant else 24)
     return create_model(f"vim_{size}" + ("_stride8" if "stride8" in variant else ""))
 
 
@@ -114,7 +120,7 @@ def cast(name, dtype):
             lambda w: w.update({"rope.freqs_cos": np.zeros((4, 16))}),
             "unexpected.*; look at the options rope of the",
         ),
-        (lambda w: w.update({"layers.0.mixer.gamma": np.zeros(16)}), "unexpected.*options layer_scale of"),
+        (lambda w: w.update({"layers.0.mixer.gamma": np.zeros(16)}), r"unexpected \(1\): layers.0.mixer.gamma$"),
         (without("cls_token"), "missing.*options class_token of"),
         (lambda w: w.clear(), r"missing \(41\): .* and 21 more"),
     ],

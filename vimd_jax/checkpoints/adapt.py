@@ -3,7 +3,7 @@
 import logging
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,13 @@ FLEXIBLE = (*_HEAD, _POSITIONS)  # the leaves whose shapes `fit` can change
 ADAPTABLE = ("num_classes", "image_size", "stride")  # the options in which they may differ
 
 
+class Change(NamedTuple):
+    """Where a checkpoint and a network differ, and what `fit` does about it."""
+
+    difference: str
+    remedy: str
+
+
 def load_variables(
     path: str | Path, model: nn.Module, *, adapt: bool = False, key: str | None = None, position_mode: str = "correct"
 ) -> dict[str, Any]:
@@ -41,7 +48,7 @@ def load_variables(
       position_mode: see `resize_position_embedding`.
 
     Raises:
-      FileNotFoundError, ValueError: nothing is there, it cannot be read, or it is of another network; one line says why.
+      FileNotFoundError, ValueError: nothing is there, it cannot be read, or it holds another network.
     """
     path, grid = Path(path), None
     if path.is_file():
@@ -52,11 +59,11 @@ def load_variables(
         source, variables = _part_for(model, load_model(path))
         _check_same_network(path, source, model)
         leaves, grid = flatten_dict(variables, sep="/"), getattr(source, "grid", None)
-    leaves, notes = fit(leaves, model, grid=grid, mode=position_mode)
-    if notes and not adapt:
-        raise ValueError(f"{path} does not fit: {'; '.join(notes)}")
-    for note in notes:
-        log.info("%s: %s", path, note)
+    leaves, changes = fit(leaves, model, grid=grid, mode=position_mode)
+    if changes and not adapt:
+        raise ValueError(f"{path} does not fit the network: {'; '.join(change.difference for change in changes)}")
+    for change in changes:
+        log.info("%s: %s: %s", path, *change)
     return unflatten_dict(leaves, sep="/")
 
 
@@ -128,7 +135,7 @@ def resize_position_embedding(
 
 def fit(
     leaves: dict[str, Any], model: nn.Module, *, grid: tuple[int, int] | None = None, mode: str = "correct"
-) -> tuple[dict[str, Any], list[str]]:
+) -> tuple[dict[str, Any], list[Change]]:
     """Makes the head and the position embedding fit `model`, where only the classes or the grid differ.
 
     Args:
@@ -138,7 +145,7 @@ def fit(
       mode: as in `resize_position_embedding`.
 
     Returns:
-      The leaves in the model's shapes, and one line for each change made. A new head starts as the model starts it.
+      The leaves in the model's shapes, and the changes made. A new head starts as the model starts it.
 
     Raises:
       ValueError: shapes that neither another number of classes nor another grid explains.
@@ -159,18 +166,23 @@ def fit(
         found = ", ".join(f"{path} is {leaves[path].shape}, expected {shapes[path].shape}" for path in rest[:20])
         raise ValueError(f"the weights do not fit {type(model).__name__}: wrong shape ({len(rest)}): {found}")
 
-    leaves, notes = dict(leaves), []
+    leaves, changes = dict(leaves), []
     if heads:
         old, new = leaves[heads[0]].shape[-1], shapes[heads[0]].shape[-1]
         leaves |= _initial_values(model, heads)
-        notes.append(f"the head is initialised anew and needs training: {old} classes in the checkpoint, {new} wanted")
+        changes.append(
+            Change(f"{old} classes in the checkpoint, {new} wanted", "the head is initialised anew and needs training")
+        )
     for path in tables:
         old = leaves[path].shape[1]
         leaves[path] = resize_position_embedding(
             leaves[path], classifier.grid, mode, grid=grid, class_token=classifier.class_token
         )
-        notes.append(f"the position embedding is resized from {old} to {leaves[path].shape[1]} tokens (mode {mode})")
-    return leaves, notes
+        new = leaves[path].shape[1]
+        changes.append(
+            Change(f"{old} tokens in the checkpoint, {new} wanted", f"the position embedding is resized (mode {mode})")
+        )
+    return leaves, changes
 
 
 def _initial_values(model: nn.Module, paths: list[str]) -> dict[str, jax.Array]:

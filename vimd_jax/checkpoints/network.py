@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ class TrainedModel:
 
     @property
     def image_size(self) -> int | tuple[int, int] | None:
-        """Side, or (height, width), in pixels of the images that are classified; None for a super-resolution network."""
+        """Side, or (height, width), in pixels of the images that are classified; None for an SR network."""
         return getattr(getattr(self.model, "classifier", self.model), "image_size", None)
 
     def predict(
@@ -97,8 +98,8 @@ class TrainedModel:
         if not low or image.size != (low, low):
             if low and not downsample:
                 raise DatasetError(
-                    f"{path}: {image.width}x{image.height} pixels, but this network reads {low}x{low}; resize the image "
-                    "(--downsample, or downsample=True)"
+                    f"{path}: {image.width}x{image.height} pixels, but this network reads {low}x{low}; "
+                    "add --downsample (downsample=True) to resize and crop it"
                 )
             height, width = square(self.image_size)
             if height != width:
@@ -119,8 +120,10 @@ class TrainedModel:
 
 
 def save_model(folder: Path, trained: TrainedModel) -> str:
-    """Writes a network into a folder, in place of the one that is there; returns the checksum of its variables."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Writes a network into a folder, in place of the one that is there; returns the checksum of its variables.
+
+    A failure leaves the folder as it was.
+    """
     leaves = {path: np.ascontiguousarray(leaf) for path, leaf in flatten_dict(trained.variables, sep="/").items()}
     checksum = checksum_of(trained.variables)
     content = {
@@ -132,8 +135,15 @@ def save_model(folder: Path, trained: TrainedModel) -> str:
         "variables": f"variables-{checksum[:16]}.safetensors",
         "checksum": checksum,
     }
-    _replace(folder / content["variables"], lambda path: save_file(leaves, path))
-    _replace(folder / "network.json", lambda path: path.write_text(json.dumps(content, indent=2) + "\n"))
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        _replace(folder / content["variables"], lambda path: save_file(leaves, path))
+        _replace(folder / "network.json", lambda path: path.write_text(json.dumps(content, indent=2) + "\n"))
+    except BaseException:
+        if is_new:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
     for old in folder.glob("variables-*.safetensors"):
         if old.name != content["variables"]:
             old.unlink()
@@ -196,7 +206,8 @@ def _read(folder: Path) -> TrainedModel:
     content = read_description(folder)
     try:
         model = create_model(content["architecture"], **content["options"])
-        view, names = content["view"], tuple(content["class_names"])
+        names, provenance = tuple(content["class_names"]), content["provenance"]
+        low_resolution, crop = content["view"]["low_resolution"], content["view"]["crop"]
         leaves = load_file(folder / content["variables"])
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{folder}/network.json is incomplete ({error}): write the checkpoint anew") from error
@@ -211,7 +222,7 @@ def _read(folder: Path) -> TrainedModel:
     classes = getattr(getattr(model, "classifier", model), "num_classes", 0)
     if len(names) != classes:
         raise CheckpointError(f"{folder}: network.json names {len(names)} classes, but the network has {classes}")
-    return TrainedModel(model, variables, names, view["low_resolution"], view["crop"], content["provenance"])
+    return TrainedModel(model, variables, names, low_resolution, crop, provenance)
 
 
 def read_description(folder: Path) -> dict[str, Any]:

@@ -1,8 +1,6 @@
-"""Checkpoints of a run, through Orbax: the latest state, to continue from, and the best network, to use.
+"""The latest state of a run, to continue from, through Orbax.
 
     workdir/checkpoints/<step>/state      parameters, optimiser state, averages, step: everything that training changes
-    workdir/best/<step>/variables         the network alone, as `evaluate` and `predict` load it
-    workdir/best/<step>/metrics           its score
 
 Writing is asynchronous. A checkpoint counts only once it is whole, so a kill while writing leaves the one before.
 """
@@ -16,7 +14,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from vimd_jax.training import TrainingError
+from vimd_jax.checkpoints.network import CheckpointError
 
 
 def open_folder(directory: Path) -> ocp.CheckpointManager:
@@ -28,7 +26,7 @@ def save_state(manager: ocp.CheckpointManager, step: int, state: Any) -> None:
     """Starts to write the training state; does nothing if this step is already there.
 
     Raises:
-      TrainingError: this or the write before it failed, as on a full disk.
+      CheckpointError: this or the write before it failed, as on a full disk.
     """
     with _writing(manager):
         if manager.latest_step() == step:
@@ -44,48 +42,11 @@ def restore_state(manager: ocp.CheckpointManager, state: Any) -> Any | None:
     return manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(_arrays(state)))).state
 
 
-def save_best(manager: ocp.CheckpointManager, step: int, variables: Any, score: float) -> None:
-    """Starts to write the network that scored best so far; raises as `save_state`."""
-    with _writing(manager):
-        if manager.latest_step() == step:
-            return
-        items = {"variables": ocp.args.StandardSave(_arrays(variables)), "metrics": ocp.args.JsonSave({"score": score})}
-        manager.save(step, args=ocp.args.Composite(**items))
-
-
-def best_score(manager: ocp.CheckpointManager) -> float:
-    """The score of the best network so far; minus infinity if there is none yet."""
-    step = manager.latest_step()
-    if step is None:
-        return -np.inf
-    return manager.restore(step, args=ocp.args.Composite(metrics=ocp.args.JsonRestore())).metrics["score"]
-
-
-def finish(*managers: ocp.CheckpointManager) -> None:
+def finish(manager: ocp.CheckpointManager) -> None:
     """Waits until everything is written; raises as `save_state`."""
-    for manager in managers:
-        with _writing(manager):
-            manager.wait_until_finished()
-        manager.close()
-
-
-def load_best(workdir: Path) -> tuple[int, Any]:
-    """Step and variables of the best network of a run.
-
-    Raises:
-      FileNotFoundError: the folder holds no finished checkpoint.
-    """
-    if not (workdir / "best").is_dir():
-        raise FileNotFoundError(
-            f"{workdir} holds no checkpoint of a run (no folder {workdir / 'best'}): train one first."
-        )
-    with open_folder(workdir / "best") as manager:
-        step = manager.latest_step()
-        if step is None:
-            raise FileNotFoundError(
-                f"{workdir / 'best'} holds no finished checkpoint: train longer, until an evaluation."
-            )
-        return step, manager.restore(step, args=ocp.args.Composite(variables=ocp.args.StandardRestore())).variables
+    with _writing(manager):
+        manager.wait_until_finished()
+    manager.close()
 
 
 def _arrays(tree: Any) -> Any:
@@ -99,7 +60,7 @@ def _writing(manager: ocp.CheckpointManager) -> Iterator[None]:
         yield
     except Exception as error:
         cause = str(error).split(": ")[-1]
-        raise TrainingError(
+        raise CheckpointError(
             f"A checkpoint could not be written to {manager.directory}: {cause}. Make room there; the same command "
             f"continues from step {manager.latest_step() or 0}, the last whole one."
         ) from error

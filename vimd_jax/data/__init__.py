@@ -1,1 +1,1 @@
-"""Images: where they come from (sources), how they are cut (transforms) and how they reach a training (pipeline)."""
+"""Images: where they come from (sources), how they are cropped (transforms), how they become batches (pipeline)."""

@@ -1,57 +1,63 @@
-"""Where pictures come from: a folder of class folders, TensorFlow Datasets, or the synthetic generator.
-
-A source is a random-access list of labelled pictures with four members: `class_names` (tuple of str), `labels`
-(np.int32, one per picture), `read(i)` (RGB PIL.Image; raises UnreadableImage) and `name(i)` (for messages).
-"""
+"""Datasets as random-access lists of labelled images: a folder of class folders, TensorFlow Datasets, or synthetic."""
 
 import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
-import ml_collections
 import numpy as np
+from ml_collections import ConfigDict
 from PIL import Image
 
-from vimd_jax.data.catalog import DATASETS, DatasetInfo
-from vimd_jax.data.images import DatasetError, decode_image, read_image
-from vimd_jax.data.synthetic import SyntheticSource
+from vimd_jax.data.catalog import DATASETS
+from vimd_jax.data.images import EXTENSIONS, DatasetError, decode_image, is_image_name, read_image
+from vimd_jax.data.synthetic import class_markings, draw_bird
 
 SPLITS = ("train", "validation", "test")
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 LAYOUT = "expected train/<class>/*.jpg and test/<class>/*.jpg, optionally val/<class>/*.jpg"
 
 
-class Source(Protocol):
-    """A labelled list of pictures."""
+class Source:
+    """A list of labelled images.
+
+    Attributes:
+        class_names: the class names.
+        labels: int32 (number of images,), indices into `class_names`.
+    """
 
     class_names: tuple[str, ...]
     labels: np.ndarray
 
-    def __len__(self) -> int: ...
-    def read(self, i: int) -> Image.Image: ...
-    def name(self, i: int) -> str: ...
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, i: int) -> Image.Image:
+        """Image i in RGB; raises UnreadableImage."""
+        raise NotImplementedError
+
+    def name(self, i: int) -> str:
+        """What messages call image i."""
+        raise NotImplementedError
 
 
-def load_source(config: ml_collections.ConfigDict, split: str, *, seed: int = 0) -> Source:
-    """The pictures of one split of a dataset.
+def load_source(config: ConfigDict, split: str, *, seed: int = 0) -> Source:
+    """The images of one split of a dataset.
 
     Args:
-        config: `config.dataset`; read here are name, directory, num_classes, validation_fraction and, for the
-            synthetic dataset, high_resolution and the synthetic_ fields.
-        split: "train", "validation" or "test". Unless the data bring a validation split of their own,
-            `validation_fraction` of each class' training pictures is held out.
-        seed: chooses which pictures are held out.
+        config: `config.dataset`; reads name, directory, num_classes, validation_fraction and, for the synthetic
+            dataset, high_resolution and the synthetic_ fields.
+        split: "train", "validation" or "test". Unless the dataset has a validation split of its own,
+            `validation_fraction` of each class's training images are held out.
+        seed: selects which images are held out.
 
     Raises:
-        DatasetError: the data are missing, empty, or not what config says; one line that names the remedy.
+        DatasetError: the data are missing, empty, or not what the config says; one line that names the remedy.
     """
     if split not in SPLITS:
         raise DatasetError(f"split is {split!r}; choose one of {', '.join(SPLITS)}")
     if not 0 <= config.validation_fraction < 1:
         raise DatasetError(
-            f"config.dataset.validation_fraction is {config.validation_fraction}; choose 0 ≤ fraction < 1"
+            f"config.dataset.validation_fraction is {config.validation_fraction}; choose at least 0 and less than 1"
         )
     if config.name == "synthetic":
         source = SyntheticSource(config, split)
@@ -64,51 +70,50 @@ def load_source(config: ml_collections.ConfigDict, split: str, *, seed: int = 0)
         raise DatasetError(f"config.dataset.name is {config.name!r}; choose one of {known}")
     if config.num_classes not in (0, len(source.class_names)):
         raise DatasetError(
-            f"config.dataset.num_classes is {config.num_classes} but the data have {len(source.class_names)} classes; "
-            "set it to that, or to 0 to take it from the data"
+            f"config.dataset.num_classes is {config.num_classes}, but the data have {len(source.class_names)} classes; "
+            "set it to that number, or to 0 to take it from the data"
         )
     if not len(source):
         raise DatasetError(
-            f"no {split} pictures: raise config.dataset.validation_fraction ({config.validation_fraction}) or bring "
-            "more pictures per class"
+            f"the {split} split has no images; increase config.dataset.validation_fraction "
+            f"(now {config.validation_fraction}) or add images"
         )
     return source
 
 
-class FolderSource:
-    """The pictures of a split folder, one sub-folder per class, sorted by class and file name."""
+class FolderSource(Source):
+    """The images of a split's folder, one subfolder per class, sorted by class and file name."""
 
     def __init__(self, folder: Path, class_names: Sequence[str] | None = None):
-        """Lists the pictures.
+        """Lists the images.
 
         Args:
             folder: the split's folder.
-            class_names: the classes and their order if already known; by default the sub-folders, sorted.
+            class_names: the classes in label order, if already known; by default the subfolders, sorted.
 
         Raises:
-            DatasetError: there are no classes, a class without pictures, or a class not in `class_names`.
+            DatasetError: there are no classes, a class has no images, or a class is not in `class_names`.
         """
         found = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
         if not found:
             raise DatasetError(f"config.dataset.directory: {folder} has no class folders; {LAYOUT}")
         self.class_names = tuple(class_names or found)
-        if unknown := sorted(set(found) - set(self.class_names)):
-            raise DatasetError(
-                f"config.dataset.directory: {folder / unknown[0]} is not a class of the training pictures; "
-                "every class needs a folder of the same name in train/"
-            )
-        files = {name: _picture_files(folder / name) for name in found}
-        if empty := [name for name in found if not files[name]]:
-            raise DatasetError(
-                f"config.dataset.directory: {folder / empty[0]} has no pictures ({' '.join(EXTENSIONS)}); "
-                "add some or remove the folder"
-            )
-        self.paths = [os.path.join(folder, name, file) for name in found for file in files[name]]
-        classes = [self.class_names.index(name) for name in found]
-        self.labels = np.repeat(np.array(classes, np.int32), [len(files[name]) for name in found])
-
-    def __len__(self) -> int:
-        return len(self.paths)
+        self.paths, labels = [], []
+        for name in found:
+            if name not in self.class_names:
+                raise DatasetError(
+                    f"config.dataset.directory: {folder / name} is not a class of the training set; "
+                    "every class needs a folder of the same name in train/"
+                )
+            files = sorted(filter(is_image_name, os.listdir(folder / name)))
+            if not files:
+                raise DatasetError(
+                    f"config.dataset.directory: {folder / name} has no images ({' '.join(EXTENSIONS)}); "
+                    "add some or remove the folder"
+                )
+            self.paths += [os.path.join(folder, name, file) for file in files]
+            labels += [self.class_names.index(name)] * len(files)
+        self.labels = np.array(labels, np.int32)
 
     def read(self, i: int) -> Image.Image:
         return read_image(self.paths[i])
@@ -117,14 +122,14 @@ class FolderSource:
         return self.paths[i]
 
 
-class TfdsSource:
-    """A split of a dataset already prepared by TensorFlow Datasets in a random-access format; needs no TensorFlow."""
+class TfdsSource(Source):
+    """A split that TensorFlow Datasets has prepared in its random-access format; reading needs no TensorFlow."""
 
     def __init__(self, name: str, split: str):
         """Opens the data and reads every label once.
 
         Args:
-            name: the dataset's TFDS name; it is looked for in TFDS_DATA_DIR or ~/tensorflow_datasets.
+            name: the dataset's TFDS name, prepared in TFDS_DATA_DIR or ~/tensorflow_datasets.
             split: TFDS split expression, such as "train+validation".
 
         Raises:
@@ -134,26 +139,23 @@ class TfdsSource:
             import tensorflow_datasets as tfds
         except ImportError:
             raise DatasetError(
-                "reading from TensorFlow Datasets needs the package: pip install 'vimd-jax[tfds]'; "
+                "TensorFlow Datasets is not installed; run: pip install 'vimd-jax[tfds]', "
                 "or set config.dataset.directory to a folder of class folders"
             ) from None
         try:
             builder = tfds.builder(name, file_format="array_record")
-            # Encoded pictures are left to decode_image, so that all sources decode alike.
+            # Images stay encoded until decode_image, so that every source decodes alike.
             images = [key for key, feature in builder.info.features.items() if isinstance(feature, tfds.features.Image)]
             decoders = {key: tfds.decode.SkipDecoding() for key in images}
             self._records = builder.as_data_source(split, decoders=decoders)
         except (KeyError, NotImplementedError, ValueError, OSError) as error:
             raise DatasetError(
-                f"{name} is not prepared in TensorFlow Datasets; run: tfds build {name} --file_format=array_record "
-                f"(needs tensorflow), or set config.dataset.directory to a folder of class folders"
+                f"TensorFlow Datasets has not prepared {name}; run: tfds build {name} --file_format=array_record "
+                "(needs tensorflow), or set config.dataset.directory to a folder of class folders"
             ) from error
         self.class_names = tuple(builder.info.features["label"].names)
         self.labels = np.array([record["label"] for record in self._records], np.int32)
         self._name = f"{name}[{split}]"
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
     def read(self, i: int) -> Image.Image:
         return decode_image(io.BytesIO(self._records[int(i)]["image"]), self.name(i))
@@ -162,42 +164,72 @@ class TfdsSource:
         return f"{self._name} record {i}"
 
 
-class Subset:
-    """Chosen records of another source, in the given order."""
+class SyntheticSource(Source):
+    """Birds drawn on demand and kept in memory (3 · side² bytes each); the classes are balanced.
 
-    def __init__(self, source: Source, records: np.ndarray):
-        self._source, self._records = source, records
-        self.class_names = source.class_names
-        self.labels = source.labels[records]
+    An image depends only on its split and index, so that all runs share one dataset, whatever their seed.
+    """
 
-    def __len__(self) -> int:
-        return len(self._records)
+    def __init__(self, config: ConfigDict, split: str):
+        """Prepares the labels; nothing is drawn yet.
+
+        Args:
+            config: `config.dataset`; reads high_resolution (the side of the images), synthetic_classes,
+                synthetic_train_size, synthetic_test_size and validation_fraction (of synthetic_train_size: the number
+                of validation images, which are additional to the training images).
+            split: "train", "validation" or "test".
+        """
+        size = config.synthetic_test_size if split == "test" else config.synthetic_train_size
+        size = round(size * config.validation_fraction) if split == "validation" else size
+        self._split, self._side = split, config.high_resolution
+        self._markings = class_markings(config.synthetic_classes)
+        self._images: dict[int, np.ndarray] = {}
+        self.class_names = tuple(map(str, self._markings))
+        self.labels = (np.arange(size) % len(self._markings)).astype(np.int32)
 
     def read(self, i: int) -> Image.Image:
-        return self._source.read(self._records[i])
+        if i not in self._images:
+            rng = np.random.default_rng((SPLITS.index(self._split), i))  # the splits share no image
+            self._images[i] = np.asarray(draw_bird(self._markings[self.labels[i]], self._side, rng))
+        return Image.fromarray(self._images[i])
 
     def name(self, i: int) -> str:
-        return self._source.name(self._records[i])
+        return f"synthetic {self._split} image {i}"
 
 
-def _load_folder(config: ml_collections.ConfigDict, split: str, seed: int) -> Source:
+class Subset(Source):
+    """The images of another source at the given indices."""
+
+    def __init__(self, source: Source, indices: np.ndarray):
+        self._source, self._indices = source, indices
+        self.class_names = source.class_names
+        self.labels = source.labels[indices]
+
+    def read(self, i: int) -> Image.Image:
+        return self._source.read(self._indices[i])
+
+    def name(self, i: int) -> str:
+        return self._source.name(self._indices[i])
+
+
+def _load_folder(config: ConfigDict, split: str, seed: int) -> Source:
     if not config.directory:
-        raise DatasetError(f"config.dataset.directory is empty; name a folder ({LAYOUT})")
+        raise DatasetError(f"config.dataset.directory is empty; set it to the dataset's folder ({LAYOUT})")
     root = Path(config.directory).expanduser()
-    present = [name for name in ("train", "val", "test") if (root / name).is_dir()]
     if not root.is_dir():
         raise DatasetError(f"config.dataset.directory: {root} is not a folder; {LAYOUT}")
-    if split == "test" and present in (["val"], ["test"]):  # to evaluate, the training pictures need not be there
+    present = [name for name in ("train", "val", "test") if (root / name).is_dir()]
+    if split == "test" and present in (["val"], ["test"]):  # evaluation does not need the training images
         return FolderSource(root / present[0])
     if "train" not in present or len(present) < 2:
         found = ", ".join(f"{name}/" for name in present) or "none of train/, val/, test/"
-        raise DatasetError(f"config.dataset.directory: {root} holds {found}; {LAYOUT}")
+        raise DatasetError(f"config.dataset.directory: {root} contains {found}; {LAYOUT}")
     train = FolderSource(root / "train")
-    # With train/ and val/ alone, the layout of the published experiments, val/ is the test set.
+    # With only train/ and val/, the layout of the published experiments, val/ is the test set.
     test = FolderSource(root / present[-1], train.class_names)
     validation = FolderSource(root / "val", train.class_names) if len(present) == 3 else None
     if config.name in DATASETS:
-        _check(DATASETS[config.name], config, train, len(train) + len(validation or ()), len(test), str(root))
+        _check_complete(config, str(root), train, len(train) + len(validation or ()), len(test))
     if split == "test":
         return test
     if validation is not None:
@@ -205,7 +237,7 @@ def _load_folder(config: ml_collections.ConfigDict, split: str, seed: int) -> So
     return _hold_out(train, split, config.validation_fraction, seed)
 
 
-def _load_tfds(config: ml_collections.ConfigDict, split: str, seed: int) -> Source:
+def _load_tfds(config: ConfigDict, split: str, seed: int) -> Source:
     info = DATASETS[config.name]
     if info.tfds_name is None:
         raise DatasetError(
@@ -213,37 +245,31 @@ def _load_tfds(config: ml_collections.ConfigDict, split: str, seed: int) -> Sour
         )
     source = TfdsSource(info.tfds_name, info.tfds_test if split == "test" else info.tfds_train)
     sizes = (info.train_sizes[0], len(source)) if split == "test" else (len(source), info.test_size)
-    _check(info, config, source, *sizes, f"TensorFlow Datasets' {info.tfds_name}")
+    _check_complete(config, f"TensorFlow Datasets' {info.tfds_name}", source, *sizes)
     return source if split == "test" else _hold_out(source, split, config.validation_fraction, seed)
 
 
-def _check(info: DatasetInfo, config, source: Source, train_size: int, test_size: int, place: str) -> None:
-    """Raises unless the data are the published dataset: a missing file or class would spoil every comparison."""
-    found = f"{len(source.class_names)} classes, {train_size} training and {test_size} test pictures"
-    sizes = " or ".join(map(str, info.train_sizes))
-    expected = f"{info.num_classes} classes, {sizes} training and {info.test_size} test pictures"
-    complete = train_size in info.train_sizes and test_size == info.test_size
-    if len(source.class_names) != info.num_classes or not complete:
-        raise DatasetError(
-            f"{place} holds {found}, but {info.title} (config.dataset.name={config.name}) has {expected}; "
-            "complete it, or take it as it is with config.dataset.name=folder"
-        )
+def _check_complete(config: ConfigDict, place: str, source: Source, train_size: int, test_size: int) -> None:
+    """Raises unless the data are the whole published dataset: a missing image or class would skew every comparison."""
+    info, classes = DATASETS[config.name], len(source.class_names)
+    if classes == info.num_classes and train_size in info.train_sizes and test_size == info.test_size:
+        return
+    expected = " or ".join(map(str, info.train_sizes))
+    raise DatasetError(
+        f"{place} contains {classes} classes, {train_size} training and {test_size} test images, but {info.title} "
+        f"(config.dataset.name={config.name}) has {info.num_classes} classes, {expected} training and {info.test_size} "
+        "test images; add what is missing, or use the data as they are with config.dataset.name=folder"
+    )
 
 
 def _hold_out(source: Source, split: str, fraction: float, seed: int) -> Source:
-    """The training or the validation part of a source: `fraction` of every class, but at least one picture of those
-    with two or more is held out, and at least one stays."""
+    """The training or validation part of a source, with `fraction` of each class held out for validation.
+
+    Of a class with two or more images, at least one is held out and at least one stays.
+    """
     rng = np.random.default_rng(seed)
     held_out = np.zeros(len(source), bool)
     for label in range(len(source.class_names)) if fraction else ():
-        records = rng.permutation(np.flatnonzero(source.labels == label))
-        held_out[records[: min(len(records) - 1, max(1, round(fraction * len(records))))]] = True
+        indices = rng.permutation(np.flatnonzero(source.labels == label))
+        held_out[indices[: min(len(indices) - 1, max(1, round(fraction * len(indices))))]] = True
     return Subset(source, np.flatnonzero(held_out if split == "validation" else ~held_out))
-
-
-def _picture_files(folder: Path) -> list[str]:
-    return sorted(
-        entry.name
-        for entry in os.scandir(folder)
-        if entry.name.lower().endswith(EXTENSIONS) and not entry.name.startswith(".")
-    )

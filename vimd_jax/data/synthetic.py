@@ -1,9 +1,9 @@
-"""A procedural, offline dataset of fine-grained pictures: birds of one build that differ in small markings.
+"""Synthetic bird images: every bird has the same shape, and the classes differ in small markings.
 
-Pose, size, colours and background vary freely and say nothing about the class. What does are the pattern of the wing,
-bands on the tail, spots on the breast, the beak's length and a ring around the eye. The patterns are a few pixels fine,
-whatever the picture's size, and cover about the same area, so that in a picture a quarter the size most of them blur to
-one grey.
+Pose, size, colours and background vary freely and say nothing about the class. The class is given by the pattern of the
+wing, bands on the tail, spots on the breast, the length of the beak and a ring around the eye. The patterns are a few
+pixels fine, whatever the image size, and cover about the same area, so that most of them blur to the same grey when the
+image is scaled to a quarter of its size.
 """
 
 import colorsys
@@ -11,17 +11,16 @@ import dataclasses
 import itertools
 import math
 
-import ml_collections
 import numpy as np
 from PIL import Image, ImageDraw
 
 from vimd_jax.data.images import DatasetError
 
-CANVAS = 256  # pictures are drawn at least this large, then averaged down: Pillow's drawing has no anti-aliasing
-STREAMS = {"train": 0, "validation": 1, "test": 2}  # disjoint streams of random numbers
 Point = tuple[float, float]
-WINGS = ("barred", "finely barred", "streaked", "spotted")
 Colour = tuple[int, int, int]
+
+WINGS = ("barred", "finely barred", "streaked", "spotted")
+CANVAS = 256  # images are drawn at least this large and then averaged down, since Pillow draws without anti-aliasing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Markings:
 
     @property
     def crested(self) -> bool:
-        """The crest, plain to see in small pictures too, goes with the wing: they show a class in part."""
+        """Depends on the wing. A crest is still visible in small images, which thus reveal a part of the class."""
         return self.wing in ("streaked", "spotted")
 
     def __str__(self) -> str:
@@ -44,65 +43,29 @@ class Markings:
         return ", ".join([f"{self.wing} wing", *others])
 
 
-class SyntheticSource:
-    """Pictures drawn on demand and kept in memory (3 · side² bytes each); the classes are balanced.
-
-    A picture is a function of its split and number alone, so that all runs share one dataset, whatever their seed.
-    """
-
-    def __init__(self, config: ml_collections.ConfigDict, split: str):
-        """Prepares the list; nothing is drawn yet.
-
-        Args:
-            config: `config.dataset`; read here are high_resolution (the pictures' side), synthetic_classes,
-                synthetic_train_size, synthetic_test_size and validation_fraction (the validation pictures come on top
-                of the training pictures, as this fraction of their number).
-            split: "train", "validation" or "test".
-        """
-        size = config.synthetic_test_size if split == "test" else config.synthetic_train_size
-        size = round(size * config.validation_fraction) if split == "validation" else size
-        self._split, self._side = split, config.high_resolution
-        self._markings = class_markings(config.synthetic_classes)
-        self._pictures: dict[int, np.ndarray] = {}
-        self.class_names = tuple(str(markings) for markings in self._markings)
-        self.labels = (np.arange(size) % len(self._markings)).astype(np.int32)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def read(self, i: int) -> Image.Image:
-        if i not in self._pictures:
-            rng = np.random.default_rng((STREAMS[self._split], i))
-            self._pictures[i] = np.asarray(draw_bird(self._markings[self.labels[i]], self._side, rng))
-        return Image.fromarray(self._pictures[i])
-
-    def name(self, i: int) -> str:
-        return f"synthetic {self._split} picture {i}"
-
-
 def class_markings(count: int) -> list[Markings]:
-    """The markings of `count` classes: the wing changes from class to class, the other details ever more slowly."""
+    """The markings of `count` classes: the wing changes from class to class, each other detail half as often."""
     values = itertools.product(*[(False, True)] * 4, WINGS)
-    every = [Markings(*value[::-1]) for value in values]
-    if not 2 <= count <= len(every):
-        raise DatasetError(f"config.dataset.synthetic_classes is {count}; choose 2 to {len(every)}")
-    return every[:count]
+    markings = [Markings(*value[::-1]) for value in values]
+    if not 2 <= count <= len(markings):
+        raise DatasetError(f"config.dataset.synthetic_classes is {count}; choose 2 to {len(markings)}")
+    return markings[:count]
 
 
 def draw_bird(markings: Markings, side: int, rng: np.random.Generator) -> Image.Image:
-    """Draw one bird in a random pose before a random background.
+    """Draws one bird in a random pose in front of a random background.
 
     Args:
         markings: the class.
-        side: side of the picture in pixels.
-        rng: chooses everything that is not the class.
+        side: side of the image in pixels.
+        rng: determines everything but the class.
 
     Returns:
-        An RGB picture, side × side.
+        An RGB image, side × side.
     """
     factor = max(2, math.ceil(CANVAS / side))
-    picture = _background(side * factor, rng)
-    pen = _Pen(picture, side / 64, rng)
+    image = _background(side * factor, rng)
+    pen = _Pen(image, side / 64, rng)
     hue = rng.uniform()
     plumage = _colour(hue, rng.uniform(0.3, 0.8), rng.uniform(0.5, 0.8))
     dark = _colour(hue + rng.uniform(-0.08, 0.08), rng.uniform(0.3, 0.7), rng.uniform(0.25, 0.4))
@@ -143,7 +106,7 @@ def draw_bird(markings: Markings, side: int, rng: np.random.Generator) -> Image.
     if markings.ringed_eye:
         pen.ellipse((0.4, 0.24), (0.066, 0.066), light)
     pen.ellipse((0.4, 0.24), (0.036, 0.036), ink)
-    return picture.reduce(factor)
+    return image.reduce(factor)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,28 +118,28 @@ class Strip:
     widths: tuple[float, ...]
 
     def point(self, along: float, across: float) -> Point:
-        """The place at a share (0…1) of the length and a share (-1…1) of the half-width."""
+        """The point at a fraction (0…1) of the length and a fraction (-1…1) of the half-width."""
         (x0, y0), (x1, y1) = self.start, self.end
         stations = np.linspace(0, 1, len(self.widths))
         half = across * np.interp(along, stations, self.widths) / math.dist(self.start, self.end)
         return x0 + along * (x1 - x0) - half * (y1 - y0), y0 + along * (y1 - y0) + half * (x1 - x0)
 
     def outline(self, first: float = 0, last: float = 1, low: float = -1, high: float = 1) -> list[Point]:
-        """The outline of the part between two shares of the length and two of the half-width."""
+        """The outline of the part between two fractions of the length and two of the half-width."""
         along = np.linspace(first, last, 9)
         return [*zip(*self.point(along, high)), *zip(*self.point(along[::-1], low))]
 
 
 class _Pen:
-    """Draws in the bird's coordinates, body at the origin, beak along x, y upwards, placed at random in the picture."""
+    """Draws in the bird's coordinates (body at the origin, beak along x, y upwards), placed at random in the image."""
 
-    def __init__(self, picture: Image.Image, fineness: float, rng: np.random.Generator):
-        self._draw, self._fineness = ImageDraw.Draw(picture), fineness
-        angle, scale = math.radians(rng.uniform(-18, 18)), picture.width * rng.uniform(0.54, 0.62)
+    def __init__(self, image: Image.Image, fineness: float, rng: np.random.Generator):
+        self._draw, self._fineness = ImageDraw.Draw(image), fineness
+        angle, scale = math.radians(rng.uniform(-18, 18)), image.width * rng.uniform(0.54, 0.62)
         mirror, squeeze = rng.choice((-1, 1)), rng.uniform(0.9, 1.1)
         rotation = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
         self._matrix = np.diag((mirror * scale, -scale)) @ rotation @ np.diag((1, squeeze))
-        self._origin = picture.width * (0.5 + rng.uniform(-0.04, 0.04, 2)) + self._matrix @ (0.08, -0.05)
+        self._origin = image.width * (0.5 + rng.uniform(-0.04, 0.04, 2)) + self._matrix @ (0.08, -0.05)
 
     def polygon(self, points: list[Point], colour: Colour) -> None:
         self._draw.polygon([tuple(point) for point in np.array(points) @ self._matrix.T + self._origin], colour)
@@ -199,7 +162,7 @@ class _Pen:
             self.ellipse(strip.point(along.mean(), 2 * across.mean() - 1), (radius, radius), colour)
 
     def _intervals(self, count: int) -> np.ndarray:
-        """`count` evenly spaced intervals (for 64-pixel pictures; more for larger ones) that cover half of 0…1."""
+        """Evenly spaced intervals that cover half of 0…1: `count` in 64-pixel images, more in larger ones."""
         count = max(1, round(count * self._fineness))
         return (np.arange(count)[:, None] + (0.25, 0.75)) / count
 
@@ -207,19 +170,19 @@ class _Pen:
 def _background(side: int, rng: np.random.Generator) -> Image.Image:
     """Soft patches of light and leaves of any colour."""
     patches = rng.integers(70, 190) + rng.integers(-25, 26, 3) + rng.integers(-22, 23, (4, 4, 3))
-    picture = Image.fromarray(patches.astype(np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
-    draw = ImageDraw.Draw(picture)
+    image = Image.fromarray(patches.astype(np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
+    draw = ImageDraw.Draw(image)
     for _ in range(rng.integers(4, 12)):
         x, y, angle = *rng.uniform(0, side, 2), rng.uniform(0, math.pi)
-        leaf = Strip((x, y), (x + side * 0.3 * math.cos(angle), y + side * 0.3 * math.sin(angle)), (0, 1, 1, 0))
-        leaf = dataclasses.replace(leaf, widths=tuple(side * rng.uniform(0.01, 0.06) * w for w in (0, 1, 0.8, 0)))
+        tip = (x + side * 0.3 * math.cos(angle), y + side * 0.3 * math.sin(angle))
+        leaf = Strip((x, y), tip, tuple(side * rng.uniform(0.01, 0.06) * width for width in (0, 1, 0.8, 0)))
         draw.polygon(leaf.outline(), _colour(rng.uniform(), rng.uniform(0.1, 0.5), rng.uniform(0.2, 0.8)))
-    return picture
+    return image
 
 
-def _mix(one: Colour, other: Colour, share: float) -> Colour:
-    return tuple(round(a + share * (b - a)) for a, b in zip(one, other))
+def _mix(one: Colour, other: Colour, fraction: float) -> Colour:
+    return tuple(round(a + fraction * (b - a)) for a, b in zip(one, other))
 
 
 def _colour(hue: float, saturation: float, value: float) -> Colour:
-    return tuple(round(255 * part) for part in colorsys.hsv_to_rgb(hue % 1, saturation, value))
+    return tuple(round(255 * channel) for channel in colorsys.hsv_to_rgb(hue % 1, saturation, value))

@@ -1,6 +1,6 @@
-"""The training and evaluation views of a picture, cut and rounded as torchvision does with Pillow pictures.
+"""Training and evaluation views of an image, cropped and rounded as torchvision does with Pillow images.
 
-The published experiments cut the high-resolution view first and down-sample that same cut for the low-resolution view.
+As in the published experiments, the low-resolution view is the down-sampled high-resolution view.
 """
 
 import math
@@ -14,13 +14,13 @@ ASPECT_RATIOS = (3 / 4, 4 / 3)
 def train_view(
     image: Image.Image, size: int, rng: np.random.Generator, *, crop_scale: tuple[float, float], flip: bool
 ) -> Image.Image:
-    """A random crop of the picture, resized to size × size and, if `flip`, mirrored half of the time.
+    """A random crop of the image, resized to size × size and, if `flip`, mirrored half of the time.
 
     Args:
-        image: RGB picture.
+        image: RGB image.
         size: side of the result in pixels.
         rng: the only source of randomness.
-        crop_scale: smallest and largest share of the picture's area that the crop covers.
+        crop_scale: smallest and largest fraction of the image's area that the crop covers.
         flip: mirror left to right with probability 1/2.
     """
     box = random_crop_box(*image.size, rng, crop_scale)
@@ -33,10 +33,10 @@ def train_view(
 def random_crop_box(
     width: int, height: int, rng: np.random.Generator, scale: tuple[float, float]
 ) -> tuple[int, int, int, int]:
-    """A (left, top, right, bottom) box by the law of torchvision's RandomResizedCrop.
+    """A random (left, top, right, bottom) box, distributed as in torchvision's RandomResizedCrop.
 
-    Area share uniform in `scale`, aspect ratio log-uniform in 3/4…4/3, position uniform; if ten draws do not fit into
-    the picture, the largest central box whose aspect ratio is within the limits.
+    The fraction of the area is uniform in `scale`, the aspect ratio log-uniform in 3/4…4/3, the position uniform. If
+    ten boxes in a row do not fit into the image, it is the largest central box with an aspect ratio in that range.
     """
     for _ in range(10):
         area = width * height * rng.uniform(*scale)
@@ -52,9 +52,10 @@ def random_crop_box(
 
 
 def eval_view(image: Image.Image, size: int, crop: float = 1.0) -> Image.Image:
-    """The picture with its short side resized to `size / crop`, then the central size × size pixels.
+    """The central size × size pixels of the image, after its short side is resized to `size / crop`.
 
-    Both steps are one resampling of the matching source box, so that a very long picture costs no more than a square.
+    Both steps are one resampling of the corresponding source box, so that a very elongated image costs no more than a
+    square one.
     """
     width, height = image.size
     short = min(width, height)
@@ -68,5 +69,5 @@ def eval_view(image: Image.Image, size: int, crop: float = 1.0) -> Image.Image:
 
 
 def low_resolution_view(image: Image.Image, size: int) -> Image.Image:
-    """The whole picture in size × size pixels, by Pillow's bicubic filter as published."""
+    """The whole image resized to size × size pixels with Pillow's bicubic filter, as published."""
     return image.resize((size, size), Image.Resampling.BICUBIC)

@@ -1,8 +1,8 @@
 """The networks by name: `create_model("vim_tiny_stride8", num_classes=200)`.
 
-One module per family, from general to special: layers, positions and mamba are parts; isotropic is the trunk of vim,
-hierarchical that of vmamba and efficient_vmamba; srresnet restores images; srvm is a classifier behind it, the student of ViMD. A family
-lists its names in `MODELS`.
+One module per family, from general to special: layers, positions, scan_order and mamba are parts; isotropic is the
+trunk of vim, local_vim and v2m, hierarchical that of vmamba, local_vmamba and efficient_vmamba; srresnet restores
+images; srvm is a classifier behind it, the student of ViMD. A family lists its names in `MODELS`.
 """
 
 import difflib
@@ -13,14 +13,15 @@ from typing import Any, Literal
 
 from flax import linen as nn
 
-from vimd_jax.models import efficient_vmamba, local_vim, local_vmamba, srresnet, vim, vim_ablations, vmamba
-from vimd_jax.models.network import COMPUTATION, from_plain, options_of, plain
+from vimd_jax.models import efficient_vmamba, local_vim, local_vmamba, srresnet, v2m, vim, vmamba
+from vimd_jax.models.network import COMPUTATION, from_plain, options_of
 from vimd_jax.models.srresnet import SRResNet
 from vimd_jax.models.srvm import SRVM
 
-CLASSIFIERS = (
-    vim.MODELS | vim_ablations.MODELS | local_vim.MODELS | vmamba.MODELS | local_vmamba.MODELS | efficient_vmamba.MODELS
-)
+_ISOTROPIC = vim.MODELS | local_vim.MODELS | v2m.MODELS
+_HIERARCHICAL = vmamba.MODELS | local_vmamba.MODELS | efficient_vmamba.MODELS
+CLASSIFIERS = _ISOTROPIC | _HIERARCHICAL
+SR_NETWORKS = srresnet.MODELS
 
 
 def _srvm(
@@ -37,7 +38,7 @@ def _srvm(
     return SRVM(sr=network, classifier=create_model(classifier, **options))
 
 
-MODELS = CLASSIFIERS | srresnet.MODELS | {"srvm_tiny": _srvm}
+MODELS = CLASSIFIERS | SR_NETWORKS | {"srvm_tiny": _srvm}
 
 
 def create_model(name: str, **options: Any) -> nn.Module:
@@ -76,7 +77,7 @@ def model_options(name: str, classifier: str = "vim_tiny_stride8") -> dict[str, 
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
-    """What a network is, as JSON values: {"architecture": its name, "options": every option that decides a number}.
+    """What a network is: {"architecture": its name, "options": every option that decides a number}, fit for JSON.
 
     `create_model(architecture, **options)` makes it again. Left out is how it is computed (`network.COMPUTATION`).
     """
@@ -94,10 +95,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
         return sum(options[option] != value for option, value in defaults.items()) - len(defaults)
 
     names = [name for name, builder in MODELS.items() if _class_of(builder) is type(model)]
-    return {
-        "architecture": min(names, key=differing),
-        "options": {option: plain(value) for option, value in options.items()},
-    }
+    return {"architecture": min(names, key=differing), "options": options}
 
 
 def _class_of(builder: Any) -> Any:

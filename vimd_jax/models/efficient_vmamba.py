@@ -29,8 +29,8 @@ class EfficientVMamba(Hierarchical):
     """Image classifier; the options of `Hierarchical`, and:
 
     Attributes:
-      mlp_ratio: hidden channels of an MLP at the end of scanning blocks over those of the map; 0, as published, for none.
-      downsample: between stages "merge" patches, as published, or a "conv" of 2×2 pixels with stride 2 and a norm.
+      mlp_ratio: hidden channels of an MLP behind every scanning block, over the map's channels; 0, as published: none.
+      downsample: between stages "merge" patches, as published, or a "conv" of 2×2 tokens with stride 2 and a norm.
       bn_axis_name: axis of devices (pmap, shard_map) whose batches are normalised together while training; None: each
         device for itself.
     """
@@ -109,8 +109,9 @@ class EVSSBlock(Block):
 
 
 class InvertedResidual(Block):
-    """x + W_2 se(relu(depthwise(relu(W_1 x)))), each convolution batch-normalised (Sandler et al., "MobileNetV2", 2018),
-    with squeeze-and-excitation (Hu et al., 2018): the middle scaled per channel by what its own average says.
+    """x + W_2 se(relu(depthwise(relu(W_1 x)))), batch-normalised behind every convolution (MobileNetV2, 2018).
+
+    se is squeeze-and-excitation (Hu et al., 2018): it scales each channel by what the channels' averages say.
 
     Attributes:
       batch_norm: makes a batch norm, given a name.
@@ -144,7 +145,7 @@ class InvertedResidual(Block):
 
 
 class Downsampling(nn.Module):
-    """Half the resolution by a convolution of 2×2 pixels with stride 2, and a norm; an odd row or column is left out."""
+    """Half the resolution by a convolution of 2×2 tokens with stride 2, and a norm; an odd last one is left out."""
 
     dim: int
     dtype: Any

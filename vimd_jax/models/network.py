@@ -7,8 +7,7 @@ messages all derive from them.
 import argparse
 import ast
 import dataclasses
-from types import UnionType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -56,9 +55,10 @@ def _check(option: str, value: Any, kind: Any) -> None:
     except typeguard.TypeCheckError:
         fits = False
     if not fits:
-        raise ValueError(f"{option}: {value!r} is not valid, expected {describe_type(kind)}")
+        expected = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
+        raise ValueError(f"{option}: {value!r} is not valid, expected {expected}")
     if isinstance(value, int) and int in (kind, *get_args(kind)) and value < 1:
-        raise ValueError(f"{option}: {value} is not valid, expected an integer of at least 1")
+        raise ValueError(f"{option}: {value} is not valid, expected at least 1")
     if option == "drop_path_rate" and not 0 <= value < 1:
         raise ValueError(f"drop_path_rate: {value} is not valid, expected a probability from 0 to below 1")
 
@@ -71,30 +71,6 @@ def _floating_point(dtype: Any) -> np.dtype:
     if dtype not in (jnp.float32, jnp.bfloat16):
         raise ValueError(f"dtype: {given!r} is not supported, expected float32 or bfloat16")
     return dtype
-
-
-def describe_type(kind: Any) -> str:
-    """A type as a person writes it: 'an integer', '"mean" or "max"', 'a number or None'."""
-    if kind in (None, type(None)):
-        return "None"
-    if get_origin(kind) is Literal:
-        return _either([f'"{value}"' if isinstance(value, str) else str(value) for value in get_args(kind)])
-    if isinstance(kind, UnionType) or get_origin(kind) not in (None, tuple):
-        return _either([describe_type(part) for part in get_args(kind)])
-    return {int: "an integer", float: "a number", bool: "True or False", str: "a string"}.get(kind, str(kind))
-
-
-def _either(words: list[str]) -> str:
-    return " or ".join(part for part in (", ".join(words[:-1]), words[-1]) if part)
-
-
-def plain(value: Any) -> Any:
-    """An option's value as JSON holds it; `from_plain` undoes it."""
-    if isinstance(value, tuple | list):
-        return [plain(part) for part in value]
-    if isinstance(value, np.generic):
-        return value.item()
-    return value.name if isinstance(value, np.dtype) else value
 
 
 def from_plain(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""How good a network is: sums over all pictures of a split, and the scores they give."""
+"""How good a network is: sums over all images of a split, and the scores they give."""
 
 import dataclasses
 import logging
@@ -9,19 +9,20 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import linen as nn
 from ml_collections import ConfigDict
 
-from vimd_jax.data import eval_batches, eval_view, low_resolution_view
+from vimd_jax.data.pipeline import eval_batches
 from vimd_jax.data.sources import Source
+from vimd_jax.data.transforms import eval_view, low_resolution_view
 from vimd_jax.training import parallel, plots, steps
+from vimd_jax.training.networks import Networks
 
 log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """Sums over the pictures of a split, each counted once, and what follows from them."""
+    """Sums over the images of a split, each counted once, and what follows from them."""
 
     sums: dict[str, np.ndarray]
 
@@ -40,7 +41,7 @@ class Scores:
         return {**means, "count": count}
 
     def per_class(self) -> np.ndarray:
-        """Accuracy of each class in percent (classes,); nan for a class without pictures."""
+        """Accuracy of each class in percent (classes,); nan for a class without images."""
         confusion = self.sums["confusion"]
         with np.errstate(invalid="ignore"):
             return 100 * np.diag(confusion) / confusion.sum(axis=1)
@@ -50,7 +51,7 @@ def evaluate(eval_step: Callable, variables: Any, source: Source, config: Config
     """Runs `eval_step` with replicated variables over a source and logs the scores in one line.
 
     Raises:
-      ValueError: no picture could be read.
+      ValueError: no image could be read.
     """
     batches = eval_batches(
         source, config.dataset, batch_size=config.eval_batch_size,
@@ -62,30 +63,30 @@ def evaluate(eval_step: Callable, variables: Any, source: Source, config: Config
         sums = jax.tree.map(np.float64, parallel.fetch(eval_step(variables, parallel.shard(batch))))
         total = sums if total is None else jax.tree.map(np.add, total, sums)
     if total is None or total["count"] == 0:
-        raise ValueError(f"There is no picture to evaluate in {title}: check config.dataset.")
+        raise ValueError(f"There is no image to evaluate in {title}: check config.dataset.")
     scores = Scores(total)
     text = ", ".join(f"{name} {value:.2f}" for name, value in scores.summary().items() if name != "count")
     unread = f" ({skipped} unreadable left out)" if skipped else ""
-    log.info("%s: %s on %d pictures%s", title, text, total["count"], unread)
+    log.info("%s: %s on %d images%s", title, text, total["count"], unread)
     return scores
 
 
 def save_panel(
-    config: ConfigDict, network: nn.Module, variables: Any, source: Source, path: Path, rows: int = 6
+    config: ConfigDict, networks: Networks, variables: Any, source: Source, path: Path, rows: int = 6
 ) -> None:
-    """Draws pictures spread over a source: low, restored and high resolution, and what the network says of them."""
+    """Draws images spread over a source: low, restored and high resolution, and what the network says of them."""
     records = np.linspace(0, len(source) - 1, rows).round().astype(int)
     views = [eval_view(source.read(int(i)), config.dataset.high_resolution, config.dataset.eval_crop) for i in records]
     high = np.stack([np.asarray(view) for view in views])
     low = np.stack([np.asarray(low_resolution_view(view, config.dataset.low_resolution)) for view in views])
-    columns = {"low resolution": low, "high resolution": high}
-    if config.stage == "sr":
-        columns["super-resolved"] = jax.jit(network.apply)(variables, steps.unit(low))
-        captions = [""] * rows
+    columns, captions = {"low resolution": low, "high resolution": high}, [""] * rows
+    images = steps.unit(low if networks.reads_low else high)
+    if networks.reads_low and not networks.is_student:
+        columns["super-resolved"] = jax.jit(networks.product.apply)(variables, images)
     else:
-        pictures = steps.unit(high if config.stage == "teacher" else low)
-        logits, features = jax.jit(partial(network.apply, return_features=True))(variables, pictures)
-        if config.stage == "student":
+        classify = jax.jit(partial(networks.product.apply, return_features=True))
+        logits, features = classify(variables, images)
+        if networks.is_student:
             columns["super-resolved"] = features["super_resolved"]
         captions = [_caption(source, int(i), p) for i, p in zip(records, jax.nn.softmax(logits))]
     order = [name for name in ("low resolution", "super-resolved", "high resolution") if name in columns]
@@ -93,7 +94,7 @@ def save_panel(
 
 
 def _caption(source: Source, record: int, probabilities: jax.Array) -> str:
-    said, is_ = int(np.argmax(probabilities)), int(source.labels[record])
+    predicted, label = int(np.argmax(probabilities)), int(source.labels[record])
     names = source.class_names
-    verdict = "right" if said == is_ else f"is {names[is_]}"
-    return f"{names[said]} ({100 * float(probabilities[said]):.0f} %), {verdict}"
+    verdict = "correct" if predicted == label else f"is {names[label]}"
+    return f"{names[predicted]} ({100 * float(probabilities[predicted]):.0f} %), {verdict}"

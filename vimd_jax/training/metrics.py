@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from tensorboardX import SummaryWriter
 
-from vimd_jax.training import TrainingError
+from vimd_jax.log import TrainingError
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ class Progress:
         if not all(np.isfinite(value) for value in values.values()):
             terms = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
             raise TrainingError(
-                f"The loss is not finite at step {step} ({terms}). Pictures of the batch: {', '.join(names)}. The last "
+                f"The loss is not finite at step {step} ({terms}). Images of the batch: {', '.join(names)}. The last "
                 "checkpoint is intact; a lower config.schedule.learning_rate or a config.optimizer.clip_norm may help."
             )
         self._window.append(values)
@@ -117,7 +117,7 @@ class Progress:
             "epoch %.2f  step %d/%d  loss %.4f (%s)  lr %.2e  %.0f img/s  input wait %.0f %%  %s left%s",
             step / self._steps_per_epoch, step, self._total_steps, means["loss"], terms, learning_rate,
             means["images_per_second"], 100 * means["input_wait"], duration(pace * (self._total_steps - step)),
-            f"  {self.skipped} unreadable pictures replaced" if self.skipped else "",
+            f"  {self.skipped} unreadable images replaced" if self.skipped else "",
         )  # fmt: skip
         self._restart_window()
         return means

@@ -1,5 +1,6 @@
 """Learning-rate schedules and AdamW as the originals use them."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -7,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from ml_collections import ConfigDict
+
+from vimd_jax.models.network import Network
 
 
 def create_schedule(config: ConfigDict, steps_per_epoch: int) -> optax.Schedule:
@@ -64,7 +67,12 @@ def _timm_epoch(config: ConfigDict, steps_per_epoch: int) -> optax.Schedule:
     return schedule
 
 
-def create_optimizer(config: ConfigDict, params: Any, schedule: optax.Schedule) -> optax.GradientTransformation:
+def create_optimizer(
+    config: ConfigDict,
+    params: Any,
+    schedule: optax.Schedule,
+    decays: Callable[[tuple[str, ...]], bool] | None = None,
+) -> optax.GradientTransformation:
     """AdamW (Loshchilov & Hutter, https://arxiv.org/abs/1711.05101) with the originals' choice of decayed parameters.
 
     Args:
@@ -72,6 +80,8 @@ def create_optimizer(config: ConfigDict, params: Any, schedule: optax.Schedule) 
         decay_state_matrix, whether A_log is decayed. Vim means to exempt it, but as published it is decayed.
       params: the parameters to train.
       schedule: learning rate by step.
+      decays: the network's `decays`, which says for the path of a parameter whether weight decay shrinks it; None is
+        the rule of Vim.
     """
     adamw = optax.adamw(
         schedule,
@@ -79,18 +89,22 @@ def create_optimizer(config: ConfigDict, params: Any, schedule: optax.Schedule) 
         b2=config.b2,
         eps=config.eps,
         weight_decay=config.weight_decay,
-        mask=decay_mask(params, config.decay_state_matrix),
+        mask=decay_mask(params, config.decay_state_matrix, decays or Network.decays),
     )
     if config.clip_norm is None:
         return adamw
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
 
 
-def decay_mask(params: Any, decay_state_matrix: bool = True) -> Any:
-    """True for the parameters that weight decay shrinks: kernels and, if asked, the state matrices A_log.
+def decay_mask(
+    params: Any,
+    decay_state_matrix: bool = True,
+    decays: Callable[[tuple[str, ...]], bool] = Network.decays,
+) -> Any:
+    """True for the parameters that weight decay shrinks: those that `decays` names, state matrices only if asked."""
 
-    Exempt are biases, scales, slopes, D, class tokens and positions. Names decide, not ranks: a bias in a stack of
-    layers has two axes.
-    """
-    decayed = {"kernel", "A_log"} if decay_state_matrix else {"kernel"}
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in decayed, params)
+    def shrinks(path, _):
+        names = tuple(key.key for key in path)
+        return decays(names) and (decay_state_matrix or not names[-1].startswith("A_log"))
+
+    return jax.tree_util.tree_map_with_path(shrinks, params)

@@ -1,4 +1,4 @@
-"""Pictures of a run: its curves, and what the networks see and say."""
+"""Plots of a run: its curves, and what the networks see and predict."""
 
 from pathlib import Path
 from typing import Any
@@ -40,10 +40,10 @@ def save_curves(lines: list[dict[str, Any]], path: Path) -> None:
 
 
 def save_panel(columns: dict[str, np.ndarray], captions: list[str], path: Path) -> None:
-    """Draws pictures side by side as a PNG, one row a picture.
+    """Draws images side by side as a PNG, one row an image.
 
     Args:
-      columns: title -> pictures (n, height, width, 3), float in [0, 1] or uint8; heights may differ between columns.
+      columns: title -> images (n, height, width, 3), float in [0, 1] or uint8; heights may differ between columns.
       captions: n lines of text, one for each row.
       path: the PNG.
     """
@@ -51,11 +51,11 @@ def save_panel(columns: dict[str, np.ndarray], captions: list[str], path: Path) 
     figure, axes = plt.subplots(
         rows, len(columns), figsize=(2.6 * len(columns), 2.75 * rows), squeeze=False, layout="constrained"
     )
-    for column, (title, pictures) in enumerate(columns.items()):
+    for column, (title, images) in enumerate(columns.items()):
         for row in range(rows):
-            axes[row, column].imshow(pictures[row], interpolation="nearest")
+            axes[row, column].imshow(images[row], interpolation="nearest")
             axes[row, column].set_axis_off()
-        axes[0, column].set_title(f"{title} ({pictures.shape[1]} px)", fontsize=9)
+        axes[0, column].set_title(f"{title} ({images.shape[1]} px)", fontsize=9)
     # Room for the captions: between rows, and below the last.
     figure.get_layout_engine().set(h_pad=0.12, rect=(0, 0.12 / rows, 1, 1 - 0.12 / rows))
     for row, caption in enumerate(captions):

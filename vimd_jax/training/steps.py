@@ -1,7 +1,7 @@
 """What one step computes: the objective of each training stage, the update, and the sums of an evaluation.
 
 Everything here is a pure function of arrays, traced once and run on every device (see parallel.py).
-A batch holds uint8 pictures of the same crop, "high" (b, H, W, 3) and "low" (b, h, w, 3), "label" (b,), "weight" (b,).
+A batch holds uint8 images of the same crop, "high" (b, H, W, 3) and "low" (b, h, w, 3), "label" (b,), "weight" (b,).
 """
 
 from collections.abc import Callable
@@ -11,93 +11,87 @@ import flax
 import jax
 import jax.numpy as jnp
 import optax
-from flax import linen as nn
 from ml_collections import ConfigDict
 
 from vimd_jax import losses
+from vimd_jax.models.network import input_images
 from vimd_jax.models.srvm import bicubic
+from vimd_jax.training.networks import Networks
 from vimd_jax.training.parallel import AXIS, over_devices
 
 Batch = dict[str, jax.Array]
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """What training changes, and what a checkpoint holds."""
+    """What training changes, and what a checkpoint of a run holds; the frozen networks are not part of it."""
 
     step: jax.Array
-    params: Any  # of the network that is trained; in stage "student" of its classifier alone
-    batch_stats: Any  # of the SR network in stage "sr", else {}
+    params: Any  # of the trained network
+    batch_stats: Any  # of the trained network; {} if it has none
     opt_state: optax.OptState
     ema_params: Any  # {} when config.ema_decay is 0
 
 
-def create_state(
-    config: ConfigDict, params: Any, batch_stats: Any, optimizer: optax.GradientTransformation
-) -> TrainState:
+def create_state(config: ConfigDict, variables: Any, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step."""
+    params = variables["params"]
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        batch_stats=batch_stats,
+        batch_stats=variables.get("batch_stats", {}),
         opt_state=optimizer.init(params),
         ema_params=jax.tree.map(jnp.copy, params) if config.ema_decay else {},
     )
 
 
-def inference_variables(config: ConfigDict, state: TrainState, frozen: Any) -> Any:
-    """Variables of the network that a stage trains, with the averaged weights where they are kept."""
-    return _join(state.ema_params if config.ema_decay else state.params, state.batch_stats, frozen.get("sr"))
+def trained_variables(config: ConfigDict, state: TrainState) -> Any:
+    """Variables of the trained network to evaluate and save, with the averaged weights where they are kept."""
+    return _variables(state.ema_params if config.ema_decay else state.params, state.batch_stats)
 
 
-def _join(params: Any, batch_stats: Any, frozen_sr: Any) -> Any:
-    """Flax variables of the trained network; around a student's classifier it puts the frozen SR network."""
-    if frozen_sr is None:
-        return {"params": params, "batch_stats": batch_stats}
-    stats = {"sr": frozen_sr["batch_stats"]} if frozen_sr else {}
-    return {
-        "params": {"classifier": params, **({"sr": frozen_sr["params"]} if frozen_sr else {})},
-        "batch_stats": stats,
-    }
+def _variables(params: Any, batch_stats: Any) -> Any:
+    return {"params": params} | ({"batch_stats": batch_stats} if batch_stats else {})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Objectives: (variables, frozen teacher, batch, rng) -> loss, its terms, batch statistics
+# Objectives: (variables, frozen variables by role, batch, rngs) -> loss, (its terms, updated batch statistics)
 
 
-def _sr_objective(config: ConfigDict, network: nn.Module, teacher: nn.Module | None) -> Callable:
-    """Pixel loss: mean squared error between the restored and the true picture (Ledig et al., SRGAN, eq. 4)."""
+def _sr_objective(config: ConfigDict, networks: Networks) -> Callable:
+    """Pixel loss: mean squared error between the restored and the true image (Ledig et al., SRGAN, eq. 4)."""
 
     def objective(variables, frozen, batch, rngs):
-        restored, updated = network.apply(variables, unit(batch["low"]), train=True, mutable=["batch_stats"])
+        restored, batch_stats = _forward(networks, variables, unit(batch["low"]), rngs)
         loss = jnp.mean(jnp.square(restored - unit(batch["high"])))
-        return loss, {"pixel": loss}, updated["batch_stats"]
+        return loss, ({"pixel": loss}, batch_stats)
 
     return objective
 
 
-def _teacher_objective(config: ConfigDict, network: nn.Module, teacher: nn.Module | None) -> Callable:
-    """Label-smoothed cross-entropy on the high-resolution picture."""
+def _classifier_objective(config: ConfigDict, networks: Networks) -> Callable:
+    """Label-smoothed cross-entropy on the high-resolution image."""
 
     def objective(variables, frozen, batch, rngs):
-        logits = network.apply(variables, unit(batch["high"]), train=True, rngs=rngs)
+        logits, batch_stats = _forward(networks, variables, unit(batch["high"]), rngs)
         loss = losses.label_smoothing_cross_entropy(logits, batch["label"], config.loss.label_smoothing)
-        return loss, {"cross_entropy": loss}, {}
+        return loss, ({"cross_entropy": loss}, batch_stats)
 
     return objective
 
 
-def _student_objective(config: ConfigDict, network: nn.Module, teacher: nn.Module | None) -> Callable:
+def _student_objective(config: ConfigDict, networks: Networks) -> Callable:
     """L = L_CE + alpha L_LD + beta L_HSD of the ViMD paper: labels, the teacher's logits, its hidden states."""
     weights = config.loss
     layers = hidden_layers(weights.hidden_layers)
 
     def objective(variables, frozen, batch, rngs):
-        logits, features = network.apply(variables, unit(batch["low"]), train=True, return_features=True, rngs=rngs)
+        images = networks.restore(frozen, unit(batch["low"]))
+        (logits, features), batch_stats = _forward(networks, variables, images, rngs, return_features=True)
         cross_entropy = losses.label_smoothing_cross_entropy(logits, batch["label"], weights.label_smoothing)
         loss, terms = cross_entropy, {"cross_entropy": cross_entropy}
-        if teacher is not None:
+        if networks.teacher is not None:
             high = unit(batch["high"])
-            teacher_logits, teacher_features = teacher.apply(frozen["teacher"], high, return_features=True)
+            teacher_logits, teacher_features = networks.teacher.apply(frozen["teacher"], high, return_features=True)
         if weights.logits_weight:
             terms["logits"] = losses.logits_distillation(logits, teacher_logits, weights.temperature)
             loss += weights.logits_weight * terms["logits"]
@@ -105,12 +99,25 @@ def _student_objective(config: ConfigDict, network: nn.Module, teacher: nn.Modul
             states = features["hidden_states"], teacher_features["hidden_states"]
             terms["hidden"] = losses.hidden_state_distillation(*states, layers, weights.hidden_normalize)
             loss += weights.hidden_weight * terms["hidden"]
-        return loss, terms, {}
+        return loss, (terms, batch_stats)
 
     return objective
 
 
-_OBJECTIVES = {"sr": _sr_objective, "teacher": _teacher_objective, "student": _student_objective}
+def _forward(networks: Networks, variables: Any, images: jax.Array, rngs: Any, **options: Any) -> tuple[Any, Any]:
+    """Output of the trained network in training mode, and its updated batch statistics, {} if it has none."""
+    output, updated = networks.trained.apply(
+        variables, images, train=True, rngs=rngs, mutable=["batch_stats"], **options
+    )
+    return output, updated.get("batch_stats", {})
+
+
+_OBJECTIVES = {
+    "sr": _sr_objective,
+    "classifier": _classifier_objective,
+    "teacher": _classifier_objective,
+    "student": _student_objective,
+}
 
 
 def hidden_layers(text: str) -> str | tuple[int, ...]:
@@ -125,9 +132,25 @@ def hidden_layers(text: str) -> str | tuple[int, ...]:
         ) from None
 
 
-def distils(config: ConfigDict) -> bool:
-    """Whether the stage needs a teacher."""
-    return config.stage == "student" and bool(config.loss.logits_weight or config.loss.hidden_weight)
+def check_objective(config: ConfigDict, networks: Networks) -> None:
+    """Traces the objective without computing it, so that networks that do not fit together are found at the start."""
+    objective = _OBJECTIVES[config.stage](config, networks)
+
+    def trace(key):
+        def variables(model):
+            images = input_images(model)
+            return model.init(key, jnp.zeros(images.shape, images.dtype))
+
+        frozen = {role: variables(getattr(networks, role)) for role in ("sr", "teacher") if getattr(networks, role)}
+        sizes = {"high": config.dataset.high_resolution, "low": config.dataset.low_resolution}
+        batch = {name: jnp.zeros((1, size, size, 3), jnp.uint8) for name, size in sizes.items()}
+        batch["label"] = jnp.zeros(1, jnp.int32)
+        return objective(variables(networks.trained), frozen, batch, {"drop_path": key})
+
+    try:
+        jax.eval_shape(jax.vmap(trace, axis_name=AXIS), jax.random.split(jax.random.key(0), 1))
+    except ValueError as error:
+        raise ValueError(f"config.loss: {error}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -135,18 +158,17 @@ def distils(config: ConfigDict) -> bool:
 
 
 def make_train_step(
-    config: ConfigDict, network: nn.Module, teacher: nn.Module | None, optimizer: optax.GradientTransformation
+    config: ConfigDict, networks: Networks, optimizer: optax.GradientTransformation
 ) -> Callable[[TrainState, Any, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """One optimiser step over all devices: (state, frozen, batch) -> (state, metrics), both replicated."""
-    objective = _OBJECTIVES[config.stage](config, network, teacher)
+    objective = _OBJECTIVES[config.stage](config, networks)
 
     def train_step(state, frozen, batch):
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         rngs = {"drop_path": jax.random.fold_in(key, jax.lax.axis_index(AXIS))}
 
         def loss_of(params):
-            loss, terms, stats = objective(_join(params, state.batch_stats, frozen.get("sr")), frozen, batch, rngs)
-            return loss, (terms, stats)
+            return objective(_variables(params, state.batch_stats), frozen, batch, rngs)
 
         (loss, (terms, batch_stats)), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
         gradients, metrics = jax.lax.pmean((gradients, {"loss": loss, **terms}), AXIS)
@@ -161,14 +183,13 @@ def make_train_step(
     return over_devices(train_step, donate_state=True)
 
 
-def make_eval_step(config: ConfigDict, network: nn.Module) -> Callable[[Any, Batch], dict[str, jax.Array]]:
-    """Sums of one evaluation batch over all devices: (variables, batch) -> sums, each picture counted by its weight."""
-    sums = _restoration_sums if config.stage == "sr" else _classification_sums
-    picture = "high" if config.stage == "teacher" else "low"
+def make_eval_step(networks: Networks) -> Callable[[Any, Batch], dict[str, jax.Array]]:
+    """Sums of one evaluation batch over all devices: (variables, batch) -> sums, each image counted by its weight."""
+    product, view = networks.product, "low" if networks.reads_low else "high"
+    sums = _restoration_sums if networks.reads_low and not networks.is_student else _classification_sums
 
     def eval_step(variables, batch):
-        output = network.apply(variables, unit(batch[picture]))
-        return jax.lax.psum(sums(output, batch), AXIS)
+        return jax.lax.psum(sums(product.apply(variables, unit(batch[view])), batch), AXIS)
 
     return over_devices(eval_step)
 
@@ -197,10 +218,10 @@ def _restoration_sums(restored: jax.Array, batch: Batch) -> dict[str, jax.Array]
 
 
 def psnr(image: jax.Array, truth: jax.Array) -> jax.Array:
-    """Peak signal-to-noise ratio in dB of each picture; (b, H, W, 3) in [0, 1] -> (b,)."""
+    """Peak signal-to-noise ratio in dB of each image; (b, H, W, 3) in [0, 1] -> (b,)."""
     return -10 * jnp.log10(jnp.maximum(jnp.mean(jnp.square(image - truth), axis=(1, 2, 3)), 1e-10))
 
 
-def unit(pictures: jax.Array) -> jax.Array:
-    """uint8 pictures as float32 in [0, 1]."""
-    return pictures.astype(jnp.float32) / 255
+def unit(images: jax.Array) -> jax.Array:
+    """uint8 images as float32 in [0, 1]."""
+    return images.astype(jnp.float32) / 255

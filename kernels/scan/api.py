@@ -1,0 +1,88 @@
+"""The public function: it checks the arguments, brings them to one form and hands them to an implementation:
+
+    sequential   a loop over time with a hand-written gradient: any backend
+    associative  `lax.associative_scan` over time: any backend, logarithmic depth, memory for every state
+    native       C++ through `jax.ffi`: CPU, where a compiler is found
+    pallas       Pallas kernels lowered through Triton: GPU
+
+`reference` is the same in float64 NumPy, for tests. Each is a module beside this one with
+
+    scan(inputs: ScanInputs, options: ScanOptions) -> (y, last_state)
+
+where y is like u and the last state like the initial one. It is differentiable in every array, through both results.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from kernels.choice import Implementations
+from kernels.scan.inputs import ScanInputs, ScanOptions, canonical, check
+
+# Fastest first as scripts/benchmark_scan.py measured them. On a CPU "sequential" beats "associative" at every shape;
+# where a device runs wide operations cheaply and loops slowly, as GPUs and TPUs do, "associative" is what remains.
+IMPLEMENTATIONS = Implementations(
+    operation="selective scan",
+    package="kernels.scan",
+    names=("native", "pallas", "sequential", "associative"),
+    fastest_first={"cpu": ("native", "sequential"), "gpu": ("pallas", "associative")},
+)
+
+
+def selective_scan(
+    u: jax.Array,
+    delta: jax.Array,
+    A: jax.Array,
+    B: jax.Array,
+    C: jax.Array,
+    D: jax.Array | None = None,
+    z: jax.Array | None = None,
+    delta_bias: jax.Array | None = None,
+    *,
+    delta_softplus: bool = False,
+    reverse: bool = False,
+    initial_state: jax.Array | None = None,
+    return_last_state: bool = False,
+    implementation: str | None = None,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """Runs a diagonal linear recurrence whose step, input and output matrices depend on the position.
+
+    With Δ = delta + delta_bias (through softplus if asked; softplus is the identity above 20), for every channel::
+
+        h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t u_t        y_t = C_t · h_t + D u_t        y_t ← y_t silu(z_t) if z is given
+
+    State and arithmetic are float32 whatever the inputs are. Every array has a gradient (in reverse mode), the states
+    included.
+
+    Args:
+      u: input, (batch, length, channels), any floating dtype.
+      delta: step sizes, (batch, length, channels).
+      A: (channels, state), real and negative for a recurrence that forgets.
+      B: (batch, length, state); or (batch, length, groups, state), where channel c reads group
+        c // (channels // groups); or (channels, state), constant in time.
+      C: like B.
+      D: skip connection, (channels,).
+      z: gate, (batch, length, channels).
+      delta_bias: added to delta before softplus, (channels,).
+      delta_softplus: apply softplus to the step sizes.
+      reverse: run from the last position to the first; equals flip(scan(flip(inputs))) without flipping anything.
+      initial_state: the state before the first step (which is at the last position if `reverse`),
+        (batch, channels, state); zero if None.
+      return_last_state: also return the state after the final step, (batch, channels, state) float32.
+      implementation: "native", "pallas", "sequential" or "associative"; None takes the fastest that can run where JAX
+        runs: on the devices of the current mesh, else the default device. `jax.sharding.use_abstract_mesh` with an
+        abstract GPU lowers for a GPU without having one.
+
+    Returns:
+      y, (batch, length, channels) in u's dtype; with `return_last_state` the pair (y, last state).
+
+    Raises:
+      ValueError: an argument has a wrong shape or dtype, or the implementation is unknown or cannot run here.
+    """
+    arrays = u, delta, A, B, C, D, z, delta_bias, initial_state
+    inputs = ScanInputs(*(None if x is None else jnp.asarray(x) for x in arrays))
+    check(inputs)
+    dtype, inputs = inputs.u.dtype, canonical(inputs)
+    scan = IMPLEMENTATIONS.pick(implementation, inputs).scan
+    y, last_state = scan(inputs, ScanOptions(bool(delta_softplus), bool(reverse)))
+    y = y.astype(dtype)
+    return (y, last_state) if return_last_state else y

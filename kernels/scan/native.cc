@@ -1,0 +1,752 @@
+// Selective scan for CPUs, forward and backward, called by XLA through its foreign function interface (see native.py).
+//
+// A vector register holds neighbouring channels, one register per state, and time is a plain loop. Work is cut into
+// tasks: one sequence times a range of channels. A task walks over time in chunks of kChunk steps and, inside a chunk,
+// over its blocks of kLanes channels, so that memory is read in long rows and everything else stays in the caches.
+//
+// The forward pass can keep the state at the start of every chunk. The backward pass takes the chunks in the opposite
+// order, replays each one from its kept state and runs the adjoint recurrence through it; no other state ever reaches
+// memory. The caller decides from the shapes alone into how many ranges the channels of a group are cut, and every task
+// writes its own results (sums over the batch and the ranges are left to the caller). So the results are the same to
+// the bit whatever the number of threads.
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <initializer_list>
+#include <memory>
+#include <mutex>
+#include <type_traits>
+#include <utility>
+
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
+
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Vectors: the GCC and Clang extension, as wide as a register of the machine this is compiled for.
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+constexpr int kMaxStates = 16;  // states kept in registers at once
+#define EVEN_LANES 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
+#define ODD_LANES 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
+#elif defined(__AVX__)
+constexpr int kLanes = 8;
+constexpr int kMaxStates = 8;
+#define EVEN_LANES 0, 2, 4, 6, 8, 10, 12, 14
+#define ODD_LANES 1, 3, 5, 7, 9, 11, 13, 15
+#else
+constexpr int kLanes = 4;
+constexpr int kMaxStates = 8;
+#define EVEN_LANES 0, 2, 4, 6
+#define ODD_LANES 1, 3, 5, 7
+#endif
+#define UNROLL _Pragma("GCC unroll 16")  // so that arrays of vectors are registers
+
+constexpr int kChunk = CHUNK;  // steps between two kept states, a macro that native.py sets
+
+typedef float Vec __attribute__((vector_size(kLanes * 4)));
+typedef float MemoryVec __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+typedef int32_t Int __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t Bits __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
+
+inline Vec Splat(float x) { return x - Vec{}; }
+
+// The order of the operands lets a NaN in x come out again. Compilers do not find these instructions by themselves.
+#if defined(__AVX512F__)
+inline Vec AtLeast(Vec x, float low) { return (Vec)_mm512_max_ps((__m512)Splat(low), (__m512)x); }
+inline Vec AtMost(Vec x, float high) { return (Vec)_mm512_min_ps((__m512)Splat(high), (__m512)x); }
+#elif defined(__AVX__)
+inline Vec AtLeast(Vec x, float low) { return (Vec)_mm256_max_ps((__m256)Splat(low), (__m256)x); }
+inline Vec AtMost(Vec x, float high) { return (Vec)_mm256_min_ps((__m256)Splat(high), (__m256)x); }
+#else
+inline Vec AtLeast(Vec x, float low) { return Splat(low) > x ? Splat(low) : x; }
+inline Vec AtMost(Vec x, float high) { return Splat(high) < x ? Splat(high) : x; }
+#endif
+inline Vec MinusAbs(Vec x) { return x < Splat(0) ? x : -x; }
+
+constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
+// Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits, here with the exponent's bias.
+constexpr float kShift = 12582912.0f + 127.0f;
+
+// 2^(n + f) for f in [-1/2, 1/2] and n = shifted - kShift in [-127, 128]: n as the exponent field, times 1 + f q(f)
+// with a minimax polynomial q. Relative error 1.5e-7, exact at f = 0; zero at n = -127, infinite at n = 128.
+inline Vec Power(Vec f, Vec shifted) {
+  Vec q = 0.0013264727f * f + 0.0096715128f;
+  q = q * f + 0.0555073374f;
+  q = q * f + 0.2402224208f;
+  q = q * f + 0.6931469776f;
+  return (q * f + 1.0f) * (Vec)((Bits)shifted << 23);
+}
+
+inline Vec Exp2(Vec x) {
+  x = AtMost(AtLeast(x, -127.0f), 128.0f);
+  const Vec shifted = x + kShift;
+  return Power(x - (shifted - kShift), shifted);
+}
+
+// e^x where it is needed once per position and channel; n log(2) is subtracted in two parts, to be exact for large |x|.
+inline Vec Exp(Vec x) {
+  x = AtMost(AtLeast(x, -88.0f), 88.8f);
+  const Vec shifted = x * kLog2e + kShift, n = shifted - kShift;
+  return Power(((x - n * 0.693359375f) + n * 2.12194440e-4f) * kLog2e, shifted);
+}
+
+// log(1 + w) for w in [0, 1]: w times a minimax polynomial.
+inline Vec Log1p(Vec w) {
+  Vec q = 0.0052326929f * w - 0.0295052358f;
+  q = q * w + 0.0782259520f;
+  q = q * w - 0.1366324632f;
+  q = q * w + 0.1910600731f;
+  q = q * w - 0.2484298247f;
+  q = q * w + 0.3331909686f;
+  q = q * w - 0.4999949315f;
+  return (q * w + 0.9999999699f) * w;
+}
+
+// Functions of x that start from e^-|x|.
+inline Vec Sigmoid(Vec x, Vec exp_minus_abs) {
+  return (x < Splat(0) ? exp_minus_abs : Splat(1)) / (exp_minus_abs + 1.0f);
+}
+// In float32 this is x above 20, as the published kernels have it.
+inline Vec Softplus(Vec x, Vec exp_minus_abs) { return AtLeast(x, 0.0f) + Log1p(exp_minus_abs); }
+
+#if defined(__clang__)
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Bits{__VA_ARGS__})
+#endif
+
+inline Vec PairSums(Vec a, Vec b) { return SHUFFLE(a, b, EVEN_LANES) + SHUFFLE(a, b, ODD_LANES); }
+
+// The sums over the lanes of kLanes vectors, as one vector.
+inline Vec LaneSums(const Vec* from) {
+  Vec sums[kLanes];
+  UNROLL for (int i = 0; i < kLanes; ++i) sums[i] = from[i];
+  UNROLL for (int width = kLanes / 2; width > 0; width /= 2) {
+    UNROLL for (int i = 0; i < width; ++i) sums[i] = PairSums(sums[2 * i], sums[2 * i + 1]);
+  }
+  return sums[0];
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Memory. `lanes` is how many channels of a block exist; the others read as zero and are not written.
+
+inline Vec Load(const float* from, int lanes = kLanes) {
+  if (lanes == kLanes) return *reinterpret_cast<const MemoryVec*>(from);
+  Vec v{};
+  std::memcpy(&v, from, lanes * sizeof(float));
+  return v;
+}
+
+inline void Store(float* to, Vec v, int lanes = kLanes) {
+  if (lanes == kLanes)
+    *reinterpret_cast<MemoryVec*>(to) = v;
+  else
+    std::memcpy(to, &v, lanes * sizeof(float));
+}
+
+inline Vec FromBfloat16(Bits x) { return (Vec)(x << 16); }
+
+inline Bits ToBfloat16(Vec v) {
+  const Bits x = (Bits)v;
+  const Bits rounded = (x + 0x7fff + ((x >> 16) & 1)) >> 16;
+  return v == v ? rounded : (x >> 16) | 0x40;  // rounding could carry a NaN into infinity
+}
+
+inline Vec FromFloat16(Bits x) {
+  const Bits magnitude = x & 0x7fff;
+  const Bits special = magnitude << 13 | 0x7f800000;  // infinity and NaN
+  const Bits normal = (magnitude << 13) + (112u << 23);
+  const Bits subnormal = (Bits)(__builtin_convertvector((Int)magnitude, Vec) * 0x1p-24f);
+  const Bits value = magnitude >= 0x7c00 ? special : magnitude < 0x0400 ? subnormal : normal;
+  return (Vec)(value | (x & 0x8000) << 16);
+}
+
+inline Bits ToFloat16(Vec v) {
+  const Bits sign = (Bits)v & 0x80000000, x = (Bits)v ^ sign;
+  const Bits normal = (x - (112u << 23) + 0xfff + ((x >> 13) & 1)) >> 13;
+  const Bits subnormal = (Bits)((Vec)x + 0.5f) - 0x3f000000;  // the addition rounds to multiples of 2^-24
+  Bits half = x < Bits{} + 0x38800000 ? subnormal : normal;
+  half = x < Bits{} + 0x477ff000 ? half : Bits{} + 0x7c00;  // rounds to infinity
+  half = x > Bits{} + 0x7f800000 ? Bits{} + 0x7e00 : half;  // NaN
+  return half | sign >> 16;
+}
+
+// A (batch, length, channels) array of one of the three types; `data` is null for an argument that was not given.
+struct Stream {
+  void* data;
+  ffi::DataType type;
+
+  Vec Get(int64_t at, int lanes) const {
+    if (type == ffi::DataType::F32) return Load(static_cast<const float*>(data) + at, lanes);
+    Halves halves{};
+    std::memcpy(&halves, static_cast<const uint16_t*>(data) + at, lanes * sizeof(uint16_t));
+    const Bits bits = __builtin_convertvector(halves, Bits);
+    return type == ffi::DataType::BF16 ? FromBfloat16(bits) : FromFloat16(bits);
+  }
+
+  void Prefetch(int64_t at) const {
+    const int64_t size = type == ffi::DataType::F32 ? sizeof(float) : sizeof(uint16_t);
+    if (data) __builtin_prefetch(static_cast<const char*>(data) + at * size, 0, 2);
+  }
+
+  void Put(int64_t at, Vec v, int lanes) const {
+    if (type == ffi::DataType::F32) return Store(static_cast<float*>(data) + at, v, lanes);
+    const Bits bits = type == ffi::DataType::BF16 ? ToBfloat16(v) : ToFloat16(v);
+    const Halves halves = __builtin_convertvector(bits, Halves);
+    std::memcpy(static_cast<uint16_t*>(data) + at, &halves, lanes * sizeof(uint16_t));
+  }
+};
+
+// Working memory of one thread.
+class Arena {
+ public:
+  explicit Arena(float* free) : free_(free) {}
+  Vec* Zeros(int64_t vectors) {
+    Vec* taken = reinterpret_cast<Vec*>(free_);
+    free_ += vectors * kLanes;
+    std::fill_n(taken, vectors, Vec{});
+    return taken;
+  }
+
+ private:
+  float* free_;
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The recurrences, over `count` steps of one block of channels and N of its states.
+
+// B or C over the steps of a chunk: one number per state for all lanes (kSplat) or a vector per state, for matrices
+// that differ between channels. Step k starts at data + k * stride.
+struct Matrix {
+  const float* data;
+  int64_t stride;
+
+  template <bool kSplat>
+  Vec Get(int64_t k, int n) const {
+    return kSplat ? Splat(data[k * stride + n]) : Load(data + k * stride + n * kLanes);
+  }
+};
+
+// A chunk of one block of channels, step by step: what both passes need, and what the backward pass adds.
+struct Steps {
+  Vec delta[kChunk], u[kChunk], input[kChunk], y[kChunk], gate[kChunk];  // input is delta u
+};
+
+struct Gradients {
+  Vec delta_slope[kChunk], gate_slope[kChunk];  // of softplus, of silu
+  Vec y[kChunk], core[kChunk];                  // incoming, after and before the gate
+  Vec delta[kChunk], u[kChunk];                 // outgoing
+};
+
+// A is in units of log(2): A[n] * log2(e).
+template <int N, bool kSplat>
+void Forward(int count, Steps& steps, Matrix B, Matrix C, const Vec* A, Vec* state) {
+  Vec h[N];
+  UNROLL for (int n = 0; n < N; ++n) h[n] = state[n];
+  for (int k = 0; k < count; ++k) {
+    const Vec delta = steps.delta[k], input = steps.input[k];
+    Vec y = steps.y[k];
+    UNROLL for (int n = 0; n < N; ++n) {
+      h[n] = Exp2(delta * A[n]) * h[n] + input * B.Get<kSplat>(k, n);
+      y += h[n] * C.Get<kSplat>(k, n);
+    }
+    steps.y[k] = y;
+  }
+  UNROLL for (int n = 0; n < N; ++n) state[n] = h[n];
+}
+
+// Forward again, keeping decay = exp(delta A) and carried = decay * h of every step.
+template <int N, bool kSplat>
+void Replay(int count, Steps& steps, Matrix B, Matrix C, const Vec* A, const Vec* state, Vec* decays, Vec* carried) {
+  Vec h[N];
+  UNROLL for (int n = 0; n < N; ++n) h[n] = state[n];
+  for (int k = 0; k < count; ++k) {
+    const Vec delta = steps.delta[k], input = steps.input[k];
+    Vec y = steps.y[k];
+    UNROLL for (int n = 0; n < N; ++n) {
+      const Vec decay = Exp2(delta * A[n]);
+      decays[k * N + n] = decay;
+      h[n] *= decay;
+      carried[k * N + n] = h[n];
+      h[n] += input * B.Get<kSplat>(k, n);
+      y += h[n] * C.Get<kSplat>(k, n);
+    }
+    steps.y[k] = y;
+  }
+}
+
+// The adjoint recurrence, from the last step to the first. dB and dC of step k are at k * dB_stride and k * dC_stride.
+template <int N, bool kSplat>
+void Adjoint(int count, const Steps& steps, Gradients& grads, Matrix B, Matrix C, const Vec* A, const Vec* decays,
+             const Vec* carried, Vec* d_state, Vec* dA, Vec* dB, int64_t dB_stride, Vec* dC, int64_t dC_stride) {
+  Vec dh[N];
+  UNROLL for (int n = 0; n < N; ++n) dh[n] = d_state[n];
+  for (int k = count - 1; k >= 0; --k) {
+    const Vec delta = steps.delta[k], input = steps.input[k], core = grads.core[k];
+    Vec through_decay{}, through_input{};
+    UNROLL for (int n = 0; n < N; ++n) {
+      const Vec b = B.Get<kSplat>(k, n), kept = carried[k * N + n];
+      dh[n] += core * C.Get<kSplat>(k, n);
+      dC[k * dC_stride + n] += core * (kept + input * b);
+      dB[k * dB_stride + n] += dh[n] * input;
+      through_input += dh[n] * b;
+      const Vec d_exponent = dh[n] * kept;
+      through_decay += d_exponent * A[n];
+      dA[n] += d_exponent * delta;
+      dh[n] *= decays[k * N + n];
+    }
+    grads.delta[k] += kLn2 * through_decay + steps.u[k] * through_input;
+    grads.u[k] += delta * through_input;
+  }
+  UNROLL for (int n = 0; n < N; ++n) d_state[n] = dh[n];
+}
+
+// Calls f(number of states as a type, first state) over pieces of at most `kMost` that cover all states.
+template <int kMost, class F>
+void ForStates(int64_t states, F&& f) {
+  int64_t first = 0;
+  if constexpr (kMost >= 16)
+    for (; states - first >= 16; first += 16) f(std::integral_constant<int, 16>{}, first);
+  for (; states - first >= 8; first += 8) f(std::integral_constant<int, 8>{}, first);
+  for (; states - first >= 4; first += 4) f(std::integral_constant<int, 4>{}, first);
+  for (; states - first >= 1; first += 1) f(std::integral_constant<int, 1>{}, first);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// One call, and the tasks it is cut into.
+
+struct Scan {
+  // `rows` sequences, of which each `batch` share the parameters A, D and so on; under vmap there are several batches.
+  int64_t rows, batch, length, channels, state, groups, ranges;
+  Stream u, delta, z;
+  const float *A, *B, *C, *D, *delta_bias, *initial_state;
+  bool constant_B, constant_C, softplus, reverse;
+
+  int64_t per_group() const { return channels / groups; }
+  int64_t chunks() const { return (length + kChunk - 1) / kChunk; }
+  int64_t blocks() const { return (per_group() + kLanes - 1) / kLanes; }
+  int64_t tasks() const { return rows * groups * ranges; }
+  int64_t blocks_per_task() const { return (blocks() + ranges - 1) / ranges; }
+  bool splat() const { return !constant_B && !constant_C; }
+};
+
+// A sequence, and a range of the channel blocks of a group.
+struct Task {
+  const Scan& scan;
+  int64_t row, group, range, first_block, blocks;
+
+  Task(const Scan& scan, int64_t index)
+      : scan(scan),
+        row(index / (scan.groups * scan.ranges)),
+        group(index / scan.ranges % scan.groups),
+        range(index % scan.ranges),
+        first_block(range * scan.blocks() / scan.ranges),
+        blocks((range + 1) * scan.blocks() / scan.ranges - first_block) {}
+
+  int64_t problem() const { return row / scan.batch; }
+  int64_t Channel(int64_t block) const { return group * scan.per_group() + (first_block + block) * kLanes; }
+  int Lanes(int64_t block) const {
+    return static_cast<int>(std::min<int64_t>(kLanes, scan.per_group() - (first_block + block) * kLanes));
+  }
+  int64_t Position(int64_t step) const { return scan.reverse ? scan.length - 1 - step : step; }
+
+  // Where a block's first channel is in (rows, length, channels), and this group's first state in (rows or rows and
+  // ranges, length, groups, state).
+  int64_t At(int64_t step, int64_t block) const {
+    return (row * scan.length + Position(step)) * scan.channels + Channel(block);
+  }
+  int64_t MatrixAt(int64_t row, int64_t step) const {
+    return ((row * scan.length + Position(step)) * scan.groups + group) * scan.state;
+  }
+
+  // A block's part of state n in a (rows, chunks, state, channels) array.
+  int64_t StartAt(int64_t chunk, int64_t n, int64_t block) const {
+    return ((row * scan.chunks() + chunk) * scan.state + n) * scan.channels + Channel(block);
+  }
+
+  Vec Parameter(const float* values, int64_t block) const {
+    return values ? Load(values + problem() * scan.channels + Channel(block), Lanes(block)) : Vec{};
+  }
+
+  // [block][state] vectors from and to an (index, channels, state) array; zeros from null.
+  Vec* Gather(const float* from, int64_t index, Arena& arena) const {
+    Vec* to = arena.Zeros(blocks * scan.state);
+    for (int64_t block = 0; block < blocks; ++block) {
+      for (int64_t n = 0; n < scan.state; ++n) {
+        Vec v{};
+        for (int lane = 0; from && lane < Lanes(block); ++lane)
+          v[lane] = from[(index * scan.channels + Channel(block) + lane) * scan.state + n];
+        to[block * scan.state + n] = v;
+      }
+    }
+    return to;
+  }
+  void Scatter(const Vec* from, float* to, int64_t index) const {
+    for (int64_t block = 0; block < blocks; ++block)
+      for (int64_t n = 0; n < scan.state; ++n)
+        for (int lane = 0; lane < Lanes(block); ++lane)
+          to[(index * scan.channels + Channel(block) + lane) * scan.state + n] = from[block * scan.state + n][lane];
+  }
+
+  Vec* Exponents(Arena& arena) const {
+    Vec* A = Gather(scan.A, problem(), arena);
+    for (int64_t i = 0; i < blocks * scan.state; ++i) A[i] *= kLog2e;
+    return A;
+  }
+};
+
+// B or C of a task, chunk by chunk.
+class MatrixReader {
+ public:
+  MatrixReader(const Task& task, const float* values, bool constant, Arena& arena)
+      : task_(task), values_(values), constant_(constant) {
+    if (task.scan.splat()) return;
+    vectors_ = constant ? task.Gather(values, task.problem(), arena) : arena.Zeros(kChunk * task.scan.state);
+  }
+  // A matrix that varies in time beside a constant one is spread over the lanes, for both to be vectors.
+  void Start(int64_t first_step, int count) {
+    const int64_t state = task_.scan.state;
+    first_step_ = first_step;
+    for (int k = 0; vectors_ && !constant_ && k < count; ++k)
+      for (int64_t n = 0; n < state; ++n)
+        vectors_[k * state + n] = Splat(values_[task_.MatrixAt(task_.row, first_step + k) + n]);
+  }
+  Matrix Get(int64_t block, int64_t first_state) const {
+    const Scan& scan = task_.scan;
+    if (!vectors_) {
+      const int64_t stride = scan.groups * scan.state;
+      return {values_ + task_.MatrixAt(task_.row, first_step_) + first_state, scan.reverse ? -stride : stride};
+    }
+    const Vec* vectors = vectors_ + (constant_ ? block * scan.state : 0) + first_state;
+    return {reinterpret_cast<const float*>(vectors), constant_ ? 0 : scan.state * kLanes};
+  }
+
+ private:
+  const Task& task_;
+  const float* values_;
+  bool constant_;
+  Vec* vectors_ = nullptr;
+  int64_t first_step_ = 0;
+};
+
+// Sums of dB or dC of a task: over channels, per position, or over time, per channel, where the matrix is constant.
+class MatrixGradient {
+ public:
+  MatrixGradient(const Task& task, float* result, bool constant, Arena& arena)
+      : task_(task), result_(result), constant_(constant) {
+    size_ = (constant ? task.blocks : kChunk) * task.scan.state;
+    sums_ = arena.Zeros(size_);
+  }
+  Vec* At(int64_t block, int64_t first_state) const {
+    return sums_ + (constant_ ? block * task_.scan.state : 0) + first_state;
+  }
+  int64_t stride() const { return constant_ ? 0 : task_.scan.state; }
+  void EndChunk(int64_t first_step, int count) {
+    if (constant_) return;
+    const int64_t state = task_.scan.state, row = task_.row * task_.scan.ranges + task_.range;
+    static_assert(kChunk % kLanes == 0);
+    for (int64_t i = 0; i < size_ / kLanes; ++i) sums_[i] = LaneSums(sums_ + i * kLanes);
+    const float* sums = reinterpret_cast<const float*>(sums_);
+    for (int k = 0; k < count; ++k)
+      std::memcpy(result_ + task_.MatrixAt(row, first_step + k), sums + k * state, state * sizeof(float));
+    std::fill_n(sums_, size_, Vec{});
+  }
+  void EndTask() const {
+    if (constant_) task_.Scatter(sums_, result_, task_.row);
+  }
+
+ private:
+  const Task& task_;
+  float* result_;
+  bool constant_;
+  int64_t size_;
+  Vec* sums_;
+};
+
+// Reads a block's inputs for a chunk, for the backward pass also the slopes of softplus and silu. Meanwhile fetches the
+// `streams` of the chunk that comes next, whose rows are too far apart for the processor to foresee them.
+template <bool kBackward>
+void Read(const Task& task, int64_t first_step, int count, int64_t block, std::initializer_list<Stream> streams,
+          Steps& steps, Gradients* grads = nullptr) {
+  const Scan& scan = task.scan;
+  const int64_t next = first_step + (kBackward ? -kChunk : kChunk);
+  const int lanes = task.Lanes(block);
+  const Vec bias = task.Parameter(scan.delta_bias, block), D = task.Parameter(scan.D, block);
+  for (int k = 0; k < count; ++k) {
+    if (next >= 0 && next + k < scan.length)
+      for (const Stream& stream : streams) stream.Prefetch(task.At(next + k, block));
+    const int64_t at = task.At(first_step + k, block);
+    const Vec u = scan.u.Get(at, lanes);
+    Vec delta = scan.delta.Get(at, lanes) + bias;
+    if (scan.softplus) {
+      const Vec w = Exp(MinusAbs(delta));
+      if constexpr (kBackward) grads->delta_slope[k] = Sigmoid(delta, w);
+      delta = Softplus(delta, w);
+    }
+    steps.u[k] = u;
+    steps.delta[k] = delta;
+    steps.input[k] = delta * u;
+    steps.y[k] = D * u;
+    if (scan.z.data) {
+      const Vec z = scan.z.Get(at, lanes), sigmoid = Sigmoid(z, Exp(MinusAbs(z)));
+      if constexpr (kBackward) grads->gate_slope[k] = sigmoid * (1.0f + z * (1.0f - sigmoid));
+      steps.gate[k] = z * sigmoid;
+    }
+  }
+}
+
+struct ForwardResults {
+  Stream y;
+  float *last_state, *starts;
+};
+
+void ForwardTask(const Scan& scan, const ForwardResults& results, int64_t index, Arena arena) {
+  const Task task(scan, index);
+  const Vec* A = task.Exponents(arena);
+  Vec* state = task.Gather(scan.initial_state, task.row, arena);
+  MatrixReader B(task, scan.B, scan.constant_B, arena), C(task, scan.C, scan.constant_C, arena);
+  Steps steps;
+  for (int64_t chunk = 0; chunk < scan.chunks(); ++chunk) {
+    const int64_t first_step = chunk * kChunk;
+    const int count = static_cast<int>(std::min<int64_t>(kChunk, scan.length - first_step));
+    B.Start(first_step, count);
+    C.Start(first_step, count);
+    for (int64_t block = 0; block < task.blocks; ++block) {
+      const int lanes = task.Lanes(block);
+      Vec* h = state + block * scan.state;
+      for (int64_t n = 0; results.starts && n < scan.state; ++n)
+        Store(results.starts + task.StartAt(chunk, n, block), h[n], lanes);
+      Read<false>(task, first_step, count, block, {scan.u, scan.delta, scan.z, results.y}, steps);
+      ForStates<kMaxStates>(scan.state, [&](auto states, int64_t first) {
+        constexpr int kStates = decltype(states)::value;
+        const auto forward = scan.splat() ? Forward<kStates, true> : Forward<kStates, false>;
+        forward(count, steps, B.Get(block, first), C.Get(block, first), A + block * scan.state + first, h + first);
+      });
+      for (int k = 0; k < count; ++k)
+        results.y.Put(task.At(first_step + k, block), scan.z.data ? steps.y[k] * steps.gate[k] : steps.y[k], lanes);
+    }
+  }
+  task.Scatter(state, results.last_state, task.row);
+}
+
+struct Incoming {
+  Stream y;
+  const float *last_state, *starts;
+};
+
+struct BackwardResults {
+  Stream u, delta, z;
+  float *A, *B, *C, *D, *delta_bias, *initial_state;
+};
+
+void BackwardTask(const Scan& scan, const Incoming& incoming, const BackwardResults& results, int64_t index,
+                  Arena arena) {
+  const Task task(scan, index);
+  const Vec* A = task.Exponents(arena);
+  Vec* d_state = task.Gather(incoming.last_state, task.row, arena);
+  Vec* dA = arena.Zeros(task.blocks * scan.state);
+  Vec* dD = arena.Zeros(task.blocks);
+  Vec* d_bias = arena.Zeros(task.blocks);
+  MatrixReader B(task, scan.B, scan.constant_B, arena), C(task, scan.C, scan.constant_C, arena);
+  MatrixGradient dB(task, results.B, scan.constant_B, arena), dC(task, results.C, scan.constant_C, arena);
+  Vec* start = arena.Zeros(kMaxStates);
+  Vec* decays = arena.Zeros(kChunk * kMaxStates);
+  Vec* carried = arena.Zeros(kChunk * kMaxStates);
+  Steps steps;
+  Gradients grads;
+  for (int64_t chunk = scan.chunks() - 1; chunk >= 0; --chunk) {
+    const int64_t first_step = chunk * kChunk;
+    const int count = static_cast<int>(std::min<int64_t>(kChunk, scan.length - first_step));
+    B.Start(first_step, count);
+    C.Start(first_step, count);
+    for (int64_t block = 0; block < task.blocks; ++block) {
+      const int lanes = task.Lanes(block);
+      const Vec D = task.Parameter(scan.D, block);
+      Read<true>(task, first_step, count, block,
+                 {scan.u, scan.delta, scan.z, incoming.y, results.u, results.delta, results.z}, steps, &grads);
+      for (int k = 0; k < count; ++k) {
+        grads.y[k] = incoming.y.Get(task.At(first_step + k, block), lanes);
+        grads.core[k] = scan.z.data ? grads.y[k] * steps.gate[k] : grads.y[k];
+        grads.u[k] = D * grads.core[k];
+        grads.delta[k] = Vec{};
+      }
+      ForStates<kMaxStates>(scan.state, [&](auto states, int64_t first) {
+        constexpr int kStates = decltype(states)::value;
+        const int64_t at = block * scan.state + first;
+        const Matrix b = B.Get(block, first), c = C.Get(block, first);
+        for (int n = 0; n < kStates; ++n)
+          start[n] = Load(incoming.starts + task.StartAt(chunk, first + n, block), lanes);
+        const auto replay = scan.splat() ? Replay<kStates, true> : Replay<kStates, false>;
+        replay(count, steps, b, c, A + at, start, decays, carried);
+        const auto adjoint = scan.splat() ? Adjoint<kStates, true> : Adjoint<kStates, false>;
+        adjoint(count, steps, grads, b, c, A + at, decays, carried, d_state + at, dA + at, dB.At(block, first),
+                dB.stride(), dC.At(block, first), dC.stride());
+      });
+      for (int k = count - 1; k >= 0; --k) {
+        const int64_t at = task.At(first_step + k, block);
+        const Vec d_delta = scan.softplus ? grads.delta[k] * grads.delta_slope[k] : grads.delta[k];
+        dD[block] += grads.core[k] * steps.u[k];
+        d_bias[block] += d_delta;
+        results.u.Put(at, grads.u[k], lanes);
+        results.delta.Put(at, d_delta, lanes);
+        if (scan.z.data) results.z.Put(at, grads.y[k] * steps.y[k] * grads.gate_slope[k], lanes);
+      }
+    }
+    dB.EndChunk(first_step, count);
+    dC.EndChunk(first_step, count);
+  }
+  dB.EndTask();
+  dC.EndTask();
+  task.Scatter(d_state, results.initial_state, task.row);
+  task.Scatter(dA, results.A, task.row);
+  for (int64_t block = 0; block < task.blocks; ++block) {
+    const int64_t at = task.row * scan.channels + task.Channel(block);
+    if (results.D) Store(results.D + at, dD[block], task.Lanes(block));
+    if (results.delta_bias) Store(results.delta_bias + at, d_bias[block], task.Lanes(block));
+  }
+}
+
+// Vectors that a task takes from its arena at most.
+int64_t ArenaVectors(const Scan& scan) {
+  const int64_t blocks = scan.blocks_per_task(), matrix = std::max<int64_t>(blocks, kChunk);
+  const int64_t matrices = scan.splat() ? 2 : 4;  // the gradients of B and C, and these where they are spread
+  return scan.state * (3 * blocks + matrices * matrix) + 2 * blocks + (2 * kChunk + 1) * kMaxStates;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Threads: XLA's own pool. The calling thread takes part and waits only for helpers that have begun, so that it never
+// depends on a pool that is busy, or that a fork has left without threads.
+
+struct Team {
+  std::mutex mutex;
+  std::condition_variable left;
+  std::atomic<int64_t> next{0};
+  int64_t joined = 1, active = 0;
+  bool closed = false;
+};
+
+template <class Run>
+ffi::Error ForEachTask(ffi::ThreadPool& pool, const Scan& scan, Run run) {
+  const int64_t tasks = scan.tasks(), arena = ArenaVectors(scan) * kLanes;
+  const bool small = scan.rows * scan.length * scan.channels * scan.state < (1 << 17);
+  const int64_t threads = small ? 1 : std::max<int64_t>(1, std::min(tasks, pool.num_threads()));
+  const std::unique_ptr<float, decltype(&std::free)> memory(
+      static_cast<float*>(std::aligned_alloc(sizeof(Vec), threads * arena * sizeof(float))), &std::free);
+  if (!memory) return ffi::Error(ffi::ErrorCode::kResourceExhausted, "selective scan: no memory to work in");
+
+  const auto team = std::make_shared<Team>();
+  const auto work = [&, team = team.get()](int64_t member) {
+    for (int64_t task; (task = team->next.fetch_add(1)) < tasks;) run(task, Arena(memory.get() + member * arena));
+  };
+  for (int64_t i = 1; i < threads; ++i) {
+    pool.Schedule([team, &work] {
+      std::unique_lock<std::mutex> lock(team->mutex);
+      if (team->closed) return;  // the call is over, and `work` with it
+      const int64_t member = team->joined++;
+      ++team->active;
+      lock.unlock();
+      work(member);
+      lock.lock();
+      if (--team->active == 0) team->left.notify_one();
+    });
+  }
+  work(0);
+  std::unique_lock<std::mutex> lock(team->mutex);
+  team->closed = true;
+  team->left.wait(lock, [&] { return team->active == 0; });
+  return ffi::Error::Success();
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The door to XLA. Arrays may have further leading dimensions, from vmap. An argument that is absent has no elements.
+
+template <class Buffer>
+Stream AsStream(Buffer&& buffer) {
+  return {buffer.element_count() ? buffer.untyped_data() : nullptr, buffer.element_type()};
+}
+
+template <class Buffer>
+float* AsFloats(Buffer&& buffer) {
+  return buffer.element_count() ? static_cast<float*>(buffer.untyped_data()) : nullptr;
+}
+
+// u, delta, A, B, C, D, z and delta_bias come first in both calls.
+Scan MakeScan(const ffi::RemainingArgs& args, int64_t ranges, bool softplus, bool reverse) {
+  const auto get = [&](size_t i) { return *args.get<ffi::AnyBuffer>(i); };
+  const ffi::AnyBuffer u = get(0), A = get(2), B = get(3), C = get(4);
+  const auto shape = u.dimensions();
+  const size_t rank = shape.size();
+  Scan scan{};
+  scan.batch = shape[rank - 3];
+  scan.length = shape[rank - 2];
+  scan.channels = shape[rank - 1];
+  scan.rows = static_cast<int64_t>(u.element_count()) / (scan.length * scan.channels);
+  scan.state = A.dimensions().back();
+  scan.constant_B = B.dimensions().size() < rank;
+  scan.constant_C = C.dimensions().size() < rank;
+  scan.groups = !scan.constant_B ? B.dimensions()[rank - 1] : !scan.constant_C ? C.dimensions()[rank - 1] : 1;
+  scan.ranges = ranges;
+  scan.u = AsStream(u);
+  scan.delta = AsStream(get(1));
+  scan.A = AsFloats(A);
+  scan.B = AsFloats(B);
+  scan.C = AsFloats(C);
+  scan.D = AsFloats(get(5));
+  scan.z = AsStream(get(6));
+  scan.delta_bias = AsFloats(get(7));
+  scan.softplus = softplus;
+  scan.reverse = reverse;
+  return scan;
+}
+
+ffi::Error ForwardCall(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets, int64_t ranges,
+                       bool softplus, bool reverse) {
+  const auto result = [&](size_t i) { return **rets.get<ffi::AnyBuffer>(i); };
+  Scan scan = MakeScan(args, ranges, softplus, reverse);
+  scan.initial_state = AsFloats(*args.get<ffi::AnyBuffer>(8));
+  const ForwardResults results{AsStream(result(0)), AsFloats(result(1)), AsFloats(result(2))};
+  return ForEachTask(pool, scan, [&](int64_t task, Arena arena) { ForwardTask(scan, results, task, arena); });
+}
+
+ffi::Error BackwardCall(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets, int64_t ranges,
+                        bool softplus, bool reverse) {
+  const auto argument = [&](size_t i) { return *args.get<ffi::AnyBuffer>(i); };
+  const auto result = [&](size_t i) { return **rets.get<ffi::AnyBuffer>(i); };
+  const Scan scan = MakeScan(args, ranges, softplus, reverse);
+  const Incoming incoming{AsStream(argument(8)), AsFloats(argument(9)), AsFloats(argument(10))};
+  BackwardResults results;
+  results.u = AsStream(result(0));
+  results.delta = AsStream(result(1));
+  results.A = AsFloats(result(2));
+  results.B = AsFloats(result(3));
+  results.C = AsFloats(result(4));
+  results.D = AsFloats(result(5));
+  results.z = AsStream(result(6));
+  results.delta_bias = AsFloats(result(7));
+  results.initial_state = AsFloats(result(8));
+  return ForEachTask(pool, scan,
+                     [&](int64_t task, Arena arena) { BackwardTask(scan, incoming, results, task, arena); });
+}
+
+const auto Binding = [] {
+  auto arguments = ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().RemainingRets();
+  return std::move(arguments).Attr<int64_t>("ranges").Attr<bool>("delta_softplus").Attr<bool>("reverse");
+};
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(vimd_selective_scan_forward, ForwardCall, Binding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(vimd_selective_scan_backward, BackwardCall, Binding());

@@ -1,0 +1,307 @@
+"""Writes the table of classifiers: size, cost and what is published of each, as Markdown.
+
+    python scripts/model_table.py [PATTERN …] [--into README.md]
+
+Parameters and operations are counted from the code, by tracing each network at its own image size: nothing is computed.
+Results, checkpoints and published costs are what the authors state; the table names where.
+
+Operations are counted as VMamba does, the same for all networks: a multiply-add of a matrix product or convolution is
+one, a normalised number five, and a selective scan takes 9 LDN + LD, and LD more if it applies the gate, for L tokens,
+D channels and N states. Activations, sums, pooling and the gathers of scan orders are free.
+
+LocalMamba's authors count differently, and the figures quoted for Vim and LocalVim are theirs. They take 5 LDN + 2 LD
+for a scan, and what each scan direction has of its own (short convolution, projections to steps and matrices) for one
+direction only. A column of its own holds the count by that rule.
+"""
+
+import argparse
+import fnmatch
+import math
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import jax
+from flax import linen as nn
+from jax.extend.core import Primitive
+
+from vimd_jax.models import CLASSIFIERS, create_model, layers, mamba
+from vimd_jax.models.mamba import CONV_WIDTH, EXPAND
+from vimd_jax.models.network import input_images, square, variable_shapes
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is published.
+
+
+class Family(NamedTuple):
+    """Where a family of networks comes from.
+
+    Attributes:
+      paper: its short name and address.
+      source: of the results and costs below.
+      weights: address of the checkpoints; None if none are published.
+    """
+
+    paper: str
+    source: str
+    weights: str | None
+
+
+class Published(NamedTuple):
+    """What the authors state of a network: top-1 accuracy on ImageNet-1k in %, billions of operations, a checkpoint."""
+
+    family: str
+    top1: float | None = None
+    operations: float | None = None
+    checkpoint: str | None = None
+
+
+FAMILIES = {
+    "Vim": Family(
+        "[Vim](https://arxiv.org/abs/2401.09417)",
+        "results: README of hustvl/Vim; operations: README of hunto/LocalMamba",
+        "https://huggingface.co/hustvl",
+    ),
+    "V2M": Family(
+        "[V2M](https://arxiv.org/abs/2410.10382)",
+        "README of wangck20/V2M (result.png); no usual way of counting yields its operations. No weights are published",
+        None,
+    ),
+    "LocalMamba": Family(
+        "[LocalMamba](https://arxiv.org/abs/2403.09338)",
+        "README of hunto/LocalMamba; of two networks, LocalVim-S and LocalVMamba-T, it links no weights",
+        "https://github.com/hunto/LocalMamba/releases/tag/v1.0.0",
+    ),
+    "EfficientVMamba": Family(
+        "[EfficientVMamba](https://arxiv.org/abs/2403.09977)",
+        "README of TerryPei/EfficientVMamba",
+        "https://huggingface.co/TerryPei",
+    ),
+    "VMamba": Family(
+        "[VMamba](https://arxiv.org/abs/2401.10166)",
+        "README of MzeroMiko/VMamba, first release (v0)",
+        "https://github.com/MzeroMiko/VMamba/releases/tag/%23v0cls",
+    ),
+}
+
+PUBLISHED = {
+    "vim_tiny": Published("Vim", 76.1, 1.5, "Vim-tiny-midclstok/vim_t_midclstok_76p1acc.pth"),
+    "vim_tiny_stride8": Published("Vim", 78.3, None, "Vim-tiny-midclstok/vim_t_midclstok_ft_78p3acc.pth"),
+    "vim_small": Published("Vim", 80.5, 5.1, "Vim-small-midclstok/vim_s_midclstok_80p5acc.pth"),
+    "vim_small_stride8": Published("Vim", 81.6, None, "Vim-small-midclstok/vim_s_midclstok_ft_81p6acc.pth"),
+    "vim_base": Published("Vim", 81.9, None, "Vim-base-midclstok/vim_b_midclstok_81p9acc.pth"),
+    "v2m_tiny": Published("V2M", 76.2, 1.9),
+    "v2m_small": Published("V2M", 80.5, 5.9),
+    "local_vim_tiny": Published("LocalMamba", 76.2, 1.5, "local_vim_tiny.ckpt"),
+    "local_vim_tiny_middle_token": Published("LocalMamba", 77.8, 1.5, "local_vim_tiny_middle_cls_token.ckpt"),
+    "local_vim_small": Published("LocalMamba", 81.1, 4.8),
+    "local_vmamba_tiny": Published("LocalMamba", 82.7, 5.7),
+    "local_vmamba_small": Published("LocalMamba", 83.7, 11.4, "local_vssm_small.ckpt"),
+    "efficient_vmamba_tiny": Published("EfficientVMamba", 76.5, 0.8, "EfficientVMamba-Tiny/efficient_vmamba_tiny.ckpt"),
+    "efficient_vmamba_small": Published(
+        "EfficientVMamba", 78.7, 1.3, "EfficientVMamba-Small/efficient_vmamba_small.ckpt"
+    ),
+    "efficient_vmamba_base": Published("EfficientVMamba", 81.8, 4.0, "EfficientVMamba-Base/efficient_vmamba_base.ckpt"),
+    "vmamba_tiny": Published("VMamba", 82.2, 5.6, "vssmtiny_dp01_ckpt_epoch_292.pth"),
+    "vmamba_small": Published("VMamba", 83.5, 11.2, "vssmsmall_dp03_ckpt_epoch_238.pth"),
+    "vmamba_base": Published("VMamba", 83.7, 18.0, "vssmbase_dp06_ckpt_epoch_241.pth"),
+}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is counted.
+
+# Depthwise convolutions are computed as sums of shifted copies, in which nobody recognises them: multiply-adds of each
+# number of the result, by module.
+TAPS = {mamba.ShortConv: CONV_WIDTH, mamba.GroupedShortConv: CONV_WIDTH, layers.DepthwiseConv: 3 * 3}
+NORMS = (nn.LayerNorm, nn.RMSNorm, layers.BatchNorm)
+
+
+class Operations(NamedTuple):
+    """What a network does with one image.
+
+    Attributes:
+      products: multiply-adds of matrix products and convolutions.
+      normalized: numbers that a norm reads.
+      states: LDN, summed over the selective scans.
+      skips: LD for each scan's skip connection, and for each gate that a scan applies.
+    """
+
+    products: int
+    normalized: int
+    states: int
+    skips: int
+
+    @property
+    def total(self) -> int:
+        """Operations by VMamba's rule."""
+        return self.products + 5 * self.normalized + 9 * self.states + self.skips
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Trainable numbers."""
+    return sum(math.prod(leaf.shape) for path, leaf in variable_shapes(model).items() if path.startswith("params/"))
+
+
+def count_operations(model: nn.Module) -> Operations:
+    """What the network does with an image of the size it is meant for."""
+    images = input_images(model)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    with _tallies():
+        program = jax.make_jaxpr(lambda variables, images: model.apply(variables, images))(variables, images)
+    counts = _count(program)
+    return Operations(**{name: counts[name] for name in Operations._fields})
+
+
+# An identity that stands in a traced program for operations that its other lines do not show; its parameters say how
+# many. Being a line, it is counted as often as the layer that it is in.
+_tally = Primitive("tally")
+_tally.def_abstract_eval(lambda x, **operations: x)
+
+
+@contextmanager
+def _tallies() -> Iterator[None]:
+    """While networks are traced: tallies for selective scans, which are left out, depthwise convolutions and norms."""
+
+    def scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, **options):
+        skips = (D is not None) + (z is not None)
+        return _tally.bind(u, states=u.size * A.shape[1], skips=u.size * skips)
+
+    def call(next_call, args, kwargs, context):
+        module = context.module
+        if context.method_name == "__call__" and type(module) in TAPS:
+            args = (_tally.bind(args[0], products=args[0].size * TAPS[type(module)]), *args[1:])
+        if context.method_name == "__call__" and isinstance(module, NORMS):
+            args = (_tally.bind(args[0], normalized=args[0].size), *args[1:])
+        return next_call(*args, **kwargs)
+
+    with ExitStack() as stack:
+        for name, module in list(sys.modules.items()):
+            if name.startswith("vimd_jax.models.") and hasattr(module, "selective_scan"):
+                stack.enter_context(mock.patch.object(module, "selective_scan", scan))
+        stack.enter_context(nn.intercept_methods(call))
+        yield
+
+
+def _count(program: Any) -> Counter:
+    """The operations of a traced program; of a loop as often as it runs."""
+    counts = Counter()
+    for line in program.eqns:
+        kind, parameters = line.primitive.name, line.params
+        if kind == "tally":
+            counts.update(parameters)
+        elif kind == "dot_general":
+            (contracted, _), _ = parameters["dimension_numbers"]
+            left = line.invars[0].aval.shape
+            counts["products"] += line.outvars[0].aval.size * math.prod(left[axis] for axis in contracted)
+        elif kind == "conv_general_dilated":
+            kernel = line.invars[1].aval
+            outputs = kernel.shape[parameters["dimension_numbers"].rhs_spec[0]]
+            counts["products"] += line.outvars[0].aval.size * kernel.size // outputs
+        else:
+            times = parameters["length"] if kind == "scan" else 1
+            for part in _parts(parameters.values()):
+                counts.update({name: times * n for name, n in _count(part).items()})
+    return counts
+
+
+def _parts(values: Any) -> Iterator[Any]:
+    """The programs among a line's parameters: bodies of loops and functions, which are counted as if they run."""
+    for value in values:
+        if hasattr(value, "eqns"):
+            yield value
+        elif isinstance(value, tuple | list):
+            yield from _parts(value)
+
+
+def by_rule_of_local_mamba(model: nn.Module, operations: Operations) -> int:
+    """Operations of a Vim or LocalVim as LocalMamba's authors count them."""
+    leaves = {path: leaf.shape for path, leaf in variable_shapes(model).items()}
+    tokens = leaves["params/position_embedding"][1]
+    of_directions = sum(
+        math.prod(shape)
+        for path, shape in leaves.items()
+        if path.endswith("kernel") and any(part in path for part in ("/conv/", "x_proj", "dt_proj"))
+    )
+    directions = operations.states / (model.depth * tokens * EXPAND * model.embed_dim * model.state_size)
+    repeated = tokens * of_directions * (1 - 1 / directions)
+    return round(operations.products - repeated + 5 * operations.states + operations.skips)
+
+
+RULES = {"Vim": by_rule_of_local_mamba, "LocalVim": by_rule_of_local_mamba}  # by class
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The table.
+
+BEGIN, END = "<!-- model table -->", "<!-- end of model table -->"
+COLUMNS = (
+    *("network", "paper", "parameters", "image", "operations, 10⁹", "by LocalMamba's rule", "published"),
+    *("top-1, %", "checkpoint"),
+)
+
+
+def row(name: str) -> list[str]:
+    """A network's cells."""
+    model = create_model(name)
+    published = PUBLISHED.get(name, Published(""))
+    family = FAMILIES.get(published.family)
+    operations = count_operations(model)
+    rule = RULES.get(type(model).__name__)
+    height, width = square(model.image_size)
+    checkpoint = f"[{Path(published.checkpoint).name}]({address(published)})" if published.checkpoint else "–"
+    return [
+        f"`{name}`",
+        family.paper if family else "–",
+        f"{count_parameters(model):,}",
+        f"{height}×{width}",
+        f"{operations.total / 1e9:.2f}",
+        f"{rule(model, operations) / 1e9:.2f}" if rule else "–",
+        "–" if published.operations is None else f"{published.operations:.1f}",
+        "–" if published.top1 is None else f"{published.top1:.1f}",
+        checkpoint,
+    ]
+
+
+def address(published: Published) -> str:
+    """Where a checkpoint is offered: the repository on Hugging Face, or the release on GitHub."""
+    weights, folder = FAMILIES[published.family].weights, Path(published.checkpoint).parent
+    return weights if str(folder) == "." else f"{weights}/{folder}"
+
+
+def listed(patterns: list[str]) -> list[str]:
+    """The classifiers that match, families together; without the networks of a search."""
+    names = [name for name in CLASSIFIERS if not name.endswith("_search")]
+    return [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
+
+
+def table(patterns: list[str]) -> str:
+    """The table and where its figures come from, as Markdown."""
+    names = listed(patterns)
+    rows = [list(COLUMNS), ["---"] * 2 + ["---:"] * 6 + ["---"], *map(row, names)]
+    lines = ["| " + " | ".join(cells) + " |" for cells in rows]
+    families = dict.fromkeys(PUBLISHED[name].family for name in names if name in PUBLISHED)
+    sources = [f"- {family}: {FAMILIES[family].source}." for family in families]
+    return "\n".join([*lines, "", "Published figures as stated in:", *sources]) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("patterns", nargs="*", default=["*"], metavar="PATTERN", help="names, such as 'vim_*'")
+    parser.add_argument("--into", type=Path, metavar="FILE", help=f"replace what is between {BEGIN} and {END} there")
+    arguments = parser.parse_args()
+    if not listed(arguments.patterns):
+        parser.error(f"no classifier matches {' '.join(arguments.patterns)}; there are {', '.join(listed(['*']))}")
+    text = table(arguments.patterns)
+    if arguments.into:
+        before, _, rest = arguments.into.read_text().partition(BEGIN)
+        _, _, after = rest.partition(END)
+        arguments.into.write_text(f"{before}{BEGIN}\n{text}{END}{after}")
+    else:
+        print(text, end="")
+
+
+if __name__ == "__main__":
+    main()

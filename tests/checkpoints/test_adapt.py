@@ -1,0 +1,178 @@
+"""Another number of classes, another grid of patches."""
+
+import golden
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch_writer
+
+from vimd_jax.checkpoints import adapt
+from vimd_jax.checkpoints.adapt import load_variables
+from vimd_jax.models.srresnet import SRResNet
+from vimd_jax.models.srvm import SRVM
+from vimd_jax.models.vim import Vim
+from weight_convert import convert_state_dict, export_state_dict, resize_position_embedding
+
+SMALL = Vim(num_classes=5, image_size=32, stride=8, embed_dim=16, depth=2, state_size=4)  # a grid of 3×3
+
+
+def random_table(tokens: int) -> np.ndarray:
+    return np.random.default_rng(tokens).normal(size=(1, tokens, 6)).astype(np.float32)
+
+
+@pytest.mark.parametrize("case", golden.cases("c06*"))
+def test_reference_mode_is_the_published_code(case):
+    io, grid = golden.tensors(case), golden.meta(case)["constructor"]["new_grid"]
+    resized = resize_position_embedding(io["pos_embed_checkpoint"], grid, "reference")
+    assert golden.relative_error(resized, io["pos_embed_new"]) <= 1e-5
+
+
+def test_correct_mode_keeps_the_class_token_and_its_place():
+    table = random_table(14 * 14 + 1)
+    resized = resize_position_embedding(table, 27)
+    assert resized.shape == (1, 730, 6)
+    np.testing.assert_array_equal(resized[0, 364], table[0, 98])
+
+
+def test_correct_mode_changes_no_row_on_the_same_grid():
+    for grid in ((4, 4), (3, 5)):
+        table = random_table(grid[0] * grid[1] + 1)
+        np.testing.assert_array_equal(resize_position_embedding(table, grid, grid=grid), table)
+
+
+def test_correct_mode_moves_positions_with_the_image():
+    """A ramp down the image stays that ramp away from the edges, to a sixth of a row: the kernel ripples."""
+    rows = (np.arange(8) + 0.5) / 8
+    ramp = np.insert(np.repeat(rows, 8), 32, 0.0)[None, :, None].astype(np.float32)
+    resized = np.asarray(resize_position_embedding(ramp, (16, 12)))[0, :, 0]
+    grid = np.delete(resized, 96).reshape(16, 12)
+    np.testing.assert_allclose(grid[3:-3], np.repeat((np.arange(16) + 0.5)[3:-3, None] / 16, 12, axis=1), atol=0.01)
+    assert resized[96] == 0
+
+
+def test_correct_mode_treats_rows_and_columns_alike():
+    table = random_table(3 * 5 + 1)
+    patches = np.delete(table, 7, axis=1).reshape(3, 5, 6).swapaxes(0, 1).reshape(1, 15, 6)
+    turned = np.insert(patches, 7, table[:, 7], axis=1)
+    resized = np.asarray(resize_position_embedding(table, (6, 7), grid=(3, 5)))
+    resized_turned = np.asarray(resize_position_embedding(turned, (7, 6), grid=(5, 3)))
+    turned_back = np.delete(resized_turned, 21, axis=1).reshape(7, 6, 6).swapaxes(0, 1).reshape(1, 42, 6)
+    np.testing.assert_allclose(np.delete(resized, 21, axis=1), turned_back, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("class_token", "tokens", "kept"), [("head", 10, {0: 0}), ("double", 11, {0: 0, 10: 17}), (None, 9, {})]
+)
+def test_other_class_tokens(class_token, tokens, kept):
+    table = random_table(tokens)
+    resized = resize_position_embedding(table, (4, 4), class_token=class_token)
+    assert resized.shape == (1, 16 + tokens - 9, 6)
+    for old, new in kept.items():
+        np.testing.assert_array_equal(resized[0, new], table[0, old])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"mode": "bilinear"}, "mode: 'bilinear' is unknown"),
+        ({"mode": "reference", "class_token": "double"}, "not defined for class_token 'double'"),
+        ({"class_token": None}, "table: shape .* does not hold"),
+        ({"grid": (2, 5)}, "table: shape .* does not hold 2×5 patches"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        resize_position_embedding(random_table(10), 4, **arguments)
+
+
+@pytest.fixture
+def logged(monkeypatch) -> list[str]:
+    lines = []
+    monkeypatch.setattr(adapt.log, "info", lambda line, *values: lines.append(line % values))
+    return lines
+
+
+@pytest.fixture
+def small_file(tmp_path):
+    """SMALL with random weights, as a .pth file."""
+    shapes = jax.eval_shape(SMALL.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    variables = jax.tree.map(lambda x: np.random.default_rng(x.size).random(x.shape, np.float32), shapes)
+    torch_writer.save(tmp_path / "small.pth", {"model": export_state_dict(variables, SMALL)})
+    return tmp_path / "small.pth", variables
+
+
+def assert_trees_equal(actual, expected):
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+def test_the_same_network_is_loaded_unchanged(small_file, logged):
+    path, variables = small_file
+    assert_trees_equal(load_variables(path, SMALL, adapt=True), variables)
+    assert logged == []
+
+
+def test_another_number_of_classes_starts_a_new_head(small_file, logged):
+    path, variables = small_file
+    model = SMALL.copy(num_classes=7)
+    params = load_variables(path, model, adapt=True)["params"]
+    init = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+    np.testing.assert_allclose(params["head"]["kernel"], init["head"]["kernel"], rtol=1e-6)
+    assert params["head"]["bias"].shape == (7,)
+    del params["head"]
+    assert_trees_equal(params, {name: leaf for name, leaf in variables["params"].items() if name != "head"})
+    assert [line.split(": ", 1)[1] for line in logged] == [
+        "5 classes in the checkpoint, 7 wanted: the head is initialised anew and needs training"
+    ]
+
+
+@pytest.mark.parametrize("overrides", [{"image_size": 48}, {"stride": 4}, {"image_size": (32, 64)}])
+def test_another_grid_resizes_the_positions(overrides, small_file, logged):
+    path, variables = small_file
+    model = SMALL.copy(**overrides)
+    params = load_variables(path, model, adapt=True)["params"]
+    expected = resize_position_embedding(variables["params"]["position_embedding"], model.grid)
+    np.testing.assert_array_equal(params.pop("position_embedding"), expected)
+    assert_trees_equal(params, {name: x for name, x in variables["params"].items() if name != "position_embedding"})
+    assert len(logged) == 1
+    assert f"10 tokens in the checkpoint, {expected.shape[1]} wanted: the position embedding is resized" in logged[0]
+    published = load_variables(path, model, adapt=True, position_mode="reference")["params"]["position_embedding"]
+    assert np.abs(published - expected).max() > 0.01
+
+
+@pytest.mark.parametrize("overrides", [{"num_classes": 7}, {"image_size": 48}])
+def test_no_difference_is_accepted_without_adapting(overrides, small_file, logged):
+    with pytest.raises(ValueError, match="small.pth does not fit the network: .* in the checkpoint, .* wanted$"):
+        load_variables(small_file[0], SMALL.copy(**overrides))
+    assert_trees_equal(load_variables(small_file[0], SMALL), small_file[1])
+    assert logged == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"embed_dim": 32}, "wrong shape"),
+        ({"embed_dim": 32, "num_classes": 7, "image_size": 48}, "wrong shape"),
+        ({"depth": 3}, "missing .*layers.2.mixer.A_log"),
+        ({"depth": 1}, "unexpected .*layers.1.mixer.A_log"),
+        ({"class_token": None}, r"unexpected \(1\): cls_token"),
+        ({"state_size": 5}, "wrong shape .*A_log"),
+    ],
+)
+def test_no_other_difference_is_accepted(overrides, message, small_file):
+    with pytest.raises(ValueError, match=message):
+        load_variables(small_file[0], SMALL.copy(**overrides), adapt=True)
+
+
+def test_half_of_srvm_can_be_fitted_too(tmp_path, small_file, logged):
+    sr = SRResNet(scale=2, channels=4, num_blocks=1)
+    shapes = jax.eval_shape(sr.init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
+    sr_weights = export_state_dict(jax.tree.map(lambda x: np.ones(x.shape, np.float32), shapes), sr)
+    weights = {"sr": sr_weights, "classifier": export_state_dict(small_file[1], SMALL)}
+    torch_writer.save(tmp_path / "both.pth", {"model": weights})
+    model = SRVM(sr=sr, classifier=SMALL.copy(num_classes=3, image_size=40))
+    params = load_variables(tmp_path / "both.pth", model, adapt=True)["params"]
+    assert params["classifier"]["head"]["kernel"].shape == (16, 3)
+    assert params["classifier"]["position_embedding"].shape == (1, 17, 16)
+    assert_trees_equal(params["sr"], convert_state_dict(sr_weights, sr)["params"])
+    assert len(logged) == 2

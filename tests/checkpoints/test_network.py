@@ -1,0 +1,206 @@
+"""The format of a network on disk: what is written is read, and what is not right is refused in one line."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import golden_models
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from vimd_jax import load_model
+from vimd_jax.checkpoints import network
+from vimd_jax.checkpoints.adapt import load_variables
+from vimd_jax.checkpoints.network import CheckpointError, TrainedModel, save_model
+from vimd_jax.data.images import DatasetError
+from vimd_jax.models import create_model
+
+VIM = {"num_classes": 3, "image_size": 32, "patch_size": 8, "stride": 8, "embed_dim": 16, "depth": 2}
+MODELS = {
+    "vim": create_model("vim_tiny", merge="sum", pool="last", class_token=None, input_normalization=True, **VIM),
+    "srresnet": create_model("srresnet_x4", channels=4, num_blocks=1),
+    "srvm": create_model("srvm_tiny", sr_channels=4, sr_num_blocks=1, **VIM),
+    "bicubic": create_model("srvm_tiny", sr="bicubic", **VIM),
+    "hierarchical": create_model("efficient_vmamba_tiny", num_classes=3, image_size=32, dims=8, depths=(1, 1)),
+}
+
+
+def trained(kind: str) -> TrainedModel:
+    model = MODELS[kind]
+    variables = golden_models.random_variables(model, jnp.zeros((1, 8, 8, 3) if "s" in kind else (1, 32, 32, 3)))
+    names = () if kind == "srresnet" else ("crow", "owl", "größter Specht")
+    low = 8 if kind in ("srresnet", "srvm", "bicubic") else 0
+    return TrainedModel(model, variables, names, low, 0.875, {"step": 7, "score": 61.5})
+
+
+@pytest.fixture
+def vim(tmp_path) -> Path:
+    save_model(tmp_path / "vim", trained("vim"))
+    return tmp_path / "vim"
+
+
+def change(folder: Path, **fields) -> None:
+    path = folder / "network.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def assert_refused(folder: Path, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message) as error:
+        load_model(folder)
+    assert "\n" not in str(error.value) and str(folder) in str(error.value)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_what_is_written_is_read(kind, tmp_path):
+    written = trained(kind)
+    checksum = save_model(tmp_path / "new" / "folder", written)
+    read = load_model(tmp_path / "new" / "folder")
+    assert read.model == written.model
+    jax.tree.map(np.testing.assert_array_equal, read.variables, written.variables)
+    for field in ("class_names", "low_resolution", "crop", "provenance", "image_size"):
+        assert getattr(read, field) == getattr(written, field), field
+    assert checksum == json.loads((tmp_path / "new" / "folder" / "network.json").read_text())["checksum"]
+
+
+def test_a_workdir_gives_its_best_network(vim, tmp_path):
+    vim.rename(tmp_path / "best")
+    assert load_model(tmp_path).class_names == load_model(tmp_path / "best").class_names
+
+
+def test_the_next_network_takes_the_place_of_the_last(vim):
+    better = trained("vim")
+    better = dataclasses.replace(better, variables=jax.tree.map(lambda x: x + 1, better.variables))
+    save_model(vim, better)
+    assert sorted(path.suffix for path in vim.iterdir()) == [".json", ".safetensors"]
+    jax.tree.map(np.testing.assert_array_equal, load_model(vim).variables, better.variables)
+
+
+@pytest.mark.parametrize("moment", ["save_file", "json.dumps"])
+def test_an_interrupted_write_leaves_the_last_network(vim, moment, monkeypatch):
+    before = load_model(vim)
+    better = dataclasses.replace(before, variables=jax.tree.map(lambda x: x + 1, before.variables))
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"{network.__name__}.{moment}", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_model(vim, better)
+    monkeypatch.undo()
+    jax.tree.map(np.testing.assert_array_equal, load_model(vim).variables, before.variables)
+
+
+def test_damage_is_noticed(vim):
+    file = next(vim.glob("*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-40] ^= 1
+    file.write_bytes(content)
+    assert_refused(vim, f"{file.name} is damaged, its checksum differs")
+    file.write_bytes(content[:-40])
+    assert_refused(vim, "is damaged")
+    file.unlink()
+    assert_refused(vim, "is damaged")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"checksum": "0"}, "checksum differs"),
+        ({"format": "vimd_jax network 9"}, "has the format 'vimd_jax network 9', but this version reads"),
+        ({"class_names": ["owl"]}, "names 1 classes, but the network has 3"),
+        ({"architecture": "vim_huge"}, "is damaged .*'vim_huge'"),
+        ({"options": {"num_classes": 3, "depth": 2}}, "describes another network than its variables are of"),
+        ({"options": {"depth": "two"}}, "is damaged .*depth: 'two'"),
+        ({"options": None}, "network.json is incomplete"),
+        ({"view": {}}, "network.json is incomplete"),
+    ],
+    ids=str,
+)
+def test_a_description_that_is_not_right_is_refused(vim, fields, message):
+    change(vim, **fields)
+    assert_refused(vim, message)
+
+
+def test_text_that_is_no_description_is_refused(vim):
+    for text in ("", "{", "[]", '{"architecture": "vim_tiny"}'):
+        (vim / "network.json").write_text(text)
+        assert_refused(vim, "network.json is damaged")
+
+
+def test_folders_of_earlier_versions_are_named(tmp_path):
+    (tmp_path / "run" / "best" / "12").mkdir(parents=True)
+    (tmp_path / "converted").mkdir()
+    (tmp_path / "converted" / "provenance.json").write_text("{}")
+    (tmp_path / "empty").mkdir()
+    for folder in ("run", "converted"):
+        with pytest.raises(FileNotFoundError, match="of an earlier version"):
+            load_model(tmp_path / folder)
+    with pytest.raises(FileNotFoundError, match="empty holds no network .*train or convert one first"):
+        load_model(tmp_path / "empty")
+    with pytest.raises(FileNotFoundError, match="nowhere: no such workdir"):
+        load_model(tmp_path / "nowhere")
+
+
+def test_a_folder_knows_its_network(vim):
+    with pytest.raises(ValueError, match="knows its network: leave out"):
+        load_model(vim, "vim_tiny")
+    with pytest.raises(ValueError, match="knows its network: leave out"):
+        load_model(vim, options={"depth": 2})
+
+
+def test_class_names_can_be_given(vim):
+    assert load_model(vim, class_names=["a", "b", "c"]).class_names == ("a", "b", "c")
+    with pytest.raises(ValueError, match="2 class names were given, but .*vim has 3 classes"):
+        load_model(vim, class_names=["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("option", "there", "here"),
+    [("merge", "'sum'", "'mean'"), ("pool", "'last'", "'mean'"), ("input_normalization", "True", "False")],
+)
+def test_it_fills_no_network_with_other_settings(vim, option, there, here):
+    model = MODELS["vim"].clone(**{option: {"merge": "mean", "pool": "mean"}.get(option, False)})
+    with pytest.raises(ValueError, match=f"holds another network: {option} is {there} there, {here} in the model"):
+        load_variables(vim, model, adapt=True)
+
+
+def test_how_a_network_is_computed_may_differ(vim):
+    model = MODELS["vim"].clone(dtype="bfloat16", remat=True, scan_implementation="sequential", drop_path_rate=0.1)
+    assert load_variables(vim, model)["params"]
+
+
+@pytest.fixture
+def files(tmp_path) -> Path:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    for name, size in (("b.png", (8, 8)), ("a.png", (8, 8)), ("c.png", (20, 30))):
+        Image.fromarray(random.integers(0, 256, (*size, 3), np.uint8)).save(folder / name)
+    return folder
+
+
+def test_predicting_arrays_files_and_folders(files):
+    vim = trained("vim")
+    arrays = np.stack([vim.prepare(files / name) for name in ("a.png", "b.png", "c.png")])
+    expected = jax.nn.softmax(vim.model.apply(vim.variables, arrays))
+    for images in (arrays, files, str(files), [files / "a.png", files / "b.png", str(files / "c.png")]):
+        for batch_size in (2, 32):
+            actual = vim.predict(images, batch_size=batch_size)
+            np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(vim.predict(files / "a.png"), expected[:1], rtol=1e-4, atol=1e-6)
+
+
+def test_a_student_resizes_only_when_asked(files):
+    student = trained("srvm")
+    assert student.predict([files / "a.png", files / "b.png"]).shape == (2, 3)
+    with pytest.raises(DatasetError, match="c.png: 30x20 pixels, but this network reads 8x8; add --downsample"):
+        student.predict(files)
+    assert student.predict(files, downsample=True).shape == (3, 3)
+
+
+def test_a_super_resolution_network_predicts_nothing(files):
+    with pytest.raises(ValueError, match="super-resolution network"):
+        trained("srresnet").predict(files)

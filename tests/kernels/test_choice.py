@@ -1,0 +1,64 @@
+"""The choice among the implementations of an operation."""
+
+import concurrent.futures
+import logging
+import sys
+import types
+
+import jax
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+
+from kernels.choice import Implementations, current_platform
+
+FASTEST_FIRST = dict.fromkeys(("cpu", "gpu"), ("quick", "simple"))
+PICKY = Implementations("test", "operation", ("quick", "simple"), FASTEST_FIRST)
+
+
+@pytest.fixture(autouse=True)
+def operation(monkeypatch):
+    """A package whose quick implementation runs even numbers only."""
+    modules = {name: types.ModuleType(name) for name in ("operation", "operation.quick", "operation.simple")}
+    modules["operation.quick"].why_unavailable = lambda platform, x: f"{x} is odd on {platform}" if x % 2 else None
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+
+
+def abstract_mesh(platform: str):
+    device = AbstractDevice(device_kind="some device", num_cores=None, platform=platform)
+    return use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device))
+
+
+def test_the_fastest_that_can_run_the_inputs():
+    with jax.default_device("cpu"):
+        assert [PICKY.choose(x) for x in (0, 1)] == ["quick", "simple"]
+        assert PICKY.pick(None, 1).__name__ == "operation.simple"
+    with abstract_mesh("tpu"):  # where nothing is listed, the last of all
+        assert PICKY.choose(0) == "simple"
+
+
+def test_the_reason_is_logged_once(caplog):
+    with caplog.at_level(logging.WARNING), concurrent.futures.ThreadPoolExecutor(4) as pool:
+        assert set(pool.map(PICKY.choose, [3] * 8)) == {"simple"}
+    message = f"test runs as 'simple'; 'quick' cannot run: 3 is odd on {current_platform()}"
+    assert [record.message for record in caplog.records] == [message]
+
+
+def test_a_named_implementation_runs_or_says_why_not():
+    assert PICKY.pick("quick", 2).__name__ == "operation.quick"
+    with pytest.raises(ValueError, match="implementation: 'quick' cannot run here: 5 is odd on"):
+        PICKY.pick("quick", 5)
+    with pytest.raises(ValueError, match="implementation: unknown 'slow', choose one of quick, simple or None"):
+        PICKY.pick("slow", 2)
+
+
+def test_the_platform_is_the_meshs_or_the_default_devices():
+    assert current_platform() == jax.default_backend()
+    for device in ("cpu", jax.devices("cpu")[0]):
+        with jax.default_device(device):
+            assert current_platform() == "cpu"
+            with abstract_mesh("gpu"):
+                assert current_platform() == "gpu"
+    seen = []
+    jax.pmap(lambda x: seen.append(current_platform()) or x, devices=jax.devices("cpu")[:1])(jax.numpy.ones(1))
+    assert set(seen) == {"cpu"}

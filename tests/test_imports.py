@@ -1,0 +1,78 @@
+"""The house is built one way: kernels <- models <- checkpoints <- weight_convert <- programs; and it opens quickly."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# What the modules of a package may import of ours. Longer prefixes go before shorter ones.
+ALLOWED = {
+    "kernels": ["kernels"],
+    "weight_convert": ["weight_convert", "vimd_jax.models", "vimd_jax.checkpoints"],
+    "vimd_jax.models": ["kernels", "vimd_jax.models"],
+    "vimd_jax.losses": [],
+    "vimd_jax.data": ["vimd_jax.data"],
+    "vimd_jax.checkpoints": [
+        *("vimd_jax.models", "vimd_jax.checkpoints", "vimd_jax.data.images", "vimd_jax.data.transforms"),
+    ],
+    "vimd_jax.training": ["vimd_jax"],
+    "vimd_jax.config": ["vimd_jax.models"],
+}
+# Two functions of `checkpoints` ask for the reader of PyTorch files when they are handed one.
+DOORS = {("vimd_jax.checkpoints.network", "weight_convert"), ("vimd_jax.checkpoints.adapt", "weight_convert")}
+PROGRAMS = ("vimd_jax.train", "vimd_jax.evaluate", "vimd_jax.predict")
+
+
+def modules() -> dict[str, Path]:
+    files = [path for package in ("kernels", "vimd_jax", "weight_convert") for path in (ROOT / package).rglob("*.py")]
+    names = {path: path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".") for path in files}
+    return {name.removesuffix(".__init__"): path for path, name in names.items()}
+
+
+def imported_by(path: Path) -> set[tuple[str, bool]]:
+    """Our modules that a file imports, and whether it does so inside a function."""
+    tree = ast.parse(path.read_text())
+    inside = {id(node) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for node in ast.walk(f)}
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names = {alias.name for alias in node.names}
+        else:
+            continue
+        ours = {name for name in names if name.split(".")[0] in ("kernels", "vimd_jax", "weight_convert")}
+        found |= {(name, id(node) in inside) for name in ours}
+    return found
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_imports_go_one_way(package):
+    of_package = {name: path for name, path in modules().items() if f"{name}.".startswith(f"{package}.")}
+    assert of_package
+    for name, path in of_package.items():
+        for other, inside in imported_by(path):
+            if inside and (name, other.split(".")[0]) in DOORS:
+                continue
+            allowed = any(f"{other}.".startswith(f"{prefix}.") for prefix in ALLOWED[package])
+            assert allowed, f"{name} imports {other}"
+            assert not any(f"{other}.".startswith(f"{program}.") for program in PROGRAMS), f"{name} imports {other}"
+
+
+def test_only_training_and_programs_know_a_config():
+    for name, path in modules().items():
+        knows = any(other.startswith("vimd_jax.config") for other, _ in imported_by(path))
+        assert not knows or name in PROGRAMS or name.startswith("vimd_jax.training"), name
+
+
+def test_using_a_network_needs_no_training_libraries():
+    code = "import sys, vimd_jax, vimd_jax.predict; from vimd_jax import load_model; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    packages = {name.split(".")[0] for name in loaded.split()}
+    unwanted = ("grain", "orbax", "tensorstore", "tensorboardX", "matplotlib", "optax", "ml_collections")
+    assert not packages & {*unwanted, "torch", "tensorflow"}
+    assert "jax" in packages

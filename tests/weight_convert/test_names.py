@@ -1,0 +1,176 @@
+"""The names and shapes under which the weights of networks with stages are found, in files of other times and tools."""
+
+import functools
+
+import golden_models
+import jax
+import numpy as np
+import pytest
+import torch_writer
+
+from vimd_jax.models import create_model
+from vimd_jax.models.efficient_vmamba import EfficientVMamba
+from vimd_jax.models.vim import Vim
+from vimd_jax.models.vmamba import VMamba
+from weight_convert import (
+    convert_state_dict,
+    export_state_dict,
+    load_torch_checkpoint,
+    load_torch_model,
+    torch_variables,
+)
+
+VMAMBA = VMamba(num_classes=5, dims=8, depths=(2, 1), state_size=4)
+EFFICIENT = EfficientVMamba(num_classes=5, dims=8, depths=(1, 1, 2, 1), state_size=4)
+
+
+def weights_of(model) -> dict[str, np.ndarray]:
+    variables = golden_models.random_variables(model, np.zeros((1, 32, 32, 3), np.float32))
+    return export_state_dict(variables, model)
+
+
+def renamed(weights: dict, names: dict[str, str]) -> dict:
+    """The weights, with parts of their names replaced."""
+
+    def old(name):
+        return functools.reduce(lambda name, part: name.replace(part, names[part]), names, name)
+
+    return {old(name): tensor for name, tensor in weights.items()}
+
+
+def assert_same(actual: dict, expected: dict):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+FIRST_NAMES = {
+    "patch_embed.0.": "patch_embed.proj.",
+    "patch_embed.2.": "patch_embed.norm.",
+    "blocks.0.norm.": "blocks.0.ln_1.",
+    "blocks.1.norm.": "blocks.1.ln_1.",
+    ".op.": ".self_attention.",
+    "classifier.norm.": "norm.",
+    "classifier.head.": "head.",
+}
+ONE_FILE_NAMES = {
+    ".op.x_proj_weight": ".op.x_proj.weight",
+    ".op.dt_projs_weight": ".op.dt_projs.weight",
+    ".downsample.norm.": ".downsample.1.",
+    ".downsample.reduction.": ".downsample.2.",
+}
+
+
+@pytest.mark.parametrize("model", [VMAMBA, EFFICIENT], ids=["vmamba", "efficient"])
+def test_first_names(model):
+    weights = weights_of(model)
+    old = renamed(weights, FIRST_NAMES)
+    assert "layers.0.blocks.0.self_attention.Ds" in old and "head.bias" in old and "layers.1.blocks.0.ln_1.bias" in old
+    assert_same(convert_state_dict(old, model), convert_state_dict(weights, model))
+
+
+def test_names_and_shapes_of_the_version_in_one_file():
+    """There the directions' projections are one, and linear layers may be 1×1 convolutions."""
+    weights = weights_of(VMAMBA)
+    old = {
+        name: x.reshape(-1, x.shape[-1]) if name.endswith(("x_proj.weight", "dt_projs.weight")) else x
+        for name, x in renamed(weights, ONE_FILE_NAMES).items()
+    }
+    assert old["layers.0.blocks.0.op.x_proj.weight"].shape == (4 * 9, 16)
+    for name in [name for name in old if name.endswith(("in_proj.weight", "out_proj.weight", "downsample.2.weight"))]:
+        old[name] = old[name][:, :, None, None]
+    assert_same(convert_state_dict(old, VMAMBA), convert_state_dict(weights, VMAMBA))
+
+
+def test_convolutions_that_come_as_linear_layers():
+    weights = weights_of(EFFICIENT)
+    flat = {name: x[:, :, 0, 0] if x.shape[2:] == (1, 1) and "conv_" in name else x for name, x in weights.items()}
+    assert flat["layers.2.1.conv_pw.0.weight"].ndim == 2
+    assert_same(convert_state_dict(flat, EFFICIENT), convert_state_dict(weights, EFFICIENT))
+
+
+def test_other_shapes_of_the_same_size_are_refused():
+    weights = weights_of(VMAMBA)
+    name = "layers.0.blocks.0.op.out_proj.weight"
+    with pytest.raises(ValueError, match=rf"wrong shape \(1\): {name} is \(16, 8\), expected \(8, 16\)"):
+        convert_state_dict(weights | {name: weights[name].T}, VMAMBA)
+
+
+def test_blocks_are_where_they_belong():
+    """Against the layout as the trees of parameters document it, not against the inverse of the conversion."""
+    weights = weights_of(EFFICIENT)
+    variables = convert_state_dict(weights, EFFICIENT)
+    params, statistics = variables["params"], variables["batch_stats"]
+    for block in range(2):
+        kernel = weights[f"layers.2.{block + 1}.conv_pw.0.weight"]
+        np.testing.assert_array_equal(params["stage_2"]["expand"]["kernel"][block], kernel[:, :, 0, 0].T)
+        mean = weights[f"layers.2.{block + 1}.conv_dw.1.running_mean"]
+        np.testing.assert_array_equal(statistics["stage_2"]["depthwise_norm"]["mean"][block], mean)
+    np.testing.assert_array_equal(
+        params["downsample_2"]["reduction"]["kernel"], weights["layers.2.4.reduction.weight"].T
+    )
+    ssm = params["stage_0"]["mixer"]["ssm"]
+    x_proj = weights["layers.0.blocks.0.op.x_proj_weight"]
+    np.testing.assert_array_equal(ssm["x_proj_kernel"][0, 3], x_proj[3].T)
+    np.testing.assert_array_equal(ssm["A_log"][0, 2], weights["layers.0.blocks.0.op.A_logs"][2 * 16 : 3 * 16])
+
+
+@pytest.mark.parametrize("model", [VMAMBA, EFFICIENT, Vim(image_size=32, embed_dim=16, depth=1)], ids=type)
+@pytest.mark.parametrize("wrappers", ["module.", "module.module."])
+def test_wrappers_around_the_network(model, wrappers):
+    weights = weights_of(model)
+    wrapped = {wrappers + name: x for name, x in weights.items()}
+    assert_same(convert_state_dict(wrapped, model), convert_state_dict(weights, model))
+
+
+def test_two_tensors_for_one_variable_are_named():
+    weights = weights_of(VMAMBA)
+    twice = weights | {"head.bias": weights["classifier.head.bias"]}
+    with pytest.raises(ValueError, match=r"unexpected \(1\): head.bias$"):
+        convert_state_dict(twice, VMAMBA)
+    with pytest.raises(ValueError, match=r"unexpected \(1\): module.classifier.head.bias$"):
+        convert_state_dict(weights | {"module.classifier.head.bias": weights["classifier.head.bias"]}, VMAMBA)
+
+
+@pytest.mark.parametrize(
+    ("entry", "key"), [("state_dict", None), ("model", None), ("ema_model", "ema_model"), ("model_ema", "model_ema")]
+)
+def test_files_of_the_authors_trainers(entry, key, tmp_path):
+    """Average weights of a wrapped network, as the trainers save them beside the optimizer and the rest."""
+    weights = weights_of(EFFICIENT)
+    content = {
+        "epoch": 3,
+        "optimizer": {"state": {}},
+        entry: {f"module.module.{name}": x for name, x in weights.items()},
+    }
+    torch_writer.save(tmp_path / "x.ckpt", content)
+    read = load_torch_checkpoint(tmp_path / "x.ckpt", key=key)
+    assert_same(convert_state_dict(read, EFFICIENT), convert_state_dict(weights, EFFICIENT))
+
+    options = {"dims": 8, "depths": (1, 1, 2, 1), "state_size": 4}
+    trained = load_torch_model(tmp_path / "x.ckpt", "efficient_vmamba_tiny", options, key)
+    assert trained.model.num_classes == 5  # read off the file's head
+    assert_same(trained.variables, convert_state_dict(weights, EFFICIENT))
+
+
+def test_a_classifier_whose_head_is_called_classifier(tmp_path):
+    """Names with `classifier.` need not be of a student; inside one the word stands twice."""
+    weights, student = weights_of(VMAMBA), create_model("srvm_tiny", sr="bicubic", classifier="vmamba_tiny")
+    student = student.clone(classifier=VMAMBA)
+    torch_writer.save(tmp_path / "alone.pth", weights)
+    torch_writer.save(tmp_path / "student.pth", {f"classifier.{name}": x for name, x in weights.items()})
+    alone = torch_variables(tmp_path / "alone.pth", VMAMBA)
+    part = torch_variables(tmp_path / "student.pth", VMAMBA)
+    assert_same(alone, part)
+    whole = torch_variables(tmp_path / "student.pth", student)
+    np.testing.assert_array_equal(whole["params/classifier/head/bias"], alone["params/head/bias"])
+    exported = export_state_dict(convert_state_dict({"classifier": weights}, student), student)
+    assert set(exported) == {f"classifier.{name}" for name in weights}
+
+
+def test_options_that_names_depend_on_are_pointed_out():
+    weights = weights_of(EFFICIENT.clone(mlp_ratio=2.0))
+    with pytest.raises(ValueError, match="unexpected.*look at the options mlp_ratio of the model"):
+        convert_state_dict(weights, EFFICIENT)
+    weights = weights_of(EFFICIENT.clone(downsample="conv"))
+    with pytest.raises(ValueError, match="options downsample of"):
+        convert_state_dict(weights, EFFICIENT)

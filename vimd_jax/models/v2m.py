@@ -1,0 +1,183 @@
+"""V2M, the classifier with a two-dimensional state-space model (Wang et al., "V2M: Visual 2-Dimensional Mamba for Image
+Representation Learning", 2024, https://arxiv.org/abs/2410.10382, equations 13 to 15).
+
+Patches stay a grid. A Roesser model whose horizontal state feeds the vertical one, but not the reverse, is two passes
+of independent scans: one along every line of the grid, and one across the lines over what the first yields. Four views
+of the grid, one from each corner, go through the same two passes; their sum is the layer's update. There is no class
+token: the head reads the mean of the tokens (see isotropic.py).
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from kernels import selective_scan
+from vimd_jax.models.isotropic import Isotropic, out_projection
+from vimd_jax.models.layers import uniform_fan_in
+from vimd_jax.models.mamba import (
+    EXPAND,
+    DeltaProjection,
+    ShortConv,
+    delta_rank,
+    inverse_softplus_of_steps,
+    state_matrix,
+)
+
+
+class V2M(Isotropic):
+    """Image classifier; the options of `Isotropic`, and:
+
+    Attributes:
+      class_token: None; the published networks have none.
+      merge: "mean" halves the sum of the four views, as published, "sum" does not.
+      routing: which four views there are, and where their outputs go.
+        "four_corners", as in the paper: from each corner one, every output at its own patch.
+        "aligned": the views of the authors' code (two from the top left, one from the top right, one from the bottom
+        left), every output at its own patch.
+        "published": the authors' code to the letter, for weights trained with it. Its views are those of "aligned", but
+        outputs end up at the transposed or mirrored patch, whence square grids only.
+    """
+
+    class_token: None = None
+    merge: Literal["mean", "sum"] = "mean"
+    routing: Literal["four_corners", "aligned", "published"] = "four_corners"
+
+    def grid_of(self, size: tuple[int, int], field: str = "images") -> tuple[int, int]:
+        """See `Isotropic`; ValueError too if `routing` cannot route the grid."""
+        rows, columns = super().grid_of(size, field)
+        if self.routing == "published" and rows != columns:
+            raise ValueError(
+                f'routing: "published" needs a square grid of patches, {field} {size} have {rows} x {columns}; '
+                'choose "aligned" or "four_corners"'
+            )
+        return rows, columns
+
+    def make_mixer(self, grid: tuple[int, int]) -> Callable[..., nn.Module]:
+        """See `Isotropic`."""
+        return partial(
+            Mixer, self.depth, self.state_size, grid, self.merge, self.routing, self.dtype, self.scan_implementation
+        )
+
+
+class View(NamedTuple):
+    """How the two passes walk through the grid.
+
+    Attributes:
+      columns: the lines are the columns of the grid, not its rows.
+      back: the first pass runs from the end of each line to its start.
+      up: the second pass runs from the last line to the first.
+    """
+
+    columns: bool
+    back: bool
+    up: bool
+
+
+# The grid turned counter-clockwise by 0, 90, 180 and 270 degrees: the corner at its top left is then the view's.
+FOUR_CORNERS = (View(False, False, False), View(True, False, True), View(False, True, True), View(True, True, False))
+# The authors turn no view upside down, so that none starts at the bottom right.
+AUTHORS = (View(False, False, False), View(True, False, False), View(False, True, False), View(True, True, False))
+
+
+class Mixer(nn.Module):
+    """V2M's mixer: the views share every parameter, and the gate is applied after each of the two passes."""
+
+    depth: int
+    state_size: int
+    grid: tuple[int, int]
+    merge: str
+    routing: str
+    dtype: Any
+    scan_implementation: str | None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, inputs: None = None) -> jax.Array:
+        """Maps x (batch, tokens, dim), the tokens row by row, to the same shape."""
+        batch, tokens, dim = x.shape
+        channels = EXPAND * dim
+        in_proj = nn.Dense(2 * channels, use_bias=False, kernel_init=uniform_fan_in, dtype=self.dtype, name="in_proj")
+        x, z = jnp.split(in_proj(x).reshape(batch, *self.grid, 2 * channels), 2, axis=-1)
+        y = self.scan(x, z)
+        y = (y / 2 if self.merge == "mean" else y).reshape(batch, tokens, channels)
+        return out_projection(dim, self.depth, self.dtype)(y)
+
+    def scan(self, x: jax.Array, z: jax.Array) -> jax.Array:
+        """The four views, summed: x and the gate z (batch, rows, columns, channels) to the same shape."""
+        line_pass = partial(LinePass, self.state_size, dtype=self.dtype, scan_implementation=self.scan_implementation)
+        along = line_pass("B", delta_bias_init=inverse_softplus_of_steps, name="along")
+        # The second bias starts at 0, a step of 0.69 against 0.001 to 0.1 in the first pass: an oversight of the
+        # original, with which its results were obtained.
+        across = line_pass("C", delta_bias_init=nn.initializers.zeros, name="across")
+
+        def output(view: View) -> jax.Array:
+            turn = _transpose if view.columns else _keep
+            y = along(turn(x), turn(z), view.back)
+            y = across(_transpose(y), _transpose(turn(z)), view.up)
+            return turn(_transpose(y))
+
+        if self.routing == "four_corners":
+            return sum(map(output, FOUR_CORNERS))
+        rows, columns, rows_back, columns_back = map(output, AUTHORS)
+        if self.routing == "aligned":
+            return rows + columns + rows_back + columns_back
+        return _transpose(rows + columns + rows_back[:, ::-1] + columns_back[:, :, ::-1])
+
+
+class LinePass(nn.Module):
+    """Selective scans of every line of a grid, each on its own: short convolution, projections, scan, gate.
+
+    One of the matrices B and C depends on the token; the other is all ones. The state ends in one number per channel.
+
+    Attributes:
+      state_size: state of the scan per channel.
+      selective: the matrix that depends on the token, "B" or "C".
+      delta_bias_init: what the step sizes start from.
+      dtype: of the projections.
+      scan_implementation: see `kernels.selective_scan`.
+    """
+
+    state_size: int
+    selective: str
+    delta_bias_init: nn.initializers.Initializer
+    dtype: Any
+    scan_implementation: str | None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, z: jax.Array, reverse: bool) -> jax.Array:
+        """Maps x and the gate z (batch, lines, length, channels) to the same shape; `reverse` starts at lines' ends."""
+        *_, length, channels = shape = x.shape
+        x, z = x.reshape(-1, length, channels), z.reshape(-1, length, channels)
+        u = ShortConv(reverse, name="conv")(x)
+        rank = delta_rank(channels)
+        x_proj = nn.Dense(
+            rank + self.state_size, use_bias=False, kernel_init=uniform_fan_in, dtype=self.dtype, name="x_proj"
+        )
+        code, matrix = jnp.split(x_proj(u), [rank], axis=-1)
+        delta, delta_bias = DeltaProjection(channels, self.delta_bias_init, name="dt_proj")(code)
+        A = state_matrix(self, "A_log", channels, self.state_size)
+        ones = jnp.ones_like(A)
+        B, C = (matrix, ones) if self.selective == "B" else (ones, matrix)
+        D = self.param("D", nn.initializers.ones, (channels,))
+        y = selective_scan(
+            *(u, delta, A, B, C, D, z, delta_bias),
+            delta_softplus=True,
+            reverse=reverse,
+            implementation=self.scan_implementation,
+        )
+        return y.reshape(shape)
+
+
+def _keep(x: jax.Array) -> jax.Array:
+    return x
+
+
+def _transpose(x: jax.Array) -> jax.Array:
+    """Rows become columns: (batch, rows, columns, channels) to (batch, columns, rows, channels)."""
+    return x.swapaxes(1, 2)
+
+
+MODELS = {"v2m_tiny": partial(V2M, embed_dim=192), "v2m_small": partial(V2M, embed_dim=384)}
