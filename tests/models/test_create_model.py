@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from vimd_jax.models import create_model, describe, list_models
+from vimd_jax.models.local_vim import UNSEARCHED
 
 # Counted on the original PyTorch classes at full size (1,000 classes unless stated).
 PARAMETERS = [
@@ -30,6 +31,15 @@ PARAMETERS = [
             37: 7_064_485,  # Pets
         }.items()
     ],
+    ("local_vim_tiny", {}, 7_994_152),
+    ("local_vim_tiny", {"directions": UNSEARCHED}, 7_994_152),
+    ("local_vim_tiny_middle_token", {}, 7_994_536),
+    ("local_vim_small", {}, 27_783_784),
+    ("local_vim_search", {}, 5_473_288),
+    ("local_vmamba_tiny", {}, 25_527_160),
+    ("local_vmamba_small", {}, 49_748_536),
+    ("local_vmamba_search", {}, 4_576_656),
+    ("local_vmamba_search", {"depths": (2, 2, 27, 2)}, 9_148_512),
     ("vmamba_tiny", {}, 22_893_448),
     ("vmamba_small", {}, 44_417_416),
     ("vmamba_base", {}, 76_254_056),
