@@ -149,7 +149,7 @@ def _weight_by_rule(rank: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
     kind = name.split(".")[-1]
     if re.match(r"A_(\w_)?log", kind):
         return np.log(np.arange(1, shape[1] + 1)) + 0.1 * wave
-    if kind in ("D", "D_b", "D_2", "Ds") or (len(shape) == 1 and kind == "weight"):
+    if re.fullmatch(r"D(s|_\w)?", kind) or (len(shape) == 1 and kind == "weight"):
         return 1 + 0.1 * wave
     if kind in ("x_proj_weight", "dt_projs_weight"):
         return wave / np.sqrt(shape[-1])

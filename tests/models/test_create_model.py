@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from vimd_jax.models import create_model, describe, list_models
+from vimd_jax.models.local_vim import UNSEARCHED
 
 # Counted on the original PyTorch classes at full size (1,000 classes unless stated).
 PARAMETERS = [
@@ -31,7 +32,7 @@ PARAMETERS = [
         }.items()
     ],
     ("local_vim_tiny", {}, 7_994_152),
-    ("local_vim_tiny", {"directions": (("h", "h_flip", "w2", "w2_flip"),)}, 7_994_152),
+    ("local_vim_tiny", {"directions": UNSEARCHED}, 7_994_152),
     ("local_vim_tiny_middle_token", {}, 7_994_536),
     ("local_vim_small", {}, 27_783_784),
     ("local_vim_search", {}, 5_473_288),

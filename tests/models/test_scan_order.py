@@ -1,10 +1,21 @@
 """Ways through a grid against the maps that the original code makes, and by hand."""
 
 import golden
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vimd_jax.models.scan_order import DIRECTIONS, PADDING, reverse_map, scan_map
+from vimd_jax.models.scan_order import (
+    DIRECTIONS,
+    PADDING,
+    local_scan_order,
+    reverse_map,
+    scan_map,
+    stack_orders,
+    sum_visits,
+    to_sequences,
+    to_tokens,
+)
 
 RECORDED = golden.tensors("c07_scan_maps")
 MAPS = [name.removeprefix("scan/") for name in sorted(RECORDED) if name.startswith("scan/")]
@@ -51,6 +62,45 @@ def test_windows_by_hand():
 def test_unknown_directions_are_named(direction):
     with pytest.raises(ValueError, match=f"^directions: '{direction}' is not valid"):
         scan_map(direction, (4, 4))
+
+
+@pytest.mark.parametrize("class_token", ["middle", "head", None])
+def test_orders_of_several_directions(class_token):
+    """Tokens go to their places in every sequence and come back, whatever is padded."""
+    grid, directions = (3, 5), ("h", "v_flip", "w2", "w7_flip")
+    order = local_scan_order(directions, grid, class_token)
+    count = 15 + (class_token is not None)
+    assert order.places.shape == (count, 4)
+    assert order.tokens.shape == (49 + (class_token is not None), 4)
+    for k, direction in enumerate(directions):
+        sequence = order.tokens[:, k]
+        np.testing.assert_array_equal(np.sort(sequence[sequence != PADDING]), np.arange(count))
+        np.testing.assert_array_equal(order.tokens.reshape(-1)[order.places[:, k]], np.arange(count))
+        patches = np.delete(np.arange(count), {"middle": 7, "head": 0, None: []}[class_token])
+        way = scan_map(direction, grid)
+        scanned = [token for token in sequence if token in patches]
+        np.testing.assert_array_equal(scanned, patches[way[way != PADDING]])
+
+    tokens = np.random.default_rng(0).normal(size=(2, count, 3)).astype(np.float32)
+    sequences = to_sequences(jnp.asarray(tokens), order)
+    assert not np.any(np.asarray(sequences)[:, order.tokens == PADDING])
+    np.testing.assert_array_equal(to_tokens(sequences, order), np.repeat(tokens[:, :, None], 4, axis=2))
+    np.testing.assert_allclose(sum_visits(to_tokens(sequences, order)), 4 * tokens, rtol=1e-6)
+
+
+def test_where_class_tokens_are_scanned():
+    middle = local_scan_order(("h", "h_flip", "w2", "w2_flip"), (3, 3), "middle").tokens.T
+    assert [np.flatnonzero(sequence == 4).tolist() for sequence in middle] == [[4]] * 4  # in padded sequences too
+    head = local_scan_order(("h", "h_flip", "w2", "w2_flip"), (3, 3), "head").tokens.T
+    assert [np.flatnonzero(sequence == 0).tolist() for sequence in head] == [[0], [9], [0], [16]]
+
+
+def test_stacked_orders_have_one_length():
+    orders = [local_scan_order(("h", "v"), (3, 3)), local_scan_order(("w2", "h"), (3, 3))]
+    stacked = stack_orders(orders)
+    assert stacked.tokens.shape == (2, 16, 2) and stacked.places.shape == (2, 9, 2)
+    np.testing.assert_array_equal(stacked.tokens[0, :9], orders[0].tokens)
+    assert np.all(stacked.tokens[0, 9:] == PADDING)
 
 
 def test_maps_cannot_be_changed():

@@ -94,6 +94,8 @@ class LocalVim(Isotropic):
             self.stride = self.patch_size
         super().__post_init__()
         check_directions(self.directions, self.depth, [SEARCHED])
+        if self.embed_dim < 4:
+            raise ValueError(f"embed_dim: {self.embed_dim} is not valid, the channel gates need at least 4")
 
     @property
     def patch_bias_init(self) -> nn.initializers.Initializer:

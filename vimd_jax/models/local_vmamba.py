@@ -99,6 +99,8 @@ class LocalVMamba(Hierarchical):
     def __post_init__(self):
         super().__post_init__()
         check_directions(self.directions, sum(self.depths), [SEARCHED_TINY, SEARCHED_SMALL])
+        if min(self.widths) < 4:
+            raise ValueError(f"dims: {self.dims} is not valid, the channel gates need at least 4 in each stage")
 
     def make_block(self, stage: int, train: bool) -> Callable[..., Block]:
         """See `Hierarchical`."""
