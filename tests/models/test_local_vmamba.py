@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vimd_jax.models import create_model
 from vimd_jax.models.layers import layer_norm
@@ -111,6 +111,22 @@ def test_logits_of_weights_by_rule(name):
     np.testing.assert_allclose(logits[0], first, atol=1e-5)
     assert float(logits.sum()) == pytest.approx(total, abs=2e-5)
     assert float(jnp.linalg.norm(logits)) == pytest.approx(norm, abs=1e-5)
+
+
+def test_a_turned_image_gives_a_turned_result():
+    """Rows and columns are scanned alike: swapping an image's axes and the directions' swaps the features' axes."""
+    rows = RULE.clone(dims=8, depths=(1,), directions=(("h", "v_flip"),))
+    columns = rows.clone(directions=(("v", "h_flip"),))
+    variables = golden_models.random_variables(rows, jnp.zeros((1, 16, 16, 3)))
+    params = flatten_dict(variables["params"])
+    # The filters of patches and of the depthwise convolution turn with the image.
+    for path in (("patch_embed", "kernel"), ("stage_0", "mixer", "conv", "kernel")):
+        params[path] = params[path].swapaxes(-4, -3)
+    images = jax.random.uniform(jax.random.key(0), (1, 12, 20, 3))
+    _, first = run(rows, variables, images, return_features=True)
+    _, second = run(columns, {"params": unflatten_dict(params)}, images.swapaxes(1, 2), return_features=True)
+    first, second = (features["hidden_states"][0] for features in (first, second))
+    np.testing.assert_allclose(first, second.swapaxes(1, 2), rtol=1e-4, atol=1e-5)
 
 
 def test_initial_distributions():
