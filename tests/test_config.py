@@ -101,8 +101,10 @@ def test_lists_become_tuples():
             {"name": "vim_tiny", "directions": ("h",)},
             "^config.teacher.directions: vim_tiny has no such option, .*merge",
         ),
-        ({"name": "vim_tiny", "merge": "max"}, "^config.teacher.merge: 'max' is not valid, expected Literal"),
-        ({"name": "vim"}, "^config.teacher.name: there is no network 'vim', did you mean"),
+        ({"name": "vim_tiny", "merge": "max"}, "^config.teacher.merge: 'max' is not valid, expected 'mean' or 'sum'"),
+        ({"name": "vim"}, "^config.teacher.name is 'vim': choose one of vim_"),
+        ({"name": "srresnet_x4"}, "^config.teacher.name is 'srresnet_x4': choose one of"),
+        ({"name": "srvm_tiny"}, "^config.teacher.name is 'srvm_tiny': choose one of"),
         ({"name": "vim_tiny", "depth": 0}, "^config.teacher.depth: 0 is not valid, expected at least 1"),
     ],
 )

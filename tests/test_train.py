@@ -173,7 +173,7 @@ def test_a_student_and_teacher_of_stages_with_batch_norms(tmp_path):
             {"teacher__directions": ("h",)},
             "config.teacher.directions: vim_tiny has no such option, choose from .*merge",
         ),
-        ({"teacher__name": "vim_tinny"}, "config.teacher.name: .*vim_tiny"),
+        ({"teacher__name": "vim_tinny"}, "config.teacher.name is 'vim_tinny': choose one of vim_tiny"),
         ({"teacher__init": "/nowhere"}, "/nowhere"),
         ({"selection": "vote"}, "vote"),
         ({"eval_every_epochs": 0}, "config.eval_every_epochs is 0: it must be at least 1"),
@@ -225,19 +225,25 @@ def test_a_workdir_of_before_a_field_existed_is_read(trained, tmp_path):
     assert workdirs.read_config(tmp_path) == workdirs.read_config(trained / "teacher")
 
 
-@pytest.mark.parametrize("flag", ["--config.dataset.nmae=cub", "--config.batch_size=many"])
-def test_a_misspelt_or_mistyped_field_ends_the_program(tmp_path, flag):
-    command = [
-        sys.executable,
-        "-m",
-        "vimd_jax.train",
-        "--config=configs/quickstart.py:baseline",
-        f"--workdir={tmp_path}",
-        flag,
-    ]
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--config.dataset.nmae=cub", "the config has no field 'nmae', did you mean 'name'?"),
+        ("--config.student.image_size=64", "the config has no field 'image_size'"),
+        ("--config.batch_size=many", "config.batch_size"),
+        ("--config.student.name=srvm_tiny", "config.student.name is 'srvm_tiny': choose one of"),
+        ("--config.sr.name=vim_tiny", "config.sr.name is 'vim_tiny': choose one of srresnet_x2"),
+        ("--config=configs/nothing.py", "configs/nothing.py"),
+        ("--config=configs/small_classifier.py:foo", "ValueError: The network is 'foo': choose one of vim_tiny"),
+    ],
+)
+def test_a_misspelt_or_mistyped_field_ends_the_program_with_one_line(tmp_path, flag, message):
+    config = [] if flag.startswith("--config=") else ["--config=configs/quickstart.py:baseline"]
+    command = [sys.executable, "-m", "vimd_jax.train", *config, f"--workdir={tmp_path}/run", *flag.split()]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode != 0
-    assert flag.split("=")[0].rsplit(".", 1)[1] in result.stderr
+    assert result.returncode == 1 and message in result.stderr, result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

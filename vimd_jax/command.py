@@ -1,8 +1,11 @@
 """What the programs that read a config share: their flags, and a polite end on SIGTERM."""
 
+import re
 import signal
+import sys
+from collections.abc import Callable
 
-from absl import flags
+from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
@@ -10,6 +13,26 @@ from vimd_jax import log
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; made if it is not there.")
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+    """Runs a program that needs both flags; a flag or a field that is not right ends it with one line."""
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(main, flags_parser=_parse)
+
+
+def _parse(arguments: list[str]) -> list[str]:
+    try:
+        return flags.FLAGS(arguments)
+    except Exception as error:  # what ml_collections and config files raise has no common type
+        text = str(error)
+        if isinstance(error, KeyError | AttributeError):
+            field, guess = re.search(r"\w+", text), re.search(r'Did you mean "(\w+)"', text)
+            text = f"the config has no field {field[0]!r}" + (f", did you mean {guess[1]!r}?" if guess else "")
+        if "Traceback (most recent call last)" in text:  # of a config file; its last line says what happened
+            text = text.strip().splitlines()[-1]
+        print(f"error: {' '.join(text.split())}", file=sys.stderr)
+        sys.exit(1)
 
 
 def show_log() -> None:

@@ -9,12 +9,12 @@ import csv
 from pathlib import Path
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 from ml_collections import ConfigDict
 
 from vimd_jax.checkpoints.adapt import load_variables
 from vimd_jax.checkpoints.network import read_description
-from vimd_jax.command import CONFIG, WORKDIR, show_log
+from vimd_jax.command import CONFIG, WORKDIR, run, show_log
 from vimd_jax.data.sources import load_source
 from vimd_jax.log import readable_errors
 from vimd_jax.training import networks, parallel, plots, steps, workdirs
@@ -85,5 +85,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    run(main)

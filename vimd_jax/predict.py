@@ -64,6 +64,12 @@ def _share(text: str) -> float:
     return share
 
 
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m vimd_jax.predict", description="Labels images.")
@@ -80,10 +86,10 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--classes", type=Path, help="text file of class names, for a checkpoint that has none")
     parser.add_argument("--crop", type=_share, help="share of the short side to look at (default: as trained, or 1)")
-    parser.add_argument("--top", type=int, default=5, help="labels for each image (default 5)")
+    parser.add_argument("--top", type=_positive, default=5, help="labels for each image (default 5)")
     parser.add_argument("--format", choices=["table", "json", "csv"], default="table", help="of standard output")
     parser.add_argument("--downsample", action="store_true", help="resize images of other sizes than a student reads")
-    parser.add_argument("--batch_size", type=int, default=32, help="images at a time (default 32)")
+    parser.add_argument("--batch_size", type=_positive, default=32, help="images at a time (default 32)")
     return parser.parse_args()
 
 

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-from absl import app, flags
+from absl import flags
 from ml_collections import ConfigDict
 
 from vimd_jax.checkpoints import training_state
 from vimd_jax.checkpoints.network import TrainedModel, load_model, read_description, save_model
-from vimd_jax.command import CONFIG, WORKDIR, StopRequest, show_log
+from vimd_jax.command import CONFIG, WORKDIR, StopRequest, run, show_log
 from vimd_jax.config import check_ranges
 from vimd_jax.data.pipeline import check_config, steps_per_epoch, train_batches
 from vimd_jax.data.sources import Source, load_source
@@ -203,5 +203,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    run(main)

@@ -97,7 +97,7 @@ def _convert(flags: argparse.Namespace) -> None:
         "parameters": parameters,
         "num_batches_tracked": counters,
     }
-    trained = as_trained_model(model, unflatten_dict(leaves, sep="/"), provenance)
+    trained = as_trained_model(model, options, unflatten_dict(leaves, sep="/"), provenance)
     print(f"written to {flags.output}, checksum {save_model(flags.output, trained)}")
 
 

@@ -27,12 +27,14 @@ def load_torch_model(path: Path, architecture: str, options: dict[str, Any], key
     state_dict = load_torch_checkpoint(path, key=key)
     model = model_for(state_dict, architecture, options)
     variables = unflatten_dict(fill(state_dict, model, source=str(path)), sep="/")
-    return as_trained_model(model, variables, provenance_of([path], key))
+    return as_trained_model(model, options, variables, provenance_of([path], key))
 
 
-def as_trained_model(model: nn.Module, variables: dict[str, Any], provenance: dict[str, Any]) -> TrainedModel:
-    """With numbered classes, and for a student the low resolution that its SR network enlarges."""
-    low = square(model.classifier.image_size)[0] // model.sr.scale if isinstance(model, SRVM) and model.sr else 0
+def as_trained_model(
+    model: nn.Module, options: dict[str, Any], variables: dict[str, Any], provenance: dict[str, Any]
+) -> TrainedModel:
+    """With numbered classes, and for a student the low resolution of the images that it enlarges, by `scale`."""
+    low = square(model.classifier.image_size)[0] // options.get("scale", 4) if isinstance(model, SRVM) else 0
     count = getattr(getattr(model, "classifier", model), "num_classes", 0)
     return TrainedModel(model, variables, tuple(f"class {i}" for i in range(count)), low, provenance=provenance)
 

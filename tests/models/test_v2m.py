@@ -279,7 +279,7 @@ def test_one_trace_serves_all_batches_of_a_shape(small):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"routing": "rotated"}, r"^routing: .* expected Literal\['four_corners', 'aligned', 'published'\]$"),
+        ({"routing": "rotated"}, "^routing: .* expected 'four_corners' or 'aligned' or 'published'$"),
         ({"merge": "concat"}, "^merge: "),
         ({"class_token": "middle"}, "^class_token: 'middle' is not valid, expected None$"),
         ({"routing": "published"}, r'^routing: "published" needs a square grid .*image_size \(24, 32\) have 3 x 4; '),

@@ -249,3 +249,10 @@ def test_as_a_command_without_pytorch(tmp_path):
     assert not imported & {"torch", "tensorflow"}
     vim = load_model(tmp_path / "vim")
     assert vim.predict(jnp.zeros((1, 64, 64, 3))).shape == (1, 10)
+
+
+def test_a_bicubic_student_keeps_its_low_resolution(tmp_path):
+    arguments = ["--model", "srvm_tiny", "--checkpoint", FILES / "vim_style.pth", *VIM_OPTIONS]
+    bicubic = [*arguments, "--option", "sr=bicubic", "--option", "scale=2"]
+    assert convert(*bicubic, "--output", tmp_path / "student") == 0
+    assert load_model(tmp_path / "student").low_resolution == 32

@@ -34,6 +34,8 @@ def _srvm(
 ) -> SRVM:
     if sr not in ("srresnet", "bicubic"):
         raise ValueError(f'sr: {sr!r} is not valid, expected "srresnet" or "bicubic"')
+    if classifier not in CLASSIFIERS:
+        raise ValueError(f"classifier: {classifier!r} is not a classifier, choose one of {', '.join(CLASSIFIERS)}")
     network = SRResNet(scale, sr_channels, sr_num_blocks) if sr == "srresnet" else None
     return SRVM(sr=network, classifier=create_model(classifier, **options))
 
@@ -71,6 +73,7 @@ def model_options(name: str, classifier: str = "vim_tiny_stride8") -> dict[str, 
         raise ValueError(f"name: there is no network {name!r}, did you mean {' or '.join(close)}?")
     if MODELS[name] is not _srvm:
         return options_of(_class_of(MODELS[name]))
+    classifier = classifier if classifier in CLASSIFIERS else "vim_tiny_stride8"  # an error when it is made
     parameters = inspect.signature(_srvm).parameters
     own = {option: parameters[option].annotation for option in parameters if option != "options"}
     return own | model_options(classifier)

@@ -43,8 +43,8 @@ class EfficientVMamba(Hierarchical):
         super().__post_init__()
         if min(self.widths) < 8:
             raise ValueError(f"dims: {self.dims} is not valid, a channel gate needs at least 8 channels in each stage")
-        if self.mlp_ratio < 0:
-            raise ValueError(f"mlp_ratio: {self.mlp_ratio} is not valid, expected a number of at least 0")
+        if self.mlp_ratio < 0 or self.mlp_ratio and min(self.widths) * self.mlp_ratio < 1:
+            raise ValueError(f"mlp_ratio: {self.mlp_ratio} is not valid, expected 0, or enough for a channel")
 
     def make_block(self, stage: int, train: bool) -> Callable[..., Block]:
         """See `Hierarchical`."""

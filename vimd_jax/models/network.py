@@ -7,7 +7,8 @@ messages all derive from them.
 import argparse
 import ast
 import dataclasses
-from typing import Any, get_args
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 import jax
 import jax.numpy as jnp
@@ -55,12 +56,22 @@ def _check(option: str, value: Any, kind: Any) -> None:
     except typeguard.TypeCheckError:
         fits = False
     if not fits:
-        expected = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
-        raise ValueError(f"{option}: {value!r} is not valid, expected {expected}")
+        raise ValueError(f"{option}: {value!r} is not valid, expected {_in_words(kind)}")
     if isinstance(value, int) and int in (kind, *get_args(kind)) and value < 1:
         raise ValueError(f"{option}: {value} is not valid, expected at least 1")
     if option == "drop_path_rate" and not 0 <= value < 1:
         raise ValueError(f"drop_path_rate: {value} is not valid, expected a probability from 0 to below 1")
+
+
+def _in_words(kind: Any) -> str:
+    """A type as a message names it: "int", "'mean' or 'sum'", "int or tuple[int, int]"."""
+    if get_origin(kind) is Literal:
+        return " or ".join(map(repr, get_args(kind)))
+    if isinstance(kind, UnionType) or get_origin(kind) is Union:
+        return " or ".join(map(_in_words, get_args(kind)))
+    if kind in (None, type(None)):
+        return "None"
+    return kind.__name__ if type(kind) is type else str(kind)
 
 
 def _floating_point(dtype: Any) -> np.dtype:

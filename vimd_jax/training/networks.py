@@ -1,6 +1,7 @@
 """The networks that a config asks for, and the variables that they start from."""
 
 import dataclasses
+import difflib
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from vimd_jax.checkpoints.adapt import load_variables
-from vimd_jax.config import STAGES, given_options
-from vimd_jax.models import create_model
+from vimd_jax.config import DERIVED, STAGES, given_options
+from vimd_jax.models import CLASSIFIERS, SR_NETWORKS, create_model, model_options
 from vimd_jax.models.network import input_images, options_of
 from vimd_jax.models.srvm import SRVM, bicubic, join
 from vimd_jax.training.parallel import AXIS
@@ -76,6 +77,7 @@ def build_networks(config: ConfigDict, num_classes: int) -> Networks:
 def _build(config: ConfigDict, role: str, num_classes: int | None = None, train: bool = False) -> nn.Module:
     """The network of one section; while it trains, its batch statistics are averaged over the devices."""
     section = config[role]
+    _check_section(role, section)
     derived = {} if num_classes is None else {"num_classes": num_classes, "image_size": config.dataset.high_resolution}
     try:
         model = create_model(section.name, **derived, **given_options(section))
@@ -84,8 +86,23 @@ def _build(config: ConfigDict, role: str, num_classes: int | None = None, train:
     return model.clone(bn_axis_name=AXIS) if train and "bn_axis_name" in options_of(type(model)) else model
 
 
+def _check_section(role: str, section: ConfigDict) -> None:
+    """Raises ValueError unless the named network fits the role and has the options that are set."""
+    names = SR_NETWORKS if role == "sr" else CLASSIFIERS
+    if section.name not in names:
+        close = difflib.get_close_matches(section.name, names, n=3) or names
+        raise ValueError(f"config.{role}.name is {section.name!r}: choose one of {', '.join(close)}.")
+    allowed = set(model_options(section.name)) - set(DERIVED)
+    for option in set(given_options(section)) - allowed:
+        raise ValueError(
+            f"config.{role}.{option}: {section.name} has no such option, choose from {', '.join(sorted(allowed))}"
+        )
+
+
 def _check_resolutions(config: ConfigDict) -> None:
     high, low, name = config.dataset.high_resolution, config.dataset.low_resolution, config.sr.name
+    if name != "bicubic":
+        _check_section("sr", config.sr)
     scale = high // max(low, 1) if name == "bicubic" else create_model(name).scale
     if low < 1 or low * scale != high:
         raise ValueError(
