@@ -90,7 +90,7 @@ def test_overrides_reach_the_module():
         ("vim_tiny", {"depth": 2.5}, "^depth: 2.5 is not valid, expected int$"),
         ("vim_tiny", {"depth": True}, "^depth: True is not valid, expected int$"),
         ("vim_tiny", {"remat": "maybe"}, "^remat: 'maybe' is not valid, expected bool$"),
-        ("vim_tiny", {"image_size": (224, 7.5)}, "^image_size: .* expected int \\| tuple"),
+        ("vim_tiny", {"image_size": (224, 7.5)}, "^image_size: .* expected int or tuple"),
         ("vim_tiny", {"merge": None}, "^merge: None is not valid, expected 'mean' or 'sum'$"),
         ("vim_tiny", {"dtype": "fast"}, "^dtype: 'fast' is not supported, expected float32 or bfloat16"),
         ("vim_tiny", {"dtype": "float16"}, "^dtype: 'float16' is not supported"),
