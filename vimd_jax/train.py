@@ -165,7 +165,15 @@ def train(config: ConfigDict, workdir: Path, data: Data | None = None) -> None:
     log.info("Done. %s holds the best network, curves.png and panel.png.", workdir)
 
 
-def save_if_best(workdir, config, nets, variables, class_names, step, score) -> None:
+def save_if_best(
+    workdir: Path,
+    config: ConfigDict,
+    nets: networks.Networks,
+    variables: dict,
+    class_names: tuple[str, ...],
+    step: int,
+    score: float,
+) -> None:
     """Writes the network to best/ unless the one that is there scored as well."""
     folder = workdir / "best"
     if jax.process_index() != 0:
