@@ -60,16 +60,17 @@ def build_networks(config: ConfigDict, num_classes: int) -> Networks:
     Raises:
       ValueError: no such network or option, or the SR network does not turn the low resolution into the high one.
     """
+    sr = None
     if "sr" in STAGES[config.stage]:
-        _check_resolutions(config)
+        sr = None if config.sr.name == "bicubic" else _build(config, "sr", train=config.stage == "sr")
+        _check_resolutions(config, sr)
     if config.stage == "sr":
-        if config.sr.name == "bicubic":
+        if sr is None:
             raise ValueError('config.sr.name is "bicubic", which has nothing to train: choose srresnet_x4.')
-        return Networks(_build(config, "sr", train=True), reads_low=True)
+        return Networks(sr, reads_low=True)
     trained = _build(config, config.stage, num_classes, train=True)
     if config.stage != "student":
         return Networks(trained)
-    sr = None if config.sr.name == "bicubic" else _build(config, "sr")
     teacher = _build(config, "teacher", num_classes) if _distils(config) else None
     return Networks(trained, reads_low=True, is_student=True, sr=sr, teacher=teacher)
 
@@ -93,17 +94,15 @@ def _check_section(role: str, section: ConfigDict) -> None:
         close = difflib.get_close_matches(section.name, names, n=3) or names
         raise ValueError(f"config.{role}.name is {section.name!r}: choose one of {', '.join(close)}.")
     allowed = set(model_options(section.name)) - set(DERIVED)
-    for option in set(given_options(section)) - allowed:
+    for option in sorted(set(given_options(section)) - allowed):
         raise ValueError(
             f"config.{role}.{option}: {section.name} has no such option, choose from {', '.join(sorted(allowed))}"
         )
 
 
-def _check_resolutions(config: ConfigDict) -> None:
+def _check_resolutions(config: ConfigDict, sr: nn.Module | None) -> None:
     high, low, name = config.dataset.high_resolution, config.dataset.low_resolution, config.sr.name
-    if name != "bicubic":
-        _check_section("sr", config.sr)
-    scale = high // max(low, 1) if name == "bicubic" else create_model(name).scale
+    scale = high // max(low, 1) if sr is None else sr.scale
     if low < 1 or low * scale != high:
         raise ValueError(
             f"config.dataset.low_resolution {low} x {scale} (config.sr.name {name}) is not high_resolution {high}: "
