@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import itertools
 import json
 import os
 import signal
@@ -20,7 +21,8 @@ from tiny import tiny_config
 from vimd_jax import evaluate, load_model, predict, train
 from vimd_jax.checkpoints import training_state
 from vimd_jax.checkpoints.network import TrainedModel, save_model
-from vimd_jax.data.images import DatasetError, find_images
+from vimd_jax.command import Stopped, StopRequest
+from vimd_jax.data.images import DatasetError, UnreadableImage, find_images
 from vimd_jax.data.sources import load_source
 from vimd_jax.data.transforms import eval_view
 from vimd_jax.log import TrainingError
@@ -47,7 +49,7 @@ def student_config(folder: Path, **changes):
 
 def final_state(workdir: Path):
     manager = training_state.open_folder(workdir / "checkpoints")
-    return manager.restore(manager.latest_step()).state
+    return manager.restore(manager.latest_step()).arrays
 
 
 @pytest.mark.parametrize("stage", ["sr", "teacher", "student"])
@@ -89,7 +91,7 @@ def test_an_interrupted_run_continues_to_the_same_bits(trained, tmp_path, monkey
         with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
             patch.setattr(train, "train_batches", _sigterm_after(stop_at, train.train_batches))
             train.train(config, tmp_path / "run")
-        assert stopped.value.code == 0
+        assert stopped.value.code == 128 + signal.SIGTERM
         assert int(final_state(tmp_path / "run")["step"]) == stop_at
     train.train(config, tmp_path / "run")
     whole, pieces = final_state(trained / "student"), final_state(tmp_path / "run")
@@ -106,6 +108,121 @@ def _sigterm_after(step, train_batches):
             yield batch
 
     return wrapped
+
+
+def start(config: str, workdir: Path, *flags: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "vimd_jax.train", f"--config={config}", f"--workdir={workdir}", *flags]
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def wait_for(process: subprocess.Popen, text: str) -> str:
+    """Reads what the process says until a line contains the text."""
+    said = ""
+    for line in process.stderr:
+        said += line
+        if text in line:
+            return said
+    raise AssertionError(said)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_whole_group_saves_and_stops_before_the_next_stage(tmp_path, number):
+    flags = [f"--config.stages.{stage}.dataset.num_workers=1" for stage in ("first", "second")]
+    process = start("tests/tiny.py:two_stages", tmp_path / "run", *flags)
+    wait_for(process, "step 2/")
+    os.killpg(process.pid, number)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + number, said
+    assert "Traceback" not in said and "and saved it; the same command continues." in said
+    assert training_state.open_folder(tmp_path / "run" / "first" / "checkpoints").latest_step() >= 2
+    assert not (tmp_path / "run" / "second").exists()
+
+
+def test_a_stop_during_an_evaluation_is_answered_there(trained, tmp_path, monkeypatch):
+    config = tiny_config("teacher")
+
+    class Impatient(StopRequest):
+        """Asks to stop at the second call, which is between two batches of the first evaluation."""
+
+        calls = 0
+
+        def check(self):
+            Impatient.calls += 1
+            if Impatient.calls == 4:
+                raise Stopped(143)
+
+    with pytest.raises(Stopped):
+        train.train(config, tmp_path, stop=Impatient())
+    assert int(final_state(tmp_path)["step"]) == 3
+    assert {line["split"] for line in read_metrics(tmp_path)} == {"train"}
+    train.train(config, tmp_path)
+    assert numbers(tmp_path) == numbers(trained / "teacher")
+
+
+def numbers(workdir: Path) -> list:
+    clocks = ("images_per_second", "input_wait")
+    return [
+        (line["split"], line["step"], {name: x for name, x in line["metrics"].items() if name not in clocks})
+        for line in read_metrics(workdir)
+    ]
+
+
+def test_an_error_saves_what_is_whole(tmp_path, monkeypatch):
+    def broken(*args, **kwargs):
+        yield from itertools.islice(train_batches(*args, **kwargs), 2)
+        raise UnreadableImage("a.jpg: broken")
+
+    train_batches = train.train_batches
+    monkeypatch.setattr(train, "train_batches", broken)
+    with pytest.raises(UnreadableImage):
+        train.train(tiny_config("teacher"), tmp_path)
+    assert int(final_state(tmp_path)["step"]) == 2
+
+
+def test_unreadable_images_are_left_out_to_the_end(tmp_path):
+    source = load_source(tiny_config("teacher").dataset, "test", seed=0)
+    for split, count in {"train": 12, "test": 6}.items():
+        for label in "ab":
+            (tmp_path / split / label).mkdir(parents=True)
+            for i in range(count):
+                source.read(i % 10).save(tmp_path / split / label / f"{i:02d}.png")
+    for name in ("test/a/00.png", "test/b/05.png", "train/a/03.png"):  # the first and the last one of the panel too
+        (tmp_path / name).write_bytes(b"broken")
+    folder = {"dataset__name": "folder", "dataset__directory": str(tmp_path)}
+    with pytest.raises(UnreadableImage, match=r"test/a/00.png: not an image .* \(2 of the 12 test images"):
+        train.train(tiny_config("teacher", **folder), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    train.train(tiny_config("teacher", **folder, dataset__on_error="skip"), tmp_path / "run")
+    assert (tmp_path / "run" / "panel.png").exists()
+    assert read_metrics(tmp_path / "run")[-1]["metrics"]["count"] == 10
+
+
+def test_ruined_weights_are_neither_saved_nor_scored(tmp_path):
+    """The update that ruins them is the last one of the first epoch."""
+    config = tiny_config("teacher")
+    real = train.create_schedule
+
+    def ruinous(*args):
+        schedule = real(*args)
+        return lambda step: schedule(step) + 1e38 * (step == 2)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(TrainingError, match="not finite"):
+        patch.setattr(train, "create_schedule", ruinous)
+        train.train(config, tmp_path)
+    assert not (tmp_path / "best").exists()
+    assert training_state.open_folder(tmp_path / "checkpoints").latest_step() is None
+
+
+def test_outputs_that_are_not_finite_have_no_score(trained, tmp_path):
+    classifier = load_model(trained / "teacher")
+    head = classifier.variables["params"]["head"]
+    head["bias"] = np.full_like(head["bias"], 3e38)  # finite, as a checkpoint must be
+    head["kernel"] = np.full_like(head["kernel"], 3e38)
+    with pytest.raises(ValueError, match="outputs of the network are not finite"):
+        classifier.predict(np.ones((1, 32, 32, 3), np.float32))
+    save_model(tmp_path, classifier)
+    with pytest.raises(TrainingError, match="outputs of the network are not finite"):
+        evaluate.evaluate_run(tiny_config("teacher"), trained / "teacher", "test", tmp_path)
 
 
 def test_a_non_finite_loss_stops_and_names_step_and_images(tmp_path):
@@ -188,7 +305,7 @@ def test_a_student_and_teacher_of_stages_with_batch_norms(tmp_path):
         ({"dataset__low_resolution": 0}, "config.dataset.low_resolution"),
         ({"dataset__num_workers": -1}, "config.dataset.num_workers"),
         ({"dataset__repeats": 0}, "config.dataset.repeats"),
-        ({"dataset__on_error": "ask"}, "config.dataset.on_error is 'ask'; choose stop or skip"),
+        ({"dataset__on_error": "ask"}, "config.dataset.on_error is 'ask': it must be stop or skip"),
         ({"dataset__eval_crop": 1.5}, "config.dataset.eval_crop"),
         ({"dataset__crop_scale": (0.5, 0.1)}, "config.dataset.crop_scale"),
         ({"dataset__crop_scale": (0.1, 0.5, 1.0)}, "config.dataset.crop_scale"),

@@ -29,5 +29,12 @@ def tiny_config(stage: str, **changes) -> ConfigDict:
 
 
 def get_config(stage: str) -> ConfigDict:
-    """For the command line: `--config tests/tiny.py:teacher`."""
+    """For the command line: `--config tests/tiny.py:teacher`, or `:two_stages`."""
+    if stage == "two_stages":
+        return ConfigDict({"order": ("first", "second"), "stages": dict.fromkeys(("first", "second"), long())})
     return tiny_config(stage)
+
+
+def long() -> ConfigDict:
+    """A run that does not end before it is stopped."""
+    return tiny_config("classifier", schedule__num_epochs=2000)

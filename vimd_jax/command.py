@@ -1,4 +1,4 @@
-"""What the programs that read a config share: their flags, and a polite end on SIGTERM."""
+"""What the programs that read a config share: their flags, and a polite end on SIGTERM and Ctrl-C."""
 
 import re
 import signal
@@ -10,6 +10,7 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from vimd_jax import log
+from vimd_jax.training import parallel
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; made if it is not there.")
@@ -18,6 +19,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; made if it is
 def run(main: Callable[[list[str]], None]) -> None:
     """Runs a program that needs both flags; a flag or a field that is not right ends it with one line."""
     flags.mark_flags_as_required(["config", "workdir"])
+    flags.register_validator("workdir", lambda text: text != "", "name a folder")
     app.run(main, flags_parser=_parse)
 
 
@@ -43,12 +45,23 @@ def show_log() -> None:
     log.show_log(details)
 
 
+class Stopped(SystemExit):
+    """The end of a program that was asked to stop; its exit status is that of the signal, as shells count it."""
+
+
 class StopRequest:
-    """Remembers SIGTERM, so that a run can finish its step, save and leave."""
+    """Remembers SIGTERM and Ctrl-C, so that a run can save and leave. A second Ctrl-C ends it at once."""
 
     def __init__(self):
-        self.requested = False
-        signal.signal(signal.SIGTERM, self._remember)
+        self._signal = 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._remember)
 
-    def _remember(self, *_: object) -> None:
-        self.requested = True
+    def _remember(self, number: int, _: object) -> None:
+        self._signal = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def check(self) -> None:
+        """Raises Stopped if this process, or another one that trains with it, was asked to stop."""
+        if number := parallel.any_process(self._signal):
+            raise Stopped(128 + number)

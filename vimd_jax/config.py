@@ -1,11 +1,14 @@
-"""Every setting of a run, with its default and its meaning. The files in configs/ start from these and change a few.
+"""Every setting of a run, with its default, what it may be, and its meaning. The files in configs/ change a few.
 
 The configs are `ml_collections.ConfigDict`s: a misspelt field or a value of the wrong type is an error, and every field
-can be changed on the command line, as in `--config.schedule.num_epochs=10`.
+can be changed on the command line, as in `--config.schedule.num_epochs=10`. `python -m vimd_jax.config` lists them.
 """
 
+import math
+import sys
+from collections.abc import Callable
 from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from ml_collections import ConfigDict, config_dict
 
@@ -22,74 +25,150 @@ STAGES = {
 # Options that a run derives from its other settings.
 DERIVED = ("num_classes", "image_size", "scale", "bn_axis_name")
 
-# What the numbers of a run may be. Those of a dataset, a batch or a network are checked where these are made.
-_RANGES = {
-    "at least 1": (lambda x: x >= 1, ("eval_every_epochs", "log_every_steps", "checkpoint_every_steps")),
-    "at least 0": (
-        lambda x: x >= 0,
-        (
-            *("seed", "optimizer.weight_decay", "loss.logits_weight", "loss.hidden_weight"),
-            *("schedule.learning_rate", "schedule.min_learning_rate", "schedule.warmup_learning_rate"),
-        ),
+
+class Rule(NamedTuple):
+    """What a setting may be: in words, and as a test."""
+
+    words: str
+    fits: Callable[[Any], bool]
+
+
+def _at_least(low: int) -> Rule:
+    return Rule(f"at least {low}", lambda x: x >= low)
+
+
+def _one_of(*choices: str) -> Rule:
+    return Rule(" or ".join(choices), lambda x: x in choices)
+
+
+_ANY = Rule("", lambda x: True)
+_ABOVE_0 = Rule("above 0", lambda x: x > 0)
+_BELOW_1 = Rule("at least 0 and below 1", lambda x: 0 <= x < 1)
+_SHARE = Rule("above 0 and at most 1", lambda x: 0 < x <= 1)
+_SHARES = Rule("two shares above 0 and at most 1, the smaller first", lambda x: len(x) == 2 and 0 < x[0] <= x[1] <= 1)
+
+
+class Setting(NamedTuple):
+    """One field of a config.
+
+    Attributes:
+      default: its value; a type stands for None, and is the type of other values.
+      rule: what it may be.
+      meaning: what it does.
+      changeable: whether it may differ between a run and its continuation, because it changes no number of the run.
+      stages: which stages have it.
+    """
+
+    default: Any
+    rule: Rule
+    meaning: str
+    changeable: bool = False
+    stages: tuple[str, ...] = tuple(STAGES)
+
+
+_LABELLED = ("classifier", "teacher", "student")
+
+# The defaults are the recipe of the ViMD paper (Chen et al., IEEE SPL 2025) for 56x56 images, where the paper and the
+# authors' logs state it.
+_SETTINGS = {
+    "seed": Setting(0, _at_least(0), "decides the initial weights, the order of the images and their augmentation"),
+    "batch_size": Setting(16, _at_least(1), "images a step, over all devices and hosts"),
+    "eval_batch_size": Setting(64, _at_least(1), "the same in an evaluation", changeable=True),
+    "ema_decay": Setting(
+        0.0, _BELOW_1, "above 0 keeps an exponential moving average of the weights, evaluates and saves it"
     ),
-    "at least 0 and below 1": (
-        lambda x: 0 <= x < 1,
-        ("ema_decay", "loss.label_smoothing", "optimizer.b1", "optimizer.b2"),
+    "selection": Setting(
+        "validation", _one_of("validation", "test"), 'split that picks the best network; "test" is the published habit'
     ),
-    "above 0": (lambda x: x > 0, ("loss.temperature", "optimizer.eps", "optimizer.clip_norm")),
+    "eval_every_epochs": Setting(1, _at_least(1), "epochs between evaluations"),
+    "log_every_steps": Setting(50, _at_least(1), "steps between lines of the log", changeable=True),
+    "checkpoint_every_steps": Setting(
+        500, _at_least(1), "steps between checkpoints; every evaluation is followed by one too", changeable=True
+    ),
+    "dataset.name": Setting(
+        "folder", _ANY, "folder, synthetic, cub, cars, dogs, pets, flowers, mit67, action, aircraft or imagenet"
+    ),
+    "dataset.directory": Setting(
+        "", _ANY, "contains train|val|test/<class>/*.jpg; empty: read through TFDS, if TFDS has the dataset"
+    ),
+    "dataset.num_classes": Setting(0, _at_least(0), "0: as many as the data has; otherwise checked"),
+    "dataset.high_resolution": Setting(224, _at_least(1), "pixels, what a classifier sees and a teacher teaches"),
+    "dataset.low_resolution": Setting(56, _at_least(1), "pixels, what a student sees"),
+    "dataset.validation_fraction": Setting(
+        0.1, _BELOW_1, "of the training images, held out if the folder has no val/ of its own"
+    ),
+    "dataset.crop_scale": Setting((0.08, 1.0), _SHARES, "share of the image's area that a random-resized crop takes"),
+    "dataset.flip": Setting(True, _ANY, "mirror half of the training images"),
+    "dataset.eval_crop": Setting(1.0, _SHARE, "share of the image's short side that the evaluation view keeps"),
+    "dataset.repeats": Setting(
+        1, _at_least(1), "times each image is drawn in a row; 3 is the published repeated augmentation"
+    ),
+    "dataset.on_error": Setting(
+        "stop", _one_of("stop", "skip"), 'an unreadable image: "stop", or "skip" and count', changeable=True
+    ),
+    "dataset.num_workers": Setting(
+        0, _at_least(0), "input processes; 0: a thread of the training process", changeable=True
+    ),
+    "dataset.synthetic_classes": Setting(8, _at_least(1), "of the synthetic birds"),
+    "dataset.synthetic_train_size": Setting(2000, _at_least(1), "training images of the synthetic birds"),
+    "dataset.synthetic_test_size": Setting(500, _at_least(1), "test images of the synthetic birds"),
+    "loss.label_smoothing": Setting(0.1, _BELOW_1, "label mass spread over all classes", stages=_LABELLED),
+    "loss.logits_weight": Setting(
+        1.0, _at_least(0), "alpha of the paper; 0 switches the term off", stages=("student",)
+    ),
+    "loss.temperature": Setting(4.0, _ABOVE_0, "of the logits that are distilled", stages=("student",)),
+    "loss.hidden_weight": Setting(
+        20.0, _at_least(0), "beta of the paper; 0 switches the term off", stages=("student",)
+    ),
+    "loss.hidden_layers": Setting(
+        "all", _ANY, 'layers that are distilled: "all", "last", or numbers as in "5,11,23"', stages=("student",)
+    ),
+    "loss.hidden_normalize": Setting(True, _ANY, "scale each token to unit length first", stages=("student",)),
+    "optimizer.weight_decay": Setting(1e-8, _at_least(0), "of AdamW"),
+    "optimizer.b1": Setting(0.9, _BELOW_1, "of AdamW"),
+    "optimizer.b2": Setting(0.999, _BELOW_1, "of AdamW"),
+    "optimizer.eps": Setting(1e-8, _ABOVE_0, "of AdamW"),
+    "optimizer.clip_norm": Setting(float, _ABOVE_0, "largest global norm of the gradients; none: any"),
+    "optimizer.decay_state_matrix": Setting(True, _ANY, "weight decay shrinks A_log too, as published"),
+    "schedule.name": Setting(
+        "cosine", _one_of("cosine", "timm_epoch"), "timm_epoch: the originals' schedule with its one-epoch lag"
+    ),
+    "schedule.learning_rate": Setting(5e-5, _at_least(0), "at the peak"),
+    "schedule.min_learning_rate": Setting(1e-6, _at_least(0), "at the end"),
+    "schedule.warmup_learning_rate": Setting(1e-6, _at_least(0), "at the start"),
+    "schedule.warmup_epochs": Setting(5, _at_least(0), "epochs until the peak"),
+    "schedule.num_epochs": Setting(250, _at_least(1), "of the whole run"),
 }
 
-# Fields that may differ between a run and its continuation, because they change no number of the run.
-CHANGEABLE = ("dataset.num_workers", "log_every_steps", "checkpoint_every_steps", "eval_batch_size")
+
+def settings(stage: str) -> dict[str, Setting]:
+    """The settings of a stage by their dotted names, apart from the sections of its networks."""
+    return {name: setting for name, setting in _SETTINGS.items() if stage in setting.stages}
 
 
 def default_config(stage: str) -> ConfigDict:
-    """The settings of one training stage, see `STAGES`.
-
-    The defaults are the recipe of the ViMD paper (Chen et al., IEEE SPL 2025) for 56x56 images, where the paper and
-    the authors' logs state it.
-    """
+    """The settings of one training stage, see `STAGES`, at their defaults."""
     if stage not in STAGES:
         raise ValueError(f"config.stage is {stage!r}: choose one of {', '.join(STAGES)}.")
-    config = ConfigDict()
-    config.stage = stage
-    config.seed = 0
-    config.batch_size = 16  # images a step, over all devices and hosts
-    config.eval_batch_size = 64
-    config.dataset = _dataset()
+    config = ConfigDict({"stage": stage, "dataset": {}, "loss": {}, "optimizer": {}, "schedule": {}})
+    for name, setting in settings(stage).items():
+        section, _, field = name.rpartition(".")
+        default = setting.default
+        default = config_dict.placeholder(default) if isinstance(default, type) else default
+        (config[section] if section else config)[field] = default
     for role in STAGES[stage]:
         config[role] = _network(role)
-    config.loss = _loss(stage)
-    config.optimizer = _optimizer()
-    config.schedule = _schedule()
-    config.ema_decay = 0.0  # > 0 keeps an exponential moving average of the weights, evaluates it and saves it as best
-    config.selection = "validation"  # what picks the best checkpoint: "validation", or "test" (the published habit)
-    config.eval_every_epochs = 1
-    config.log_every_steps = 50
-    config.checkpoint_every_steps = 500  # a checkpoint is also written after every evaluation
     return config.lock()
 
 
-def _dataset() -> ConfigDict:
-    return ConfigDict(
-        {
-            "name": "folder",  # or "synthetic", cub, cars, dogs, pets, flowers, mit67, action, aircraft, imagenet
-            "directory": "",  # contains train|val|test/<class>/*.jpg; empty: read through TFDS, if TFDS has the dataset
-            "num_classes": 0,  # 0: as many as the data has; otherwise checked
-            "high_resolution": 224,  # pixels, what a classifier sees and a teacher teaches
-            "low_resolution": 56,  # pixels, what a student sees
-            "validation_fraction": 0.1,  # of the training images, held out (if the folder has no val/ of its own)
-            "crop_scale": (0.08, 1.0),  # share of the image's area that a random-resized crop takes
-            "flip": True,
-            "eval_crop": 1.0,  # share of the image's short side that the evaluation view keeps
-            "repeats": 1,  # times each image is drawn in a row; 3 is the published repeated augmentation
-            "on_error": "stop",  # an unreadable image: "stop", or "skip" and count
-            "num_workers": 0,  # input processes; 0: a thread of the training process
-            "synthetic_classes": 8,
-            "synthetic_train_size": 2000,
-            "synthetic_test_size": 500,
-        }
-    )
+def check_settings(config: ConfigDict) -> None:
+    """Raises ValueError, naming the field, if a setting of a stage is not what it may be."""
+    for name, setting in settings(config.stage).items():
+        section, _, field = name.rpartition(".")
+        value = (config[section] if section else config)[field]
+        finite = not isinstance(value, float) or math.isfinite(value)
+        if value is not None and not (finite and setting.rule.fits(value)):
+            raise ValueError(f"config.{name} is {value!r}: it must be {setting.rule.words}.")
 
 
 def _network(role: str) -> ConfigDict:
@@ -121,60 +200,19 @@ def _flag_type(kind: Any) -> type:
     return get_origin(kind) or {Any: str}.get(kind, kind)
 
 
-def check_ranges(config: ConfigDict) -> None:
-    """Raises ValueError, naming the field, if a number of a stage is none that a run can have."""
-    for words, (fits, fields) in _RANGES.items():
-        for field in fields:
-            section, _, name = field.rpartition(".")
-            value = (config[section] if section else config).get(name)
-            if value is not None and not fits(value):
-                raise ValueError(f"config.{field} is {value}: it must be {words}.")
-
-
 def given_options(section: ConfigDict) -> dict[str, Any]:
     """The options of a network's section that are set."""
     fields = {name: section[name] for name in section if name not in ("name", "init") and section[name] is not None}
     return {name: None if value == "none" else value for name, value in fields.items()}
 
 
-def _loss(stage: str) -> ConfigDict:
-    if stage == "sr":
-        return ConfigDict()
-    if stage != "student":
-        return ConfigDict({"label_smoothing": 0.1})
-    return ConfigDict(
-        {
-            "label_smoothing": 0.1,
-            "logits_weight": 1.0,  # alpha of the paper; 0 switches the term off
-            "temperature": 4.0,
-            "hidden_weight": 20.0,  # beta of the paper; 0 switches the term off
-            "hidden_layers": "all",  # or "last", or layer numbers as in "5,11,23"
-            "hidden_normalize": True,  # scale each token to unit length first
-        }
-    )
+def main(stages: list[str]) -> None:
+    """Prints the settings of the named stages, or of all: default, what it may be, meaning."""
+    for name, (default, rule, meaning, _, used_by) in _SETTINGS.items():
+        if set(stages or STAGES) & set(used_by):
+            value = "none" if isinstance(default, type) else repr(default)
+            print(f"config.{name} = {value}\n    {meaning}{f' ({rule.words})' if rule.words else ''}")
 
 
-def _optimizer() -> ConfigDict:
-    return ConfigDict(
-        {
-            "weight_decay": 1e-8,
-            "b1": 0.9,
-            "b2": 0.999,
-            "eps": 1e-8,
-            "clip_norm": config_dict.placeholder(float),  # None: gradients are not clipped
-            "decay_state_matrix": True,  # A_log is decayed, as published
-        }
-    )
-
-
-def _schedule() -> ConfigDict:
-    return ConfigDict(
-        {
-            "name": "cosine",  # or "timm_epoch", the originals' schedule with its one-epoch lag
-            "learning_rate": 5e-5,
-            "min_learning_rate": 1e-6,
-            "warmup_learning_rate": 1e-6,
-            "warmup_epochs": 5,
-            "num_epochs": 250,
-        }
-    )
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -15,10 +15,11 @@ from ml_collections import ConfigDict
 from vimd_jax.checkpoints.adapt import load_variables
 from vimd_jax.checkpoints.network import read_description
 from vimd_jax.command import CONFIG, WORKDIR, run, show_log
+from vimd_jax.config import check_settings
 from vimd_jax.data.sources import load_source
 from vimd_jax.log import readable_errors
 from vimd_jax.training import networks, parallel, plots, steps, workdirs
-from vimd_jax.training.evaluation import Scores, evaluate
+from vimd_jax.training.evaluation import Scores, evaluate, passes
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "Measure this workdir, converted checkpoint or PyTorch file instead of the run's best."
@@ -38,6 +39,7 @@ def evaluate_run(config: ConfigDict, workdir: Path, split: str, checkpoint: Path
     Raises:
       ValueError, FileNotFoundError: found before anything is compiled.
     """
+    check_settings(config)
     parallel.check_batch_size("eval_batch_size", config.eval_batch_size)
     source = load_source(config.dataset, split, seed=config.seed)
     nets = networks.build_networks(config, len(source.class_names))
@@ -45,7 +47,8 @@ def evaluate_run(config: ConfigDict, workdir: Path, split: str, checkpoint: Path
     variables = load_variables(path, nets.product)
     if checkpoint is None and config.stage != "sr":
         check_class_names(workdir, source.class_names)
-    scores = evaluate(steps.make_eval_step(nets), parallel.replicate(variables), source, config, f"{path}, {split}")
+    batches, title = next(passes(source, config)), f"{path}, {split}"
+    scores = evaluate(steps.make_eval_step(nets), parallel.replicate(variables), batches, title)
     if config.stage != "sr":
         workdir.mkdir(parents=True, exist_ok=True)
         write_tables(scores, source.class_names, workdir, split)

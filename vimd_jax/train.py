@@ -4,18 +4,19 @@ The same command, given again, continues where the last one stopped. A workdir h
 
     config.json      every setting of the run          classes.txt   the class names, one per line
     metrics.jsonl    one JSON object per line          tensorboard/  the same as TensorBoard events
-    checkpoints/     the latest training state         best/         the best network, for evaluate and predict
+    checkpoints/     the latest training states        best/         the best network, for evaluate and predict
     curves.png       losses, scores, learning rate     panel.png     images with the network's predictions
+    data.json        how many images of which names
 
 This file tells the story of a run. Its words are defined in vimd_jax/training/: workdirs, networks (what is trained),
 steps (what a step computes), optimizer, parallel (devices), evaluation, metrics, plots; and in vimd_jax/checkpoints/.
 """
 
+import contextlib
 import logging
 import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 from absl import flags
@@ -23,13 +24,13 @@ from ml_collections import ConfigDict
 
 from vimd_jax.checkpoints import training_state
 from vimd_jax.checkpoints.network import TrainedModel, load_model, read_description, save_model
-from vimd_jax.command import CONFIG, WORKDIR, StopRequest, run, show_log
-from vimd_jax.config import check_ranges
-from vimd_jax.data.pipeline import check_config, steps_per_epoch, train_batches
-from vimd_jax.data.sources import Source, load_source
-from vimd_jax.log import readable_errors
+from vimd_jax.command import CONFIG, WORKDIR, Stopped, StopRequest, run, show_log
+from vimd_jax.config import check_settings
+from vimd_jax.data.pipeline import steps_per_epoch, train_batches
+from vimd_jax.data.sources import Splits, check_readable, load_source
+from vimd_jax.log import TrainingError, readable_errors
 from vimd_jax.training import networks, parallel, plots, steps, workdirs
-from vimd_jax.training.evaluation import evaluate, save_panel
+from vimd_jax.training.evaluation import evaluate, passes, save_panel
 from vimd_jax.training.metrics import MetricWriter, Progress, read_metrics
 from vimd_jax.training.optimizer import create_optimizer, create_schedule
 
@@ -40,15 +41,7 @@ _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With coordinator_a
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "With coordinator_address: which one this is, from 0.")
 
 
-class Data(NamedTuple):
-    """The three splits of a run; `held_out` picks the best network."""
-
-    train: Source
-    held_out: Source
-    test: Source
-
-
-def check(config: ConfigDict, workdir: Path, made_before: set[Path] = frozenset()) -> Data:
+def check(config: ConfigDict, workdir: Path, made_before: set[Path] = frozenset()) -> Splits:
     """Finds everything that can be wrong with the settings of a stage before anything is computed, and its data.
 
     Args:
@@ -59,109 +52,143 @@ def check(config: ConfigDict, workdir: Path, made_before: set[Path] = frozenset(
     Raises:
       ValueError, FileNotFoundError, DatasetError: one line that names the field and the remedy.
     """
-    check_ranges(config)
-    check_config(config.dataset)
+    check_settings(config)
     parallel.check_batch_size("batch_size", config.batch_size)
     parallel.check_batch_size("eval_batch_size", config.eval_batch_size)
-    splits = ("train", config.selection, "test")
-    data = Data(*(load_source(config.dataset, split, seed=config.seed) for split in splits))
+    data = Splits(*(load_source(config.dataset, s, seed=config.seed) for s in ("train", config.selection, "test")))
     create_schedule(config.schedule, steps_per_epoch(data.train, config.dataset, config.batch_size))
     steps.check_objective(config, networks.build_networks(config, len(data.train.class_names)))
-    networks.check_sources_of_weights(config, made_before)
-    workdirs.check(workdir, config, data.train.class_names)
+    if parallel.is_first():
+        networks.check_sources_of_weights(config, workdir, made_before)
+        workdirs.check(workdir, config, data)
+        if not workdirs.is_begun(workdir):
+            for split, source in {config.selection: data.held_out, "test": data.test}.items():
+                check_readable(source, split, config.dataset.on_error)
     return data
 
 
-def train(config: ConfigDict, workdir: Path, data: Data | None = None) -> None:
+def train(config: ConfigDict, workdir: Path, data: Splits | None = None, stop: StopRequest | None = None) -> None:
     """Runs one stage from its start, or from its latest checkpoint, to its end.
 
     Args:
       config: of one stage.
       workdir: its folder.
       data: what `check` returned, where that is done already.
+      stop: tells when to save and leave.
 
     Raises:
       ValueError, FileNotFoundError, DatasetError: see `check`.
-      TrainingError: the loss is no longer finite. The latest checkpoint is from before that.
+      TrainingError: something is no longer finite. The latest checkpoint is from before that.
+      Stopped: the run was asked to stop, and is saved.
     """
-    # 1. The request: its data, and the folder that now belongs to it.
     data = data or check(config, workdir)
-    class_names = data.train.class_names
-    workdirs.claim(workdir, config, class_names)
+    with workdirs.locked(workdir):
+        _train(config, workdir, data, stop or StopRequest())
 
-    # 2. The trained network, the frozen networks around it, the optimiser.
+
+def _train(config: ConfigDict, workdir: Path, data: Splits, stop: StopRequest) -> None:
+    # 1. The trained network, the frozen networks around it, the optimiser. Then the folder belongs to the run.
+    class_names = data.train.class_names
     nets = networks.build_networks(config, len(class_names))
-    variables, frozen = networks.initial_variables(config, nets)
+    variables, frozen = networks.initial_variables(config, nets, workdir)
     epoch_steps = steps_per_epoch(data.train, config.dataset, config.batch_size)
     total_steps = epoch_steps * config.schedule.num_epochs
     schedule = create_schedule(config.schedule, epoch_steps)
     optimizer = create_optimizer(config.optimizer, variables["params"], schedule, nets.trained.decays)
     state = steps.create_state(config, variables, optimizer)
+    workdirs.claim(workdir, config, data)
     log.info(
         "Stage %s: %s parameters, %d images of %d classes, %d epochs of %d steps, %d devices.",
         config.stage, f"{networks.count(state.params):,}", len(data.train), len(class_names),
         config.schedule.num_epochs, epoch_steps, jax.device_count(),
     )  # fmt: skip
 
-    # 3. The latest checkpoint, if there is one.
-    latest = training_state.open_folder(workdir / "checkpoints")
-    state = training_state.restore_state(latest, state) or state
+    # 2. The latest checkpoint, if there is one.
+    checkpoints, record = None, {}
+    if parallel.is_first():
+        checkpoints = training_state.open_folder(workdir / "checkpoints")
+        state, record = training_state.restore_state(checkpoints, state)
+    state, frozen = parallel.from_first((state, frozen))
     first_step = int(state.step)
+    evaluated_step = parallel.any_process(record.get("evaluated_step", 0))
     if first_step:
         log.info("Continuing from step %d.", first_step)
 
-    # 4. The steps.
+    # 3. The steps. After some of them the network is evaluated; the best is kept, and what is needed to continue.
     train_step = steps.make_train_step(config, nets, optimizer)
     eval_step = steps.make_eval_step(nets)
     batches = train_batches(
         data.train, config.dataset, batch_size=config.batch_size, seed=config.seed, start_step=first_step,
         process_index=jax.process_index(), process_count=jax.process_count(),
     )  # fmt: skip
+    held_out = passes(data.held_out, config)
     state, replicated_frozen = parallel.replicate(state), parallel.replicate(frozen)
-    writer = MetricWriter(workdir, epoch_steps, first_step)
-    progress = Progress(total_steps, epoch_steps, config.batch_size)
-    stop, step = StopRequest(), first_step
-    for step in range(first_step + 1, total_steps + 1):
-        began = time.perf_counter()
-        batch = next(batches)
-        waited = time.perf_counter() - began
-        state, metrics = train_step(state, replicated_frozen, parallel.shard(batch))
-        names = [data.train.name(index) for index in batch["index"]]
-        progress.add(step, metrics, names, int(batch["skipped"].sum()), waited)
+    writer = MetricWriter(workdir, epoch_steps, first_step, evaluated_step)
+    progress = Progress(total_steps, epoch_steps, config.batch_size, record)
 
-        epoch_ends = step % (config.eval_every_epochs * epoch_steps) == 0 or step == total_steps
-        stopping = parallel.any_process(stop.requested)
-        if step % config.log_every_steps == 0 or step == total_steps:
-            writer.write(step, "train", progress.summary(step, float(schedule(step - 1))))
-        with progress.pause():
-            if epoch_ends:
-                progress.flush()
-                trained = parallel.fetch(steps.trained_variables(config, state))
-                variables = nets.product_variables(trained, frozen)
-                title = config.selection
-                scores = evaluate(eval_step, parallel.replicate(variables), data.held_out, config, title)
-                writer.write(step, config.selection, scores.summary())
-                save_if_best(workdir, config, nets, variables, class_names, step, scores.score)
-            if epoch_ends or stopping or step % config.checkpoint_every_steps == 0:
-                progress.flush()
-                training_state.save_state(latest, step, parallel.fetch(state))
-        if stopping:
-            break
-    training_state.finish(latest)
-    if step < total_steps:
-        log.info("Stopped after step %d of %d and saved it; the same command continues.", step, total_steps)
-        raise SystemExit(0)
+    def evaluation_is_due(step: int) -> bool:
+        return step != evaluated_step and (step % (config.eval_every_epochs * epoch_steps) == 0 or step == total_steps)
 
-    # 5. What came out: the best network on the test images, the curves, a panel to look at.
-    best = load_model(workdir)
-    best_step = best.provenance["step"]
+    def evaluate_now(step: int) -> None:
+        nonlocal evaluated_step
+        progress.flush()
+        trained = parallel.fetch(steps.trained_variables(config, state))
+        variables = nets.product_variables(trained, frozen)
+        scores = evaluate(eval_step, parallel.replicate(variables), next(held_out), config.selection, stop.check)
+        writer.write(step, config.selection, scores.summary())
+        save_if_best(workdir, config, nets, variables, class_names, step, scores.score)
+        evaluated_step = step
+
+    def save() -> int:
+        """Writes the state after the last whole step, whose number it returns."""
+        snapshot = parallel.fetch(state)
+        if parallel.is_first():
+            memory = progress.record() | {"evaluated_step": evaluated_step}
+            training_state.save_state(checkpoints, int(snapshot.step), snapshot, memory)
+        return int(snapshot.step)
+
+    try:
+        if first_step and evaluation_is_due(first_step):
+            evaluate_now(first_step)
+        for step in range(first_step + 1, total_steps + 1):
+            began = time.perf_counter()
+            batch = next(batches)
+            waited = time.perf_counter() - began
+            state, metrics = train_step(state, replicated_frozen, parallel.shard(batch))
+            names = [data.train.name(index) for index in batch["index"]]
+            progress.add(step, metrics, names, int(batch["skipped"].sum()), waited)
+            if step % config.log_every_steps == 0 or step == total_steps:
+                writer.write(step, "train", progress.summary(step, float(schedule(step - 1))))
+            stop.check()
+            with progress.pause():
+                evaluates = evaluation_is_due(step)
+                if evaluates:
+                    evaluate_now(step)
+                if evaluates or step % config.checkpoint_every_steps == 0:
+                    save()
+    except Stopped:
+        log.info("Stopped after step %d of %d and saved it; the same command continues.", save(), total_steps)
+        raise
+    except TrainingError:
+        raise
+    except Exception:
+        with contextlib.suppress(Exception):  # what went wrong first is what must be told
+            log.info("Saved step %d of %d before ending; the same command continues.", save(), total_steps)
+        raise
+
+    # 4. What came out: the best network on the test images, the curves, a panel to look at.
+    best_variables, best_step = networks.zeros(nets.product), 0
+    if parallel.is_first():
+        best = load_model(workdir)
+        best_variables, best_step = best.variables, best.provenance["step"]
+    best_variables, best_step = parallel.from_first(best_variables), parallel.any_process(best_step)
     title = f"test, network of step {best_step}"
-    scores = evaluate(eval_step, parallel.replicate(best.variables), data.test, config, title)
+    scores = evaluate(eval_step, parallel.replicate(best_variables), next(passes(data.test, config)), title, stop.check)
     writer.write(total_steps, "test", {**scores.summary(), "best_step": best_step})
     writer.close()
-    if jax.process_index() == 0:
+    if parallel.is_first():
         plots.save_curves(read_metrics(workdir), workdir / "curves.png")
-        save_panel(config, nets, best.variables, data.test, workdir / "panel.png")
+        save_panel(config, nets, best_variables, data.test, workdir / "panel.png")
     log.info("Done. %s holds the best network, curves.png and panel.png.", workdir)
 
 
@@ -176,7 +203,7 @@ def save_if_best(
 ) -> None:
     """Writes the network to best/ unless the one that is there scored as well."""
     folder = workdir / "best"
-    if jax.process_index() != 0:
+    if not parallel.is_first():
         return
     if (folder / "network.json").exists() and score <= read_description(folder)["provenance"]["score"]:
         return
@@ -197,9 +224,10 @@ def save_if_best(
 def main(_: list[str]) -> None:
     """Trains what the config asks for: one stage, or several in a row, all of them checked first."""
     show_log()
-    with readable_errors():
+    with parallel.together(), readable_errors(), parallel.naming_lost_processes():
         if _COORDINATOR.value:
-            jax.distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+            parallel.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+        stop = StopRequest()
         stages = workdirs.stages(CONFIG.value, Path(WORKDIR.value))
         made_before, checked = set(), []
         for config, workdir in stages:
@@ -207,7 +235,8 @@ def main(_: list[str]) -> None:
                 checked.append(check(config, workdir, made_before))
             made_before.add(workdir.resolve())
         for (config, workdir), data in zip(stages, checked):
-            train(config, workdir, data)
+            train(config, workdir, data, stop)
+            stop.check()
 
 
 if __name__ == "__main__":

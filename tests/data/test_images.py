@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vimd_jax.data.images import UnreadableImage, decode_image, find_images, read_image
+from vimd_jax.data import images
+from vimd_jax.data.images import UnreadableImage, check_header, decode_image, find_images, read_image
 
 
 def gradient(width=32, height=24):
@@ -89,11 +90,13 @@ def test_enormous_jpeg_is_decoded_at_reduced_size(tmp_path):
     assert read_image(tmp_path / "a.jpg").size == (4500, 2250)
 
 
-def test_decompression_bomb_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+@pytest.mark.parametrize("limit", [(Image, "MAX_IMAGE_PIXELS", 100), (images, "MAX_PIXELS", 300)])
+@pytest.mark.parametrize("read", [read_image, check_header])
+def test_decompression_bomb_is_named(tmp_path, monkeypatch, limit, read):
+    monkeypatch.setattr(*limit)
     Image.new("RGB", (20, 20)).save(tmp_path / "bomb.png")
     with pytest.raises(UnreadableImage, match=r"bomb\.png: more than \d+ megapixels"):
-        read_image(tmp_path / "bomb.png")
+        read(tmp_path / "bomb.png")
 
 
 def damaged_files():

@@ -1,3 +1,4 @@
+import collections
 import itertools
 import subprocess
 import sys
@@ -214,6 +215,23 @@ def test_skipped_images_have_weight_zero_in_evaluation(damaged):
     np.testing.assert_array_equal(merged["index"], [0, 1, 2, 3, 4, 5, 6, -1])
 
 
+def test_an_image_that_cannot_be_read_is_not_tried_again(damaged, monkeypatch):
+    damaged.on_error = "skip"
+    source = load_source(damaged, "train")
+    tries, read = collections.Counter(), type(source._source).read
+    monkeypatch.setattr(type(source._source), "read", lambda self, i: (tries.update([i]), read(self, i))[1])
+    take(source, damaged, 25, batch_size=2)
+    assert max(tries[4], tries[5]) <= 2 and tries[6] > 5  # two threads may try at once
+
+
+def test_an_endless_evaluation_goes_round(damaged):
+    damaged.on_error = "skip"
+    test = load_source(damaged, "test")
+    once = list(eval_batches(test, damaged, batch_size=4))
+    twice = list(itertools.islice(eval_batches(test, damaged, batch_size=4, endless=True), 2 * len(once)))
+    assert_same(twice, once * 2)
+
+
 def test_no_readable_image_at_all(damaged):
     damaged.on_error = "skip"
     source = load_source(damaged, "train")
@@ -225,15 +243,13 @@ def test_no_readable_image_at_all(damaged):
 
 
 @pytest.mark.parametrize(
-    "changes, arguments, message",
+    "arguments, message",
     [
-        ({"on_error": "ignore"}, {}, "on_error is 'ignore'; choose stop or skip"),
-        ({"repeats": 0}, {}, "repeats is 0"),
-        ({}, {"batch_size": 0}, "batch_size is 0"),
-        ({}, {"batch_size": 9, "process_count": 2}, r"batch_size is 9; choose a multiple of .* \(2\)"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"batch_size": 9, "process_count": 2}, r"batch_size is 9; choose a multiple of .* \(2\)"),
     ],
 )
-def test_invalid_settings_are_rejected_at_once(dataset_config, changes, arguments, message):
-    config = dataset_config(**changes)
+def test_batches_that_cannot_be_shared_are_rejected_at_once(dataset_config, arguments, message):
+    config = dataset_config()
     with pytest.raises(DatasetError, match=message):
         train_batches(load_source(config, "train"), config, **{"batch_size": 8, "seed": 0} | arguments)

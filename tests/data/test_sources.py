@@ -1,6 +1,7 @@
 import io
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from PIL import Image
 
 from vimd_jax.data.catalog import DATASETS, DatasetInfo
 from vimd_jax.data.images import DatasetError, UnreadableImage
-from vimd_jax.data.sources import load_source
+from vimd_jax.data.sources import check_readable, load_source
 
 THREE_SPLITS = {"train/ant": 4, "train/bee": 3, "val/ant": 2, "test/ant": 1, "test/bee": 2}
 
@@ -29,8 +30,7 @@ def test_folder_with_three_splits(dataset_config, image_folder):
 def test_val_is_the_test_set_in_the_published_layout(dataset_config, image_folder):
     config = dataset_config(name="folder", directory=str(image_folder({"train/a": 20, "train/b": 10, "val/a": 2})))
     assert len(load_source(config, "test")) == 2
-    assert len(load_source(config, "train")) == 27
-    assert len(load_source(config, "validation")) == 3
+    assert len(load_source(config, "train")) + len(load_source(config, "validation")) == 30
 
 
 @pytest.mark.parametrize("folder", ["val", "test"])
@@ -42,7 +42,7 @@ def test_evaluation_needs_no_training_images(dataset_config, image_folder, folde
 
 
 def test_held_out_images(dataset_config, image_folder):
-    folder = image_folder({"train/many": 40, "train/two": 2, "train/one": 1, "test/one": 1})
+    folder = image_folder({"train/many": 400, "train/two": 2, "train/one": 1, "test/one": 1})
     config = dataset_config(name="folder", directory=str(folder), validation_fraction=0.1)
 
     def names(split, seed):
@@ -50,14 +50,22 @@ def test_held_out_images(dataset_config, image_folder):
         return {source.name(i): source.class_names[source.labels[i]] for i in range(len(source))}
 
     train, validation = names("train", 0), names("validation", 0)
-    assert not set(train) & set(validation) and len(train | validation) == 43
-    assert sorted(validation.values()) == ["many"] * 4 + ["two"]
+    assert not set(train) & set(validation) and len(train | validation) == 403
+    assert 20 <= len(validation) <= 60 and set(train.values()) == {"many", "two", "one"}
     assert all(f"/{label}/" in name for name, label in (train | validation).items())
     assert names("validation", 0) == validation != names("validation", 1)
+
+    for name in sorted(validation)[:3] + sorted(train)[:3]:  # what is held out does not depend on the others
+        Path(name).unlink()
+        train.pop(name, None), validation.pop(name, None)
+    assert (names("train", 0), names("validation", 0)) == (train, validation)
+
     config.validation_fraction = 0.0
-    assert len(names("train", 0)) == 43
+    assert len(names("train", 0)) == 397
     with pytest.raises(DatasetError, match="validation_fraction"):
         load_source(config, "validation")
+    config.validation_fraction = 0.9999  # of each class something to train on stays
+    assert set(names("train", 0).values()) == {"many", "two", "one"}
 
 
 def test_file_extensions_and_hidden_files(dataset_config, image_folder):
@@ -70,6 +78,30 @@ def test_file_extensions_and_hidden_files(dataset_config, image_folder):
     source = load_source(dataset_config(name="folder", directory=str(folder), validation_fraction=0.0), "train")
     assert [source.name(i).rsplit("/", 1)[1] for i in range(4)] == ["000.png", "x.JPG", "y.jpeg", "z.Tiff"]
     assert source.class_names == ("a", "b")
+
+
+def test_files_that_look_like_no_image_are_counted(dataset_config, image_folder, caplog):
+    folder = image_folder({"train/a": 1, "test/a": 1})
+    for name in ("x.heic", "y.HEIC", "raw", ".DS_Store"):
+        (folder / "train/a" / name).write_text("")
+    Image.new("RGB", (4, 4)).save(folder / "train/a/z.jfif", "JPEG")
+    source = load_source(dataset_config(name="folder", directory=str(folder), validation_fraction=0.0), "train")
+    assert len(source) == 2
+    assert "2 with .heic, 1 with no suffix" in caplog.text and "DS_Store" not in caplog.text
+
+
+def test_headers_are_checked_without_decoding(dataset_config, image_folder, caplog):
+    folder = image_folder(THREE_SPLITS)
+    source = load_source(dataset_config(name="folder", directory=str(folder)), "test")
+    check_readable(source, "test", "stop")
+    (folder / "test/ant/000.png").write_bytes(b"")
+    with pytest.raises(
+        UnreadableImage, match=rf"000\.png: the file is empty \(1 of the {len(source)} test images .*skip"
+    ):
+        check_readable(source, "test", "stop")
+    check_readable(source, "test", "skip")
+    assert "they are left out" in caplog.text
+    assert [source.key(i) for i in range(len(source))][0] == "ant/000.png"
 
 
 def test_unreadable_image_is_named(dataset_config, image_folder):
@@ -94,7 +126,7 @@ def test_unreadable_image_is_named(dataset_config, image_folder):
         ({"train/a": 1, "test/a": 1, "val/c": 1}, {}, "val/c is not a class of the training set"),
         (THREE_SPLITS, {"num_classes": 5}, "num_classes is 5, but the data have 2 classes"),
         (THREE_SPLITS, {"name": "birds"}, "config.dataset.name is 'birds'; choose one of synthetic, folder, cub"),
-        (THREE_SPLITS, {"validation_fraction": 1.0}, "validation_fraction is 1.0"),
+        ({"train/a\nb": 1, "test/a": 1}, {}, r"a class folder called 'a\nb'; rename it"),
     ],
 )
 def test_mistakes_are_one_line_with_field_and_remedy(dataset_config, image_folder, counts, changes, message):
@@ -202,7 +234,7 @@ def test_tfds_source(dataset_config, fake_tfds, tiny_pets):
     np.testing.assert_array_equal(test.labels, [0, 1, 0])
     assert test.read(1).getpixel((0, 0)) == (11, 0, 0)
     assert test.name(1) == "oxford_iiit_pet[test] record 1"
-    assert [len(load_source(config, split)) for split in ("train", "validation")] == [5, 2]
+    assert sum(len(load_source(config, split)) for split in ("train", "validation")) == 7
 
 
 def test_tfds_dataset_not_prepared(dataset_config, fake_tfds, tiny_pets):

@@ -1,12 +1,14 @@
 """The same numbers from one device, from four, and from two processes that train together."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from vimd_jax.training.metrics import read_metrics
 
@@ -47,12 +49,64 @@ def test_four_devices_train_as_one(stage, tmp_path):
     assert numbers(tmp_path / "four") == pytest.approx(numbers(tmp_path / "one"), rel=1e-5)
 
 
-def test_two_processes_train_as_one(tmp_path):
+@pytest.fixture
+def together():
+    """The flags of the second and later processes of a run, but for their number."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    together = ["--coordinator_address", address, "--num_processes", "2", "--process_id"]
+    return ["--coordinator_address", address, "--num_processes", "2", "--process_id"]
+
+
+def test_two_processes_train_as_one(tmp_path, together):
+    """And need not share a workdir: the first one decides."""
     finish(
-        start("teacher", tmp_path / "one"), *(start("teacher", tmp_path / "two", *together, str(i)) for i in range(2))
+        start("teacher", tmp_path / "one"),
+        start("teacher", tmp_path / "two", *together, "0"),
+        start("teacher", tmp_path / "elsewhere", *together, "1"),
     )
     assert numbers(tmp_path / "two") == pytest.approx(numbers(tmp_path / "one"), rel=1e-5)
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_run_continues_on_another_number_of_devices(tmp_path):
+    """Stochastic depth and all: what is drawn does not depend on the devices."""
+    drops = "--config.teacher.drop_path_rate=0.5"
+    finish(start("teacher", tmp_path / "one", drops))
+    process = start("teacher", tmp_path / "moved", drops)
+    for line in process.stderr:
+        if "step 2/" in line:
+            process.terminate()
+    assert process.wait() == 143
+    finish(start("teacher", tmp_path / "moved", drops, devices=4))
+    assert numbers(tmp_path / "moved") == pytest.approx(numbers(tmp_path / "one"), rel=1e-4)
+
+
+def test_the_failure_of_one_process_ends_the_other(tmp_path, together):
+    for label in "ab":
+        for split, count in {"train": 8, "test": 2}.items():
+            folder = tmp_path / "images" / split / label
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (40, 40)).save(folder / f"{i}.png")
+    shutil.copytree(tmp_path / "images", tmp_path / "damaged")
+    for file in (tmp_path / "damaged" / "train").glob("*/*.png"):
+        file.write_bytes(file.read_bytes()[:40])
+    folders = [f"--config.dataset.directory={tmp_path / name}" for name in ("images", "damaged")]
+    flags = ["--config.dataset.name=folder", "--config.batch_size=2"]
+    run = [start("teacher", tmp_path / "run", *flags, folders[i], *together, str(i)) for i in range(2)]
+    said = [process.communicate(timeout=100)[1].strip().splitlines() for process in run]
+    assert [process.returncode != 0 for process in run] == [True, True]
+    assert any("remove or replace it, or set config.dataset.on_error=skip" in line for line in said[1])
+    assert "error: another process of this run has ended or cannot be reached" in said[0][-1]
+    assert not any("Traceback" in line for lines in said for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [("no.such.host.invalid:1234", "--coordinator_address=no.such.host.invalid:1234 is not host:port"), ("x", "x is")],
+)
+def test_an_address_that_does_not_resolve_is_one_line(tmp_path, address, message):
+    process = start("teacher", tmp_path, "--coordinator_address", address, "--num_processes=2", "--process_id=0")
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 1 and message in said and len(said.splitlines()) == 1

@@ -112,7 +112,10 @@ class TrainedModel:
     def probabilities(self, images: np.ndarray, batch_size: int) -> np.ndarray:
         """Class probabilities of at most `batch_size` arrays; fewer are padded, so that one size is compiled."""
         padded = np.pad(images, [(0, batch_size - len(images)), (0, 0), (0, 0), (0, 0)])
-        return np.asarray(self._classify(padded))[: len(images)]
+        result = np.asarray(self._classify(padded))[: len(images)]
+        if not np.all(np.isfinite(result)):
+            raise ValueError("The outputs of the network are not finite: its weights are ruined, or the images are.")
+        return result
 
     @functools.cached_property
     def _classify(self) -> Callable[[np.ndarray], jax.Array]:
@@ -124,8 +127,13 @@ def save_model(folder: Path, trained: TrainedModel) -> str:
     """Writes a network into a folder, in place of the one that is there; returns the checksum of its variables.
 
     A failure leaves the folder as it was.
+
+    Raises:
+      CheckpointError: a value is not finite.
+      OSError: the folder cannot be written.
     """
     leaves = {path: np.ascontiguousarray(leaf) for path, leaf in flatten_dict(trained.variables, sep="/").items()}
+    check_finite(leaves, f"the network for {folder}")
     checksum = checksum_of(trained.variables)
     content = {
         "format": FORMAT,
@@ -140,8 +148,8 @@ def save_model(folder: Path, trained: TrainedModel) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     variables, description = folder / content["variables"], folder / "network.json"
     try:
-        _replace(variables, lambda path: path.write_bytes(save(leaves)))
-        _replace(description, lambda path: path.write_text(json.dumps(content, indent=2) + "\n"))
+        replace_file(variables, save(leaves))
+        replace_file(description, (json.dumps(content, indent=2) + "\n").encode())
     except BaseException:
         if not (description.exists() and variables.name in description.read_text()):
             variables.unlink(missing_ok=True)
@@ -154,11 +162,11 @@ def save_model(folder: Path, trained: TrainedModel) -> str:
     return checksum
 
 
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes a file so that it is whole or not there at all."""
+def replace_file(path: Path, content: bytes) -> None:
+    """Writes a file in one step, so that whoever reads finds the old content or the new."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        write(scratch)
+        scratch.write_bytes(content)
         scratch.replace(path)
     finally:
         scratch.unlink(missing_ok=True)
@@ -250,6 +258,13 @@ def read_description(folder: Path) -> dict[str, Any]:
     if found != FORMAT:
         raise CheckpointError(f"{path} has the format {found!r}, but this version reads {FORMAT!r}")
     return content
+
+
+def check_finite(leaves: dict[str, np.ndarray], what: str) -> None:
+    """Raises CheckpointError unless all numbers are finite: nothing that is ruined is saved."""
+    for path, leaf in leaves.items():
+        if not np.all(np.isfinite(leaf)):
+            raise CheckpointError(f"{path} of {what} is not finite everywhere, so nothing was saved.")
 
 
 def checksum_of(variables: dict[str, Any]) -> str:

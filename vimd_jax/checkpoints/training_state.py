@@ -1,12 +1,13 @@
-"""The latest state of a run, to continue from, through Orbax.
+"""The latest states of a run, to continue from, through Orbax.
 
-    workdir/checkpoints/<step>/state      parameters, optimiser state, averages, step: everything that training changes
+    workdir/checkpoints/<step>/arrays     parameters, optimiser state, averages, step: everything that training changes
+    workdir/checkpoints/<step>/record     what the host remembers beside them, and the checksum of the arrays
 
-Writing is asynchronous. A checkpoint counts only once it is whole, so a kill while writing leaves the one before.
+A checkpoint counts only once it is whole, so a kill while writing leaves the one before. That one is kept until the
+next is written, in case the disk damages the latest. Of several processes only the first one opens the folder.
 """
 
-import contextlib
-from collections.abc import Iterator
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,53 +15,87 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from vimd_jax.checkpoints.network import CheckpointError
+from vimd_jax.checkpoints.network import CheckpointError, check_finite, checksum_of
+
+log = logging.getLogger(__name__)
 
 
 def open_folder(directory: Path) -> ocp.CheckpointManager:
-    """A folder of checkpoints that keeps the newest; the one before it stays until the newest is whole."""
-    return ocp.CheckpointManager(directory.resolve(), options=ocp.CheckpointManagerOptions(max_to_keep=1))
+    """A folder of checkpoints that keeps the newest two."""
+    directory.mkdir(parents=True, exist_ok=True)
+    return ocp.CheckpointManager(
+        directory.resolve(),
+        options=ocp.CheckpointManagerOptions(
+            max_to_keep=2,
+            create=False,
+            enable_async_checkpointing=False,
+            multiprocessing_options=ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0}),
+        ),
+    )
 
 
-def save_state(manager: ocp.CheckpointManager, step: int, state: Any) -> None:
-    """Starts to write the training state; does nothing if this step is already there.
+def save_state(manager: ocp.CheckpointManager, step: int, state: Any, record: dict[str, Any]) -> None:
+    """Writes the training state and a record of JSON values; does nothing if this step is already there.
 
     Raises:
-      CheckpointError: this or the write before it failed, as on a full disk.
+      CheckpointError: a value is not finite, or the write failed, as on a full disk; earlier checkpoints stay.
     """
-    with _writing(manager):
-        if manager.latest_step() == step:
-            return
-        manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(_arrays(state))))
-
-
-def restore_state(manager: ocp.CheckpointManager, state: Any) -> Any | None:
-    """The latest state, shaped like `state`; None if there is none yet."""
-    step = manager.latest_step()
-    if step is None:
-        return None
-    return manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(_arrays(state)))).state
-
-
-def finish(manager: ocp.CheckpointManager) -> None:
-    """Waits until everything is written; raises as `save_state`."""
-    with _writing(manager):
-        manager.wait_until_finished()
-    manager.close()
-
-
-def _arrays(tree: Any) -> Any:
-    return jax.tree.map(np.asarray, tree)
-
-
-@contextlib.contextmanager
-def _writing(manager: ocp.CheckpointManager) -> Iterator[None]:
-    """Turns whatever goes wrong while writing (Orbax and TensorStore have no common error) into one line."""
+    if step in manager.all_steps():
+        return
+    leaves = _leaves(state)
+    check_finite(leaves, f"the training state of step {step}")
+    record = record | {"checksum": checksum_of(leaves)}
+    arrays = jax.tree.map(np.asarray, state)
     try:
-        yield
-    except Exception as error:
-        cause = str(error).split(": ")[-1]
+        manager.save(
+            step,
+            args=ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(record)),
+        )
+    except Exception as error:  # Orbax and TensorStore have no common error
         raise CheckpointError(
-            f"A checkpoint could not be written to {manager.directory}: {cause}. Make room there; the same command "
-            f"continues from step {manager.latest_step() or 0}, the last whole one."
+            f"A checkpoint could not be written to {manager.directory}: {_cause(error)}. Make room there; the same "
+            f"command continues from step {manager.latest_step() or 0}."
         ) from error
+
+
+def restore_state(manager: ocp.CheckpointManager, state: Any) -> tuple[Any, dict[str, Any]]:
+    """The latest whole state, shaped like `state`, and its record; `state` itself and {} if there is none yet.
+
+    Raises:
+      CheckpointError: there are checkpoints, but none can be read.
+    """
+    damaged = {}
+    for step in sorted(manager.all_steps(), reverse=True):
+        try:
+            restored = _restore(manager, step, state)
+        except Exception as error:  # see save_state
+            damaged[step] = _cause(error)
+            continue
+        for other, cause in damaged.items():
+            log.warning("Checkpoint %d of %s is damaged (%s); it is deleted.", other, manager.directory, cause)
+            manager.delete(other)
+        return restored
+    if damaged:
+        causes = "; ".join(f"step {step}: {cause}" for step, cause in damaged.items())
+        raise CheckpointError(
+            f"No checkpoint in {manager.directory} can be read ({causes}). Delete that folder to begin anew."
+        )
+    return state, {}
+
+
+def _restore(manager: ocp.CheckpointManager, step: int, state: Any) -> tuple[Any, dict[str, Any]]:
+    arrays = ocp.args.StandardRestore(jax.tree.map(np.asarray, state))
+    restored = manager.restore(step, args=ocp.args.Composite(arrays=arrays, record=ocp.args.JsonRestore()))
+    if checksum_of(_leaves(restored.arrays)) != restored.record["checksum"]:
+        raise CheckpointError("its checksum differs")
+    return restored.arrays, restored.record
+
+
+def _leaves(state: Any) -> dict[str, np.ndarray]:
+    """Path → array of every leaf."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
+
+
+def _cause(error: Exception) -> str:
+    return " ".join(str(error).split(": ")[-1].split())[:200] or type(error).__name__

@@ -1,19 +1,22 @@
 """Image files: finding them, and reading any of them as upright 8-bit RGB. Needs only NumPy and Pillow."""
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+if features.check("avif"):
+    EXTENSIONS += (".avif",)
 # JPEGs at least twice this size in both directions are decoded at 1/2, 1/4 or 1/8 scale: the networks see 224 pixels,
 # so a 100-megapixel photograph need not take 300 MB of memory.
 DRAFT_SIZE = 2048
-# Pillow itself refuses to open anything larger, as a likely decompression bomb.
-MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS
+# Larger images of other formats, which are decoded whole, are refused: they take a second and 200 MB each.
+MAX_PIXELS = 64 * 10**6
 
 
 class DatasetError(ValueError):
@@ -59,18 +62,35 @@ def read_image(path: str | os.PathLike) -> Image.Image:
     Raises:
         UnreadableImage: the file is missing, empty, truncated, not an image, or larger than `MAX_PIXELS`.
     """
+    with _opened(path) as file:
+        return decode_image(file, os.fspath(path))
+
+
+def check_header(path: str | os.PathLike) -> None:
+    """Raises UnreadableImage if the beginning of a file shows already that it cannot be read."""
+    with _opened(path) as file:
+        decode_image(file, os.fspath(path), header_only=True)
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike) -> Iterator[BinaryIO]:
     try:
-        with open(path, "rb") as file:
-            return decode_image(file, os.fspath(path))
+        file = open(path, "rb")  # noqa: SIM115  (closed below; only the errors of opening are caught)
     except OSError as error:
         raise UnreadableImage(f"{os.fspath(path)}: {error.strerror}") from None
+    with file:
+        yield file
 
 
-def decode_image(file: BinaryIO, name: str) -> Image.Image:
-    """Decodes an open image file like `read_image`; error messages call it `name`."""
+def decode_image(file: BinaryIO, name: str, header_only: bool = False) -> Image.Image:
+    """Decodes an open image file like `read_image`, or only its header; error messages call it `name`."""
     try:
         with Image.open(file) as image:
             image.draft(None, (DRAFT_SIZE, DRAFT_SIZE))
+            if image.width * image.height > MAX_PIXELS:
+                raise Image.DecompressionBombError
+            if header_only:
+                return image
             ImageOps.exif_transpose(image, in_place=True)
             return _to_rgb(image)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -88,6 +108,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit greyscale, which Pillow's own conversion would clip instead of scaling
         grey = np.clip(np.asarray(image, np.int64), 0, 65535)
         return Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+    if image.mode == "RGB" and not image.has_transparency_data:
+        image.load()
+        return image  # without the copy that convert makes
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

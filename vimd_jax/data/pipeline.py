@@ -67,37 +67,23 @@ def train_batches(
 
 
 def eval_batches(
-    source: Source, config: ConfigDict, *, batch_size: int, process_index: int = 0, process_count: int = 1
+    source: Source,
+    config: ConfigDict,
+    *,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    endless: bool = False,
 ) -> Iterator[Batch]:
-    """Every image of the source exactly once, in order, in ceil(n / batch_size) batches.
+    """Every image of the source exactly once, in order, in ceil(n / batch_size) batches; `endless`: again and again.
 
     Arguments and batches are those of `train_batches`; the view is `eval_view` with config.eval_crop. Two kinds of
     examples are black images with weight 0: the padding of the last batch (index -1, label 0), and unreadable images
     if config.on_error = "skip" (skipped 1).
     """
-    steps = range(-(-len(source) // max(1, batch_size)))
-    example = functools.partial(_eval_example, source, config)
-    return _batches(example, steps, config, batch_size, process_index, process_count)
-
-
-def check_config(config: ConfigDict) -> None:
-    """Raises DatasetError, naming the field, if batches cannot be made as `config.dataset` asks for."""
-    scale = config.crop_scale
-    fields = {
-        "on_error": ("choose stop or skip", config.on_error in ("stop", "skip")),
-        "repeats": ("choose 1, or 3 as published", config.repeats >= 1),
-        "num_workers": ("choose 0 or more processes", config.num_workers >= 0),
-        "high_resolution": ("choose a number of pixels", config.high_resolution >= 1),
-        "low_resolution": ("choose a number of pixels", config.low_resolution >= 1),
-        "eval_crop": ("choose a share above 0 and up to 1", 0 < config.eval_crop <= 1),
-        "crop_scale": (
-            "choose two shares above 0 and up to 1, the smaller first",
-            len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1,
-        ),
-    }
-    for field, (remedy, fits) in fields.items():
-        if not fits:
-            raise DatasetError(f"config.dataset.{field} is {config[field]!r}; {remedy}")
+    steps = -(-len(source) // max(1, batch_size))
+    example = functools.partial(_eval_example, source, config, steps * batch_size)
+    return _batches(example, range(ENDLESS if endless else steps), config, batch_size, process_index, process_count)
 
 
 def steps_per_epoch(source: Source, config: ConfigDict, batch_size: int) -> int:
@@ -123,11 +109,12 @@ def _train_example(source: Source, config: ConfigDict, seed: int, i: int) -> Bat
     return _example(high, config, source.labels[index], index, skipped=index != scheduled)
 
 
-def _eval_example(source: Source, config: ConfigDict, i: int) -> Batch:
+def _eval_example(source: Source, config: ConfigDict, period: int, i: int) -> Batch:
     black = Image.new("RGB", (config.high_resolution, config.high_resolution))
+    i %= period
     if i >= len(source):
         return _example(black, config, 0, PADDING, weight=0)
-    image = _read_or_skip(source, i, config.on_error)
+    image = read_or_skip(source, i, config.on_error)
     if image is None:
         return _example(black, config, source.labels[i], i, weight=0, skipped=True)
     return _example(eval_view(image, config.high_resolution, config.eval_crop), config, source.labels[i], i)
@@ -155,25 +142,32 @@ def _next_readable(source: Source, start: int, on_error: str) -> tuple[int, Imag
     """The first readable image from `start` on, with its index; unless on_error is "skip", that is `start` itself."""
     for i in range(start, start + len(source)):
         i %= len(source)
-        if image := _read_or_skip(source, i, on_error):
+        if image := read_or_skip(source, i, on_error):
             return i, image
     raise DatasetError(f"none of the {len(source)} training images can be read; check config.dataset.directory")
 
 
-def _read_or_skip(source: Source, i: int, on_error: str) -> Image.Image | None:
+def read_or_skip(source: Source, i: int, on_error: str) -> Image.Image | None:
+    """Image i of a source; None if it cannot be read and on_error is "skip", which is logged once.
+
+    Raises:
+        UnreadableImage: it cannot be read, and on_error is "stop".
+    """
+    name = source.name(i)
+    if name in _unreadable:
+        return None
     try:
         return source.read(i)
     except UnreadableImage as error:
         if on_error == "stop":
             remedy = "remove or replace it, or set config.dataset.on_error=skip"
             raise UnreadableImage(f"{error}; {remedy}") from None
-        _warn_once(f"skipped: {error}")
+        _unreadable.add(name)
+        logging.getLogger(__name__).warning("skipped: %s", error)
         return None
 
 
-@functools.cache
-def _warn_once(message: str) -> None:
-    logging.getLogger(__name__).warning(message)
+_unreadable: set[str] = set()  # the names of images that are skipped, so that none is tried twice
 
 
 def _batches(
@@ -185,7 +179,6 @@ def _batches(
     process_count: int,
 ) -> Iterator[Batch]:
     """This process's share of the batches numbered `steps`, computed in advance by Grain."""
-    check_config(config)
     if batch_size < 1 or batch_size % process_count:
         raise DatasetError(
             f"batch_size is {batch_size}; choose a multiple of the number of processes ({process_count})"
@@ -217,8 +210,9 @@ def _batches(
 
 
 def _start_worker(worker_index: int, worker_count: int) -> None:
-    """Makes a worker process leave Ctrl-C to the main process, and exit with it even if that one is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Makes a worker process leave signals to the main process, and exit with it even if that one is killed."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # which schedulers send to the whole process group
+        signal.signal(number, signal.SIG_IGN)
     main = multiprocessing.parent_process()
     threading.Thread(target=lambda: (main.join(), os._exit(1)), daemon=True).start()
 

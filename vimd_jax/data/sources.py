@@ -1,17 +1,33 @@
 """Datasets as random-access lists of labelled images: a folder of class folders, TensorFlow Datasets, or synthetic."""
 
+import collections
+import functools
+import hashlib
 import io
+import logging
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
 from vimd_jax.data.catalog import DATASETS
-from vimd_jax.data.images import EXTENSIONS, DatasetError, decode_image, is_image_name, read_image
+from vimd_jax.data.images import (
+    EXTENSIONS,
+    DatasetError,
+    UnreadableImage,
+    check_header,
+    decode_image,
+    is_image_name,
+    read_image,
+)
 from vimd_jax.data.synthetic import class_markings, draw_bird
+
+log = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
 LAYOUT = "expected train/<class>/*.jpg and test/<class>/*.jpg, optionally val/<class>/*.jpg"
@@ -35,9 +51,44 @@ class Source:
         """Image i in RGB; raises UnreadableImage."""
         raise NotImplementedError
 
+    def check(self, i: int) -> None:
+        """Raises UnreadableImage if the header of image i cannot be read."""
+
     def name(self, i: int) -> str:
         """What messages call image i."""
         raise NotImplementedError
+
+    def key(self, i: int) -> str:
+        """What identifies image i, wherever the data lie."""
+        return self.name(i)
+
+
+class Splits(NamedTuple):
+    """What a run needs; `held_out` picks the best network."""
+
+    train: Source
+    held_out: Source
+    test: Source
+
+
+def check_readable(source: Source, split: str, on_error: str) -> None:
+    """Opens every image as far as its header; raises UnreadableImage, or with on_error "skip" says how many are bad."""
+
+    def problem(i: int) -> str | None:
+        try:
+            source.check(i)
+        except UnreadableImage as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(8) as pool:  # threads, because the files may lie on a network
+        problems = [text for text in pool.map(problem, range(len(source))) if text]
+    if not problems:
+        return
+    text = f"{problems[0]} ({len(problems)} of the {len(source)} {split} images cannot be read)"
+    if on_error == "stop" or len(problems) == len(source):
+        raise UnreadableImage(f"{text}; remove or replace them, or set config.dataset.on_error=skip")
+    log.warning("%s; they are left out.", text)
 
 
 def load_source(config: ConfigDict, split: str, *, seed: int = 0) -> Source:
@@ -55,10 +106,6 @@ def load_source(config: ConfigDict, split: str, *, seed: int = 0) -> Source:
     """
     if split not in SPLITS:
         raise DatasetError(f"split is {split!r}; choose one of {', '.join(SPLITS)}")
-    if not 0 <= config.validation_fraction < 1:
-        raise DatasetError(
-            f"config.dataset.validation_fraction is {config.validation_fraction}; choose at least 0 and less than 1"
-        )
     if config.name == "synthetic":
         source = SyntheticSource(config, split)
     elif config.name == "folder" or (config.name in DATASETS and config.directory):
@@ -95,17 +142,21 @@ class FolderSource(Source):
             DatasetError: there are no classes, a class has no images, or a class is not in `class_names`.
         """
         found = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+        if odd := [name for name in found if not name.isprintable()]:
+            raise DatasetError(f"config.dataset.directory: {folder} has a class folder called {odd[0]!r}; rename it")
         if not found:
             raise DatasetError(f"config.dataset.directory: {folder} has no class folders; {LAYOUT}")
         self.class_names = tuple(class_names or found)
-        self.paths, labels = [], []
+        self.paths, labels, ignored = [], [], collections.Counter()
         for name in found:
             if name not in self.class_names:
                 raise DatasetError(
                     f"config.dataset.directory: {folder / name} is not a class of the training set; "
                     "every class needs a folder of the same name in train/"
                 )
-            files = sorted(filter(is_image_name, os.listdir(folder / name)))
+            present = [file for file in os.listdir(folder / name) if not file.startswith(".")]
+            files = sorted(filter(is_image_name, present))
+            ignored.update(Path(file).suffix.lower() or "no suffix" for file in present if not is_image_name(file))
             if not files:
                 raise DatasetError(
                     f"config.dataset.directory: {folder / name} has no images ({' '.join(EXTENSIONS)}); "
@@ -114,12 +165,21 @@ class FolderSource(Source):
             self.paths += [os.path.join(folder, name, file) for file in files]
             labels += [self.class_names.index(name)] * len(files)
         self.labels = np.array(labels, np.int32)
+        if ignored:
+            kinds = ", ".join(f"{count} with {suffix}" for suffix, count in ignored.most_common(5))
+            _warn_once(f"{folder}: files are ignored that have no name of an image: {kinds}")
 
     def read(self, i: int) -> Image.Image:
         return read_image(self.paths[i])
 
+    def check(self, i: int) -> None:
+        check_header(self.paths[i])
+
     def name(self, i: int) -> str:
         return self.paths[i]
+
+    def key(self, i: int) -> str:
+        return "/".join(self.paths[i].split(os.sep)[-2:])
 
 
 class TfdsSource(Source):
@@ -159,6 +219,9 @@ class TfdsSource(Source):
 
     def read(self, i: int) -> Image.Image:
         return decode_image(io.BytesIO(self._records[int(i)]["image"]), self.name(i))
+
+    def check(self, i: int) -> None:
+        decode_image(io.BytesIO(self._records[int(i)]["image"]), self.name(i), header_only=True)
 
     def name(self, i: int) -> str:
         return f"{self._name} record {i}"
@@ -208,8 +271,14 @@ class Subset(Source):
     def read(self, i: int) -> Image.Image:
         return self._source.read(self._indices[i])
 
+    def check(self, i: int) -> None:
+        self._source.check(self._indices[i])
+
     def name(self, i: int) -> str:
         return self._source.name(self._indices[i])
+
+    def key(self, i: int) -> str:
+        return self._source.key(self._indices[i])
 
 
 def _load_folder(config: ConfigDict, split: str, seed: int) -> Source:
@@ -263,13 +332,25 @@ def _check_complete(config: ConfigDict, place: str, source: Source, train_size: 
 
 
 def _hold_out(source: Source, split: str, fraction: float, seed: int) -> Source:
-    """The training or validation part of a source, with `fraction` of each class held out for validation.
+    """The training or validation part of a source, with about `fraction` of the images held out for validation.
 
-    Of a class with two or more images, at least one is held out and at least one stays.
+    Whether an image is held out depends on its key and the seed alone, so it does not change when others come or go;
+    only of a class that would have nothing left to train on, one image stays.
     """
-    rng = np.random.default_rng(seed)
-    held_out = np.zeros(len(source), bool)
-    for label in range(len(source.class_names)) if fraction else ():
-        indices = rng.permutation(np.flatnonzero(source.labels == label))
-        held_out[indices[: min(len(indices) - 1, max(1, round(fraction * len(indices))))]] = True
+    draws = np.array([_uniform(f"{seed}/{source.key(i)}") for i in range(len(source))])
+    held_out = draws < fraction
+    for label in range(len(source.class_names)):
+        of_class = np.flatnonzero(source.labels == label)
+        if len(of_class) and held_out[of_class].all():
+            held_out[of_class[draws[of_class].argmax()]] = False
     return Subset(source, np.flatnonzero(held_out if split == "validation" else ~held_out))
+
+
+def _uniform(text: str) -> float:
+    """A number in [0, 1) that a text always gives."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    log.warning(message)

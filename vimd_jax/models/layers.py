@@ -11,6 +11,8 @@ from flax import linen as nn
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+DEVICES = "devices"  # the name of the axis of devices that train on one batch together
+
 # PyTorch's default for the weight of a linear or convolution layer: uniform in ±1/√fan_in.
 uniform_fan_in = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
@@ -98,11 +100,16 @@ class ChannelGate(nn.Module):
 def drop_path(module: nn.Module, update: jax.Array, rate: jax.Array | float) -> jax.Array:
     """Stochastic depth (Huang et al., 2016): drops what a layer adds for whole images at random, scales up the rest.
 
-    Draws from the module's rng stream "drop_path".
+    Draws from the module's rng stream "drop_path". Where devices share a batch (`DEVICES`) it draws for all of it, so
+    that their number does not decide which images are dropped.
     """
-    shape = (len(update), *[1] * (update.ndim - 1))
-    keep = jax.random.bernoulli(module.make_rng("drop_path"), 1 - rate, shape)
-    return jnp.where(keep, update / (1 - rate), 0)
+    count = len(update)
+    try:
+        first, total = count * jax.lax.axis_index(DEVICES), count * jax.lax.axis_size(DEVICES)
+    except NameError:  # of an axis that is not there
+        first, total = 0, count
+    keep = jax.random.bernoulli(module.make_rng("drop_path"), 1 - rate, (total, *[1] * (update.ndim - 1)))
+    return jnp.where(jax.lax.dynamic_slice_in_dim(keep, first, count), update / (1 - rate), 0)
 
 
 class BatchNorm(nn.Module):

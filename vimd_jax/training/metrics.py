@@ -3,35 +3,57 @@
 import contextlib
 import json
 import logging
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from tensorboardX import SummaryWriter
 
+from vimd_jax.checkpoints.network import replace_file
 from vimd_jax.log import TrainingError
+from vimd_jax.training import parallel
 
 log = logging.getLogger(__name__)
+
+
+NOT_A_TERM = ("loss", "gradient_norm", "parameter_norm")  # metrics of a step that are no term of its loss
 
 
 class MetricWriter:
     """Appends to workdir/metrics.jsonl, one object a line, and to TensorBoard events in workdir/tensorboard.
 
-    What an interrupted run wrote after `resumed_step` is dropped first, since those steps are run again.
+    What an interrupted run wrote after `resumed_step` is dropped first, since those steps are run again. The events
+    are made anew from the lines that stay.
     """
 
-    def __init__(self, workdir: Path, steps_per_epoch: int, resumed_step: int):
+    def __init__(self, workdir: Path, steps_per_epoch: int, resumed_step: int, evaluated_step: int):
+        """Opens the files.
+
+        Args:
+          workdir: of the run.
+          steps_per_epoch: optimiser steps in an epoch.
+          resumed_step: the step that the run continues from.
+          evaluated_step: the last one whose evaluation is done.
+        """
         self._path = workdir / "metrics.jsonl"
         self._steps_per_epoch = steps_per_epoch
-        self._speaks = jax.process_index() == 0  # of several hosts, the first one writes
+        self._speaks = parallel.is_first()
         if not self._speaks:
             return
-        kept = [line for line in read_metrics(workdir) if line["step"] <= resumed_step and line["split"] != "test"]
-        self._path.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=resumed_step + 1)
+        kept = [
+            line
+            for line in read_metrics(workdir)
+            if line["step"] <= (resumed_step if line["split"] == "train" else evaluated_step)
+            and "best_step" not in line["metrics"]  # the last line, which is written again
+        ]
+        replace_file(self._path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        shutil.rmtree(workdir / "tensorboard", ignore_errors=True)
+        self._events = SummaryWriter(str(workdir / "tensorboard"))
+        for line in kept:
+            self._add_events(line["step"], line["split"], line["metrics"])
 
     def write(self, step: int, split: str, metrics: dict[str, float]) -> None:
         """Records the metrics of a split ("train", "validation", "test") after `step` steps."""
@@ -40,9 +62,12 @@ class MetricWriter:
         epoch = round(step / self._steps_per_epoch, 3)
         with self._path.open("a") as file:
             file.write(json.dumps({"step": step, "epoch": epoch, "split": split, "metrics": metrics}) + "\n")
+        self._add_events(step, split, metrics)
+        self._events.flush()
+
+    def _add_events(self, step: int, split: str, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
             self._events.add_scalar(f"{split}/{name}", value, step)
-        self._events.flush()
 
     def close(self) -> None:
         """Ends the event file."""
@@ -67,11 +92,18 @@ class Progress:
     The metrics of a step are read one step later, so that the devices work on while the host looks.
     """
 
-    def __init__(self, total_steps: int, steps_per_epoch: int, batch_size: int):
+    def __init__(self, total_steps: int, steps_per_epoch: int, batch_size: int, record: dict[str, Any]):
+        """Begins, or continues where the `record` of a checkpoint left off."""
         self._total_steps, self._steps_per_epoch, self._batch_size = total_steps, steps_per_epoch, batch_size
         self._pending: tuple[int, Any, list[str]] | None = None
-        self.skipped = 0
         self._restart_window()
+        self._window = record.get("window", [])
+        self.skipped = record.get("skipped", 0)
+
+    def record(self) -> dict[str, Any]:
+        """What a checkpoint must hold so that the next line of the log averages over all its steps."""
+        self.flush()
+        return {"window": self._window, "skipped": self.skipped}
 
     def add(self, step: int, metrics: Any, names: list[str], skipped: int, input_wait: float) -> None:
         """Takes the (unread) metrics of a step, the file names of its batch, and the seconds it waited for them.
@@ -94,25 +126,25 @@ class Progress:
         if not all(np.isfinite(value) for value in values.values()):
             terms = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
             raise TrainingError(
-                f"The loss is not finite at step {step} ({terms}). Images of the batch: {', '.join(names)}. The last "
-                "checkpoint is intact; a lower config.schedule.learning_rate or a config.optimizer.clip_norm may help."
+                f"The loss or the weights are not finite at step {step} ({terms}). Images of the batch: "
+                f"{', '.join(names)}. The last checkpoint is intact; a lower config.schedule.learning_rate or a "
+                "config.optimizer.clip_norm may help."
             )
         self._window.append(values)
+        self._timed += 1
 
     def summary(self, step: int, learning_rate: float) -> dict[str, float]:
         """Means since the last summary; also says them in one line of the log."""
         self.flush()
         means = {name: float(np.mean([values[name] for values in self._window])) for name in self._window[0]}
         seconds = time.perf_counter() - self._start
-        pace = seconds / len(self._window)
+        pace = seconds / max(self._timed, 1)
         means |= {
             "learning_rate": learning_rate,
             "images_per_second": self._batch_size / pace,
             "input_wait": self._input_wait / seconds,
         }
-        terms = ", ".join(
-            f"{name} {means[name]:.4f}" for name in self._window[0] if name not in ("loss", "gradient_norm")
-        )
+        terms = ", ".join(f"{name} {means[name]:.4f}" for name in self._window[0] if name not in NOT_A_TERM)
         log.info(
             "epoch %.2f  step %d/%d  loss %.4f (%s)  lr %.2e  %.0f img/s  input wait %.0f %%  %s left%s",
             step / self._steps_per_epoch, step, self._total_steps, means["loss"], terms, learning_rate,
@@ -131,6 +163,7 @@ class Progress:
 
     def _restart_window(self) -> None:
         self._window: list[dict[str, float]] = []
+        self._timed = 0  # steps of the window that this process has run
         self._input_wait = 0.0
         self._start = time.perf_counter()
 

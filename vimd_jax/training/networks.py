@@ -7,15 +7,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
+from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
 from vimd_jax.checkpoints.adapt import load_variables
 from vimd_jax.config import DERIVED, STAGES, given_options
 from vimd_jax.models import CLASSIFIERS, SR_NETWORKS, create_model, model_options
-from vimd_jax.models.network import input_images, options_of
+from vimd_jax.models.network import input_images, options_of, variable_shapes
 from vimd_jax.models.srvm import SRVM, bicubic, join
+from vimd_jax.training import parallel
 from vimd_jax.training.parallel import AXIS
+from vimd_jax.training.workdirs import init_path
 
 Variables = dict[str, Any]
 
@@ -110,15 +114,16 @@ def _check_resolutions(config: ConfigDict, sr: nn.Module | None) -> None:
         )
 
 
-def check_sources_of_weights(config: ConfigDict, made_before: set[Path]) -> None:
+def check_sources_of_weights(config: ConfigDict, workdir: Path, made_before: set[Path]) -> None:
     """Raises unless every network that needs weights is told where they are, and something is there or will be.
 
     Args:
       config: of one stage.
+      workdir: its folder.
       made_before: workdirs that earlier stages of the same command make.
     """
     for role in STAGES[config.stage]:
-        init, frozen = config[role].init, role != config.stage
+        init, frozen = init_path(config, role, workdir), role != config.stage
         wanted = config.sr.name != "bicubic" if role == "sr" else not frozen or _distils(config)
         if not wanted:
             continue
@@ -127,7 +132,7 @@ def check_sources_of_weights(config: ConfigDict, made_before: set[Path]) -> None
                 f"config.{role}.init is empty, but a student needs a trained {role} network: name the workdir of a "
                 f'"{role}" run, a converted checkpoint or a PyTorch file.'
             )
-        if init and not Path(init).exists() and Path(init).resolve() not in made_before:
+        if init and not init.exists() and init.resolve() not in made_before:
             raise FileNotFoundError(f"config.{role}.init: {init}: no such workdir, converted checkpoint or file.")
 
 
@@ -135,15 +140,26 @@ def _distils(config: ConfigDict) -> bool:
     return bool(config.loss.logits_weight or config.loss.hidden_weight)
 
 
-def initial_variables(config: ConfigDict, networks: Networks) -> tuple[Variables, dict[str, Variables]]:
-    """What the stage starts from: the variables of the trained network, and by role those of the frozen ones."""
+def initial_variables(config: ConfigDict, networks: Networks, workdir: Path) -> tuple[Variables, dict[str, Variables]]:
+    """What the stage starts from: the variables of the trained network, and by role those of the frozen ones.
+
+    Of several processes only the first one reads files. The others get zeros of the same shapes, see `from_first`.
+    """
     frozen = {role: getattr(networks, role) for role in ("sr", "teacher") if getattr(networks, role) is not None}
-    frozen = {role: load_variables(config[role].init, model) for role, model in frozen.items()}
-    trained, init = networks.trained, config[config.stage].init
+    if not parallel.is_first():
+        return zeros(networks.trained), {role: zeros(model) for role, model in frozen.items()}
+    frozen = {role: load_variables(init_path(config, role, workdir), model) for role, model in frozen.items()}
+    trained, init = networks.trained, init_path(config, config.stage, workdir)
     if init:
         return load_variables(init, trained, adapt=True), frozen
     images = input_images(trained)
     return jax.jit(trained.init)(jax.random.key(config.seed), jnp.zeros(images.shape, images.dtype)), frozen
+
+
+def zeros(model: nn.Module) -> Variables:
+    """Variables of the right shapes."""
+    leaves = {path: np.zeros(leaf.shape, leaf.dtype) for path, leaf in variable_shapes(model).items()}
+    return unflatten_dict(leaves, sep="/")
 
 
 def count(params: Any) -> int:

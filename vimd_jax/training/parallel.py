@@ -1,9 +1,17 @@
 """Data parallelism: the one place that knows how a step runs on several devices and hosts.
 
-Each device holds a copy of the state and a slice of the batch. Arrays carry a leading axis of local devices.
+Each device holds a copy of the state and a slice of the batch. Arrays carry a leading axis of local devices. Of several
+processes the first one decides: it alone reads and writes the workdir, and the others take its copy of what it read.
 """
 
-from collections.abc import Callable
+import atexit
+import contextlib
+import logging
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -11,7 +19,12 @@ import numpy as np
 from flax import jax_utils
 from jax.experimental import multihost_utils
 
-AXIS = "devices"  # the name under which steps average and sum over all devices of all hosts
+from vimd_jax.log import TrainingError
+from vimd_jax.models.layers import DEVICES
+
+AXIS = DEVICES  # the name under which steps average and sum over all devices of all hosts
+
+LOST = "another process of this run has ended or cannot be reached; the same command, given to all again, continues"
 
 
 def replicate(tree: Any) -> Any:
@@ -42,6 +55,84 @@ def check_batch_size(field: str, batch_size: int) -> None:
         )
 
 
-def any_process(flag: bool) -> bool:
-    """Whether the flag is set on any host."""
-    return bool(np.any(multihost_utils.process_allgather(np.array(flag)))) if jax.process_count() > 1 else flag
+def is_first() -> bool:
+    """Whether this is the process that reads and writes the workdir and speaks for all."""
+    return jax.process_index() == 0
+
+
+def from_first(tree: Any) -> Any:
+    """The first process's copy of a tree of arrays, on every process; elsewhere the tree only says the shapes."""
+    if jax.process_count() == 1:
+        return tree
+    return jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(tree))
+
+
+def any_process(number: int) -> int:
+    """The largest of the processes' numbers, so not 0 if that of any process is not 0."""
+    return int(np.max(multihost_utils.process_allgather(np.array(number)))) if jax.process_count() > 1 else number
+
+
+def join(address: str, count: int | None, index: int | None) -> None:
+    """Makes this process one of several that train together.
+
+    Args:
+      address: host:port of the first process.
+      count: how many processes there are.
+      index: which one this is, from 0.
+
+    Raises:
+      ValueError: the address does not resolve, or a number is missing or out of range.
+    """
+    host, _, port = address.rpartition(":")
+    try:
+        socket.getaddrinfo(host, int(port))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--coordinator_address={address} is not host:port of process 0: {error}") from error
+    if count is None or index is None or not 0 <= index < count:
+        raise ValueError(
+            f"--num_processes is {count} and --process_id is {index}: give how many there are, and 0 to one less."
+        )
+    _leave_last_words()
+    # JAX ends a process, through abort, this long after it last heard of the others.
+    jax.distributed.initialize(address, count, index, heartbeat_timeout_seconds=30)
+
+
+def _leave_last_words() -> None:
+    """Has a shell say why, should this process be aborted: it waits for a line that only an orderly exit writes."""
+    script = 'read -r line || echo "error: $0" >&2'
+    shell = subprocess.Popen(["sh", "-c", script, LOST], stdin=subprocess.PIPE, start_new_session=True)
+    _goodbyes.append(lambda: shell.communicate(b"\n"))
+    atexit.register(_say_goodbye)
+
+
+_goodbyes: list[Callable[[], Any]] = []
+
+
+def _say_goodbye() -> None:
+    while _goodbyes:
+        _goodbyes.pop()()
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Ends this process at once, with one line, if it fails or loses the others: they wait for it, or it for them."""
+    try:
+        yield
+    except SystemExit as error:
+        if error.code == 1 and jax.process_count() > 1:  # an orderly exit would wait for minutes for the others
+            _say_goodbye()
+            logging.shutdown()
+            sys.stderr.flush()
+            os._exit(1)
+        raise
+
+
+@contextlib.contextmanager
+def naming_lost_processes() -> Iterator[None]:
+    """Turns what a failed collective raises, whose type depends on the backend, into a TrainingError."""
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        if jax.process_count() > 1 and any(word in str(error) for word in ("Gloo", "NCCL", "UNAVAILABLE", "ABORTED")):
+            raise TrainingError(LOST) from error
+        raise

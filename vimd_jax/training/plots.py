@@ -16,7 +16,7 @@ def save_curves(lines: list[dict[str, Any]], path: Path) -> None:
     evaluations = [line for line in lines if line["split"] in ("validation", "test")]
     score = "top1" if any("top1" in line["metrics"] for line in evaluations) else "psnr"
     figure, axes = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
-    hidden = ("learning_rate", "images_per_second", "input_wait", "gradient_norm")
+    hidden = ("learning_rate", "images_per_second", "input_wait", "gradient_norm", "parameter_norm")
     for name in train[0]["metrics"] if train else ():
         if name not in hidden:
             axes[0].plot([line["epoch"] for line in train], [line["metrics"][name] for line in train], label=name)

@@ -165,7 +165,7 @@ def make_train_step(
 
     def train_step(state, frozen, batch):
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        rngs = {"drop_path": jax.random.fold_in(key, jax.lax.axis_index(AXIS))}
+        rngs = {"drop_path": jax.random.fold_in(key, 0)}
 
         def loss_of(params):
             return objective(_variables(params, state.batch_stats), frozen, batch, rngs)
@@ -177,7 +177,7 @@ def make_train_step(
         ema_params = (
             optax.incremental_update(params, state.ema_params, 1 - config.ema_decay) if config.ema_decay else {}
         )
-        metrics["gradient_norm"] = optax.tree.norm(gradients)
+        metrics |= {"gradient_norm": optax.tree.norm(gradients), "parameter_norm": optax.tree.norm(params)}
         return TrainState(state.step + 1, params, batch_stats, opt_state, ema_params), metrics
 
     return over_devices(train_step, donate_state=True)

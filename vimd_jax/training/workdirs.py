@@ -1,29 +1,40 @@
-"""The folder of a run: which config it belongs to, and which folder each stage of a config gets."""
+"""The folder of a run: which settings and data it belongs to, and which folder each stage of a config gets."""
 
 import contextlib
+import fcntl
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
-from vimd_jax.config import CHANGEABLE, STAGES, default_config
+from vimd_jax.checkpoints.network import replace_file
+from vimd_jax.config import STAGES, default_config, settings
 from vimd_jax.data.images import DatasetError
+from vimd_jax.data.sources import Source, Splits
+from vimd_jax.training import parallel
+
+HERE = "{workdir}"  # in the `init` of a network: the folder of the stage, so that one stage can name another's
 
 
 def stages(config: ConfigDict, workdir: Path) -> list[tuple[ConfigDict, Path]]:
-    """The stages of a config with their folders: one, or for a config with `order` and `stages` several in a row.
-
-    "{workdir}" in the `init` of a network stands for the folder of its stage, so that one stage can name another's.
-    """
+    """The stages of a config with their folders: one, or for a config with `order` and `stages` several in a row."""
     if "order" in config:
         return [pair for name in config.order for pair in stages(config.stages[name], workdir / name)]
     config = config.copy_and_resolve_references()
     for role in STAGES[config.stage]:
-        config[role].init = config[role].init.replace("{workdir}", str(workdir))
-    return [(config, workdir)]
+        init = config[role].init
+        if init and not init.startswith(HERE):
+            config[role].init = str(Path(init).absolute())
+    return [(config, workdir.absolute())]
+
+
+def init_path(config: ConfigDict, role: str, workdir: Path) -> Path | None:
+    """Where the weights of a network come from; None: from scratch."""
+    init = config[role].init.replace(HERE, str(workdir.absolute()))
+    return Path(init) if init else None
 
 
 @contextlib.contextmanager
@@ -35,33 +46,90 @@ def naming_the_stage(config: ConfigDict, count: int) -> Iterator[None]:
         raise ValueError(f"stage {config.stage}: {error}" if count > 1 else str(error)) from error
 
 
-def check(workdir: Path, config: ConfigDict, class_names: tuple[str, ...]) -> None:
-    """Raises ValueError, which lists the differences, if the folder belongs to a run with other settings or classes."""
-    if not is_workdir(workdir):
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Keeps other processes from training in the same folder meanwhile.
+
+    Raises:
+      ValueError: another one is at it.
+    """
+    if not parallel.is_first():
+        yield
+        return
+    workdir.mkdir(parents=True, exist_ok=True)
+    with (workdir / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+        except BlockingIOError:
+            raise ValueError(f"{workdir}: another process trains in this folder; wait for it or stop it.") from None
+        yield
+
+
+def check(workdir: Path, config: ConfigDict, data: Splits) -> None:
+    """Raises ValueError if the folder cannot be used, or belongs to a run with other settings, classes or images."""
+    if any(character in str(workdir.absolute()) for character in "[]\\"):
+        raise ValueError(f"--workdir: checkpoints in {workdir} could not be read again; use no [, ] or \\ in the path.")
+    if not is_begun(workdir):
         return
     now, then = _flat(_as_json(config)), _flat(_as_json(read_config(workdir)))
-    changed = [key for key in sorted(now.keys() | then.keys()) if now.get(key) != then.get(key)]
+    fixed = [key for key in sorted(now.keys() | then.keys()) if not _is_changeable(config.stage, key)]
     differences = [
-        f"config.{key} was {then.get(key)!r}, is {now.get(key)!r}" for key in changed if key not in CHANGEABLE
+        f"config.{key} was {then.get(key)!r}, is {now.get(key)!r}" for key in fixed if now.get(key) != then.get(key)
     ]
     if differences:
         raise ValueError(f"{workdir} belongs to another run: {'; '.join(differences)}. Choose another --workdir.")
-    if tuple((workdir / "classes.txt").read_text().splitlines()) != class_names:
-        raise ValueError(f"{workdir} was trained on other classes (classes.txt). Choose another --workdir.")
+    known, found = _read_json(workdir / "data.json"), fingerprint(data)
+    for split in found:
+        if known.get(split) != found[split]:
+            change = _change(known.get(split, {}), found[split])
+            raise ValueError(
+                f"{workdir} was trained on other images: of the {split} images, {change}. Restore the data, or choose "
+                "another --workdir."
+            )
 
 
-def claim(workdir: Path, config: ConfigDict, class_names: tuple[str, ...]) -> None:
-    """Writes config.json and classes.txt into the folder, unless they are there."""
-    if is_workdir(workdir) or jax.process_index() != 0:
+def _is_changeable(stage: str, field: str) -> bool:
+    setting = settings(stage).get(field)
+    return setting is not None and setting.changeable
+
+
+def fingerprint(data: Splits) -> dict[str, dict[str, list[Any]]]:
+    """Split → class → number of images and a hash of their names: what a run must find again when it continues."""
+    return {split: _fingerprint(source) for split, source in data._asdict().items()}
+
+
+def _fingerprint(source: Source) -> dict[str, list[Any]]:
+    by_class: dict[int, list[str]] = {label: [] for label in range(len(source.class_names))}
+    for i in range(len(source)):
+        by_class[int(source.labels[i])].append(source.key(i))
+    digests = {label: hashlib.sha256("\n".join(keys).encode()).hexdigest()[:16] for label, keys in by_class.items()}
+    return {name: [len(by_class[label]), digests[label]] for label, name in enumerate(source.class_names)}
+
+
+def _change(known: dict[str, list[Any]], found: dict[str, list[Any]]) -> str:
+    """The first difference between two fingerprints of a split, in words."""
+    if list(known) != list(found):
+        other = sorted(set(known) ^ set(found))
+        return f"class {other[0]!r} is new or gone" if other else "the classes have another order"
+    name = next(name for name in known if known[name] != found[name])
+    counts = known[name][0], found[name][0]
+    number = f"has {counts[1]} where it had {counts[0]}" if counts[0] != counts[1] else "has files of other names"
+    return f"class {name!r} {number}"
+
+
+def claim(workdir: Path, config: ConfigDict, data: Splits) -> None:
+    """Writes config.json, classes.txt and data.json into the folder, unless they are there."""
+    if is_begun(workdir) or not parallel.is_first():
         return
     workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / "classes.txt").write_text("".join(f"{name}\n" for name in class_names))
-    (workdir / "config.json").write_text(json.dumps(_as_json(config), indent=2) + "\n")
+    replace_file(workdir / "classes.txt", "".join(f"{name}\n" for name in data.train.class_names).encode())
+    replace_file(workdir / "data.json", json.dumps(fingerprint(data)).encode())
+    replace_file(workdir / "config.json", json.dumps(_as_json(config), indent=2).encode())
 
 
-def is_workdir(path: Path) -> bool:
-    """Whether the folder is that of a run."""
-    return (path / "config.json").is_file()
+def is_begun(workdir: Path) -> bool:
+    """Whether the folder is that of a run that has come to a checkpoint; until then it may be claimed anew."""
+    return (workdir / "config.json").is_file() and any(path.name.isdigit() for path in workdir.glob("checkpoints/*"))
 
 
 def read_config(workdir: Path) -> ConfigDict:
@@ -74,11 +142,18 @@ def read_config(workdir: Path) -> ConfigDict:
     path = workdir / "config.json"
     if not path.exists():
         raise FileNotFoundError(f"{workdir} is not a workdir of vimd_jax.train: it holds no config.json.")
-    stored = json.loads(path.read_text())
+    stored = _read_json(path)
     config = default_config(stored.get("stage"))
     with config.unlocked():
         config.update(stored)
     return config
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is damaged or gone ({error}): choose another --workdir.") from error
 
 
 def _as_json(config: ConfigDict) -> dict[str, Any]:

@@ -1,0 +1,78 @@
+"""Training states: two are kept, damage is noticed, and nothing that is not finite is written."""
+
+import jax
+import numpy as np
+import pytest
+
+from vimd_jax.checkpoints import training_state
+from vimd_jax.checkpoints.network import CheckpointError
+
+
+def state(step):
+    return {"step": np.int32(step), "params": {"a": np.arange(4096, dtype=np.float32) + step}}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Checkpoints of steps 1, 2 and 3."""
+    manager = training_state.open_folder(tmp_path / "checkpoints")
+    for step in (1, 2, 3):
+        training_state.save_state(manager, step, state(step), {"window": [{"loss": step / 3}]})
+    return tmp_path / "checkpoints"
+
+
+def damage(folder, step):
+    """Flips a byte in the middle of the largest file."""
+    file = max((folder / str(step) / "arrays").rglob("*"), key=lambda path: path.is_file() and path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    file.write_bytes(content)
+
+
+def restored(folder):
+    return training_state.restore_state(training_state.open_folder(folder), state(0))
+
+
+def test_the_latest_two_are_kept_and_read_back(folder):
+    assert training_state.open_folder(folder).all_steps() == [2, 3]
+    arrays, record = restored(folder)
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, arrays, state(3))))
+    assert record["window"] == [{"loss": 1.0}]
+
+
+def test_nothing_there_yet(tmp_path):
+    arrays, record = restored(tmp_path / "checkpoints")
+    assert int(arrays["step"]) == 0 and record == {}
+
+
+@pytest.mark.parametrize("how", ["flip", "truncate", "remove"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(folder, how, caplog):
+    if how == "flip":
+        damage(folder, 3)
+    else:
+        for file in (folder / "3" / "arrays").rglob("*"):
+            if file.is_file():
+                file.unlink() if how == "remove" else file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    arrays, _ = restored(folder)
+    assert int(arrays["step"]) == 2
+    assert any("Checkpoint 3" in line and "is damaged" in line and "\n" not in line for line in caplog.messages)
+    manager = training_state.open_folder(folder)
+    training_state.save_state(manager, 3, state(3), {})  # the step comes again
+    assert int(restored(folder)[0]["step"]) == 3
+
+
+def test_no_whole_checkpoint_is_one_line(folder):
+    damage(folder, 2), damage(folder, 3)
+    with pytest.raises(CheckpointError, match=r"No checkpoint in .* can be read \(step 3: .*step 2: .*Delete") as error:
+        restored(folder)
+    assert "\n" not in str(error.value)
+    assert training_state.open_folder(folder).all_steps() == [2, 3]
+
+
+def test_a_ruined_state_is_not_written(folder):
+    ruined = state(4)
+    ruined["params"]["a"][7] = np.nan
+    manager = training_state.open_folder(folder)
+    with pytest.raises(CheckpointError, match="params/a of the training state of step 4 is not finite"):
+        training_state.save_state(manager, 4, ruined, {})
+    assert int(restored(folder)[0]["step"]) == 3
