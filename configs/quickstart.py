@@ -27,6 +27,8 @@ VIM = {
 def get_config(run: str = "all"):
     if run == "baseline":
         return baseline()
+    if run != "all":
+        raise ValueError(f'The run is {run!r}: choose "all" or "baseline".')
     stages = {"sr": sr(), "teacher": teacher(), "student": student()}
     return ConfigDict({"order": tuple(stages), "stages": stages})
 

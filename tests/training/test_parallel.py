@@ -74,10 +74,11 @@ def test_a_run_continues_on_another_number_of_devices(tmp_path):
     drops = "--config.teacher.drop_path_rate=0.5"
     finish(start("teacher", tmp_path / "one", drops))
     process = start("teacher", tmp_path / "moved", drops)
-    for line in process.stderr:
-        if "step 2/" in line:
-            process.terminate()
-    assert process.wait() == 143
+    with process:
+        for line in process.stderr:
+            if "step 2/" in line:
+                process.terminate()
+    assert process.returncode == 143
     finish(start("teacher", tmp_path / "moved", drops, devices=4))
     assert numbers(tmp_path / "moved") == pytest.approx(numbers(tmp_path / "one"), rel=1e-4)
 
