@@ -29,13 +29,15 @@ _RANGES = {
         lambda x: x >= 0,
         (
             *("seed", "optimizer.weight_decay", "loss.logits_weight", "loss.hidden_weight"),
+            *("mixing.mixup_alpha", "mixing.cutmix_alpha"),
             *("schedule.learning_rate", "schedule.min_learning_rate", "schedule.warmup_learning_rate"),
         ),
     ),
     "at least 0 and below 1": (
         lambda x: 0 <= x < 1,
-        ("ema_decay", "loss.label_smoothing", "optimizer.b1", "optimizer.b2"),
+        ("ema_decay", "loss.label_smoothing", "loss.target_threshold", "optimizer.b1", "optimizer.b2"),
     ),
+    "from 0 to 1": (lambda x: 0 <= x <= 1, ("mixing.probability", "mixing.switch_probability")),
     "above 0": (lambda x: x > 0, ("loss.temperature", "optimizer.eps", "optimizer.clip_norm")),
 }
 
@@ -60,6 +62,7 @@ def default_config(stage: str) -> ConfigDict:
     for role in STAGES[stage]:
         config[role] = _network(role)
     config.loss = _loss(stage)
+    config.mixing = _mixing(stage)
     config.optimizer = _optimizer()
     config.schedule = _schedule()
     config.ema_decay = 0.0  # > 0 keeps an exponential moving average of the weights, evaluates it and saves it as best
@@ -81,9 +84,18 @@ def _dataset() -> ConfigDict:
             "validation_fraction": 0.1,  # of the training images, held out (if the folder has no val/ of its own)
             "crop_scale": (0.08, 1.0),  # share of the image's area that a random-resized crop takes
             "flip": True,
+            "augment": {
+                "rand_augment": "",  # in timm's notation, as "rand-m9-mstd0.5-inc1"; empty: off
+                "three_augment": False,  # greyscale, solarisation or blur, as in DeiT III
+                "color_jitter": 0.0,  # largest relative change of brightness, contrast and saturation; 0: off
+                "erasing_probability": 0.0,  # of random erasing
+                "erasing_mode": "pixel",  # fills the box: "pixel" noise, a random colour "rand", the mean "const"
+                "erasing_count": 1,  # largest number of boxes
+            },
             "eval_crop": 1.0,  # share of the image's short side that the evaluation view keeps
             "repeats": 1,  # times each image is drawn in a row; 3 is the published repeated augmentation
             "on_error": "stop",  # an unreadable image: "stop", or "skip" and count
+            "reduced_decoding": False,  # decode a JPEG at 1/2, 1/4 or 1/8 scale where the training crop is that large
             "num_workers": 0,  # input processes; 0: a thread of the training process
             "synthetic_classes": 8,
             "synthetic_train_size": 2000,
@@ -140,16 +152,34 @@ def given_options(section: ConfigDict) -> dict[str, Any]:
 def _loss(stage: str) -> ConfigDict:
     if stage == "sr":
         return ConfigDict()
+    labels = {
+        "label_loss": "cross_entropy",  # or "binary_cross_entropy": every class a yes or no of its own, as in DeiT III
+        "label_smoothing": 0.1,
+        "target_threshold": config_dict.placeholder(float),  # of binary_cross_entropy: labels above it count as 1
+    }
     if stage != "student":
-        return ConfigDict({"label_smoothing": 0.1})
+        return ConfigDict(labels)
     return ConfigDict(
         {
-            "label_smoothing": 0.1,
+            **labels,
             "logits_weight": 1.0,  # alpha of the paper; 0 switches the term off
             "temperature": 4.0,
             "hidden_weight": 20.0,  # beta of the paper; 0 switches the term off
             "hidden_layers": "all",  # or "last", or layer numbers as in "5,11,23"
             "hidden_normalize": True,  # scale each token to unit length first
+        }
+    )
+
+
+def _mixing(stage: str) -> ConfigDict:
+    if stage == "sr":
+        return ConfigDict()
+    return ConfigDict(
+        {
+            "mixup_alpha": 0.0,  # > 0: mixup, its weights from Beta(alpha, alpha)
+            "cutmix_alpha": 0.0,  # > 0: cutmix, likewise
+            "probability": 1.0,  # share of the batches that are mixed
+            "switch_probability": 0.5,  # share of these that cutmix gets where both are on
         }
     )
 

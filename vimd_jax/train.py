@@ -115,7 +115,7 @@ def train(config: ConfigDict, workdir: Path, data: Data | None = None) -> None:
     eval_step = steps.make_eval_step(nets)
     batches = train_batches(
         data.train, config.dataset, batch_size=config.batch_size, seed=config.seed, start_step=first_step,
-        process_index=jax.process_index(), process_count=jax.process_count(),
+        views=nets.views, process_index=jax.process_index(), process_count=jax.process_count(),
     )  # fmt: skip
     state, replicated_frozen = parallel.replicate(state), parallel.replicate(frozen)
     writer = MetricWriter(workdir, epoch_steps, first_step)
