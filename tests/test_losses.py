@@ -98,6 +98,35 @@ def test_recorded_student_objective():
     assert max(jax.tree.leaves(errors)) < 1e-3
 
 
+def test_soft_labels():
+    """With the soft labels of integers it is the label-smoothed loss; otherwise the sum over the classes."""
+    logits = jax.random.normal(jax.random.key(0), (6, 5))
+    labels, others = jnp.array([0, 4, 2, 2, 1, 3]), jnp.array([3, 1, 2, 0, 1, 4])
+    for smoothing in (0.0, 0.1):
+        one, other = (losses.smoothed_targets(x, 5, smoothing) for x in (labels, others))
+        np.testing.assert_allclose(one.sum(axis=1), 1, rtol=1e-6)
+        expected = [losses.label_smoothing_cross_entropy(logits, x, smoothing) for x in (labels, others)]
+        assert losses.soft_target_cross_entropy(logits, one) == pytest.approx(float(expected[0]), rel=1e-6)
+        mixed = losses.soft_target_cross_entropy(logits, 0.3 * one + 0.7 * other)
+        assert mixed == pytest.approx(float(0.3 * expected[0] + 0.7 * expected[1]), rel=1e-6)
+
+
+def test_binary_cross_entropy():
+    rng = np.random.default_rng(0)
+    logits, targets = rng.normal(0, 3, (4, 7)), rng.uniform(0, 1, (4, 7))
+    probability = 1 / (1 + np.exp(-logits))
+
+    def expected(targets):
+        return -(targets * np.log(probability) + (1 - targets) * np.log(1 - probability)).mean()
+
+    assert losses.binary_cross_entropy(logits, targets) == pytest.approx(expected(targets), rel=1e-5)
+    for threshold in (0.0, 0.4):
+        loss = losses.binary_cross_entropy(logits, targets, threshold)
+        assert loss == pytest.approx(expected((targets > threshold).astype(float)), rel=1e-5)
+    certain = losses.binary_cross_entropy(jnp.array([[200.0, -200.0]]), jnp.array([[1.0, 0.0]]))
+    assert certain == 0 and losses.binary_cross_entropy(jnp.array([[200.0]]), jnp.array([[0.0]])) == 200
+
+
 def test_normalized_states_have_unit_length():
     rng = np.random.default_rng(0)
     student, teacher = rng.normal(size=(2, 3, 4, 5, 6)).astype(np.float32)

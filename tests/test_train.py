@@ -44,7 +44,15 @@ def trained(tmp_path_factory):
 
 
 def student_config(folder: Path, **changes):
-    return tiny_config("student", sr__init=str(folder / "sr"), teacher__init=str(folder / "teacher"), **changes)
+    """A student with everything on that is random."""
+    augmented = {
+        "dataset__augment__rand_augment": "rand-m9-mstd0.5-inc1",
+        "dataset__augment__erasing_probability": 0.25,
+        "mixing__mixup_alpha": 0.8,
+        "mixing__cutmix_alpha": 1.0,
+    }
+    inits = {"sr__init": str(folder / "sr"), "teacher__init": str(folder / "teacher")}
+    return tiny_config("student", **{**augmented, **inits, **changes})
 
 
 def final_state(workdir: Path):
@@ -245,6 +253,16 @@ def test_a_kill_in_the_middle_of_the_first_best_network_is_survived(tmp_path):
     assert scores == pytest.approx({name: logged[name] for name in scores})
 
 
+@pytest.mark.parametrize("mixup_alpha", [0.0, 0.8])
+def test_binary_cross_entropy_as_in_deit_iii(tmp_path, mixup_alpha):
+    changes = {"loss__label_loss": "binary_cross_entropy", "loss__label_smoothing": 0.0, "loss__target_threshold": 0.0}
+    config = tiny_config("classifier", **changes, mixing__mixup_alpha=mixup_alpha, dataset__augment__three_augment=True)
+    train.train(config, tmp_path)
+    metrics = read_metrics(tmp_path)[0]["metrics"]
+    # Of 4 classes, each by itself and at first near one half.
+    assert metrics["loss"] == metrics["binary_cross_entropy"] == pytest.approx(np.log(2), rel=0.2)
+
+
 def test_averaged_weights_are_evaluated_and_saved(tmp_path):
     config = tiny_config("teacher", ema_decay=0.5)
     train.train(config, tmp_path)
@@ -299,9 +317,39 @@ def test_a_student_and_teacher_of_stages_with_batch_norms(tmp_path):
         ({"seed": -1}, "config.seed"),
         ({"ema_decay": 1.0}, "config.ema_decay is 1.0: it must be at least 0 and below 1"),
         ({"loss__label_smoothing": 1.5}, "config.loss.label_smoothing"),
+        ({"loss__label_loss": "bce"}, "config.loss: label_loss is 'bce': choose cross_entropy or binary_cross"),
+        ({"loss__target_threshold": 0.0}, "config.loss: target_threshold is 0.0, but only label_loss=binary_cross"),
+        (
+            {"loss__target_threshold": 0.0, "loss__label_loss": "binary_cross_entropy"},
+            "config.loss: with label_smoothing 0.1, every class is above target_threshold 0.0: set label_smoothing",
+        ),
+        ({"loss__target_threshold": 1.5}, "config.loss.target_threshold is 1.5: it must be at least 0 and below 1"),
+        ({"mixing__mixup_alpha": -1.0}, "config.mixing.mixup_alpha is -1.0: it must be at least 0"),
+        ({"mixing__cutmix_alpha": -1.0}, "config.mixing.cutmix_alpha"),
+        ({"mixing__probability": 1.5}, "config.mixing.probability is 1.5: it must be from 0 to 1"),
+        ({"mixing__switch_probability": -0.5}, "config.mixing.switch_probability"),
+        ({"dataset__augment__rand_augment": "m9"}, "config.dataset.augment.rand_augment is 'm9'"),
         ({"optimizer__clip_norm": 0.0}, "config.optimizer.clip_norm is 0.0: it must be above 0"),
         ({"optimizer__b2": 1.0}, "config.optimizer.b2"),
         ({"schedule__learning_rate": -1.0}, "config.schedule.learning_rate"),
+        ({"schedule__learning_rate": float("nan")}, "config.schedule.learning_rate is nan"),
+        ({"schedule__warmup_epochs": -1}, "config.schedule.warmup_epochs"),
+        ({"schedule__num_epochs": 0}, "config.schedule.num_epochs"),
+        ({"schedule__name": "linear"}, "config.schedule.name is 'linear': it must be cosine or"),
+        ({"optimizer__weight_decay": -0.1}, "config.optimizer.weight_decay"),
+        ({"optimizer__eps": 0.0}, "config.optimizer.eps"),
+        ({"optimizer__b1": 2.0}, "config.optimizer.b1"),
+        ({"log_every_steps": -1}, "config.log_every_steps is -1"),
+        ({"dataset__validation_fraction": 1.0}, "config.dataset.validation_fraction is 1.0"),
+        ({"dataset__synthetic_classes": 0}, "config.dataset.synthetic_classes"),
+        ({"dataset__augment__erasing_probability": 1.1}, "config.dataset.augment.erasing_probability is 1.1"),
+        ({"dataset__augment__erasing_mode": "noise"}, "erasing_mode is 'noise': it must be pixel or rand or const"),
+        ({"dataset__augment__erasing_count": 0}, "config.dataset.augment.erasing_count"),
+        ({"dataset__augment__color_jitter": -0.1}, "config.dataset.augment.color_jitter"),
+        ({"dataset__augment__rand_augment": "m9"}, "config.dataset.augment.rand_augment is 'm9'"),
+        ({"mixing__probability": 2.0}, "config.mixing.probability"),
+        ({"mixing__mixup_alpha": -1.0}, "config.mixing.mixup_alpha"),
+        ({"loss__label_loss": "hinge"}, "config.loss.label_loss is 'hinge'"),
         ({"dataset__low_resolution": 0}, "config.dataset.low_resolution"),
         ({"dataset__num_workers": -1}, "config.dataset.num_workers"),
         ({"dataset__repeats": 0}, "config.dataset.repeats"),
@@ -309,6 +357,9 @@ def test_a_student_and_teacher_of_stages_with_batch_norms(tmp_path):
         ({"dataset__eval_crop": 1.5}, "config.dataset.eval_crop"),
         ({"dataset__crop_scale": (0.5, 0.1)}, "config.dataset.crop_scale"),
         ({"dataset__crop_scale": (0.1, 0.5, 1.0)}, "config.dataset.crop_scale"),
+        ({"dataset__crop_scale": (0.0, 0.0)}, "config.dataset.crop_scale"),
+        ({"dataset__crop_scale": (1.0,)}, "config.dataset.crop_scale"),
+        ({"dataset__crop_scale": (0.5, 3.0)}, "config.dataset.crop_scale"),
     ],
     ids=str,
 )

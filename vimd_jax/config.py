@@ -4,9 +4,11 @@ The configs are `ml_collections.ConfigDict`s: a misspelt field or a value of the
 can be changed on the command line, as in `--config.schedule.num_epochs=10`. `python -m vimd_jax.config` lists them.
 """
 
+import functools
 import math
 import sys
 from collections.abc import Callable
+from operator import getitem
 from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
@@ -44,6 +46,7 @@ def _one_of(*choices: str) -> Rule:
 _ANY = Rule("", lambda x: True)
 _ABOVE_0 = Rule("above 0", lambda x: x > 0)
 _BELOW_1 = Rule("at least 0 and below 1", lambda x: 0 <= x < 1)
+_SHARE_OR_0 = Rule("from 0 to 1", lambda x: 0 <= x <= 1)
 _SHARE = Rule("above 0 and at most 1", lambda x: 0 < x <= 1)
 _SHARES = Rule("two shares above 0 and at most 1, the smaller first", lambda x: len(x) == 2 and 0 < x[0] <= x[1] <= 1)
 
@@ -99,6 +102,21 @@ _SETTINGS = {
     ),
     "dataset.crop_scale": Setting((0.08, 1.0), _SHARES, "share of the image's area that a random-resized crop takes"),
     "dataset.flip": Setting(True, _ANY, "mirror half of the training images"),
+    "dataset.augment.rand_augment": Setting(
+        "", _ANY, 'RandAugment in timm\'s notation, as "rand-m9-mstd0.5-inc1"; empty: off'
+    ),
+    "dataset.augment.three_augment": Setting(False, _ANY, "greyscale, solarisation or blur, as in DeiT III"),
+    "dataset.augment.color_jitter": Setting(
+        0.0, _at_least(0), "largest relative change of brightness, contrast and saturation"
+    ),
+    "dataset.augment.erasing_probability": Setting(0.0, _SHARE_OR_0, "of random erasing"),
+    "dataset.augment.erasing_mode": Setting(
+        "pixel", _one_of("pixel", "rand", "const"), 'filled with noise, a random colour "rand", or the mean "const"'
+    ),
+    "dataset.augment.erasing_count": Setting(1, _at_least(1), "largest number of boxes"),
+    "dataset.reduced_decoding": Setting(
+        False, _ANY, "decode a JPEG at 1/2, 1/4 or 1/8 scale where the training crop is that large"
+    ),
     "dataset.eval_crop": Setting(1.0, _SHARE, "share of the image's short side that the evaluation view keeps"),
     "dataset.repeats": Setting(
         1, _at_least(1), "times each image is drawn in a row; 3 is the published repeated augmentation"
@@ -112,6 +130,23 @@ _SETTINGS = {
     "dataset.synthetic_classes": Setting(8, _at_least(1), "of the synthetic birds"),
     "dataset.synthetic_train_size": Setting(2000, _at_least(1), "training images of the synthetic birds"),
     "dataset.synthetic_test_size": Setting(500, _at_least(1), "test images of the synthetic birds"),
+    "loss.label_loss": Setting(
+        "cross_entropy",
+        _one_of("cross_entropy", "binary_cross_entropy"),
+        "the second makes every class a yes or no of its own, as in DeiT III",
+        stages=_LABELLED,
+    ),
+    "loss.target_threshold": Setting(
+        float, _BELOW_1, "of binary_cross_entropy: labels above it count as 1", stages=_LABELLED
+    ),
+    "mixing.mixup_alpha": Setting(
+        0.0, _at_least(0), "above 0: mixup, its weights from Beta(alpha, alpha)", stages=_LABELLED
+    ),
+    "mixing.cutmix_alpha": Setting(0.0, _at_least(0), "above 0: cutmix, likewise", stages=_LABELLED),
+    "mixing.probability": Setting(1.0, _SHARE_OR_0, "share of the batches that are mixed", stages=_LABELLED),
+    "mixing.switch_probability": Setting(
+        0.5, _SHARE_OR_0, "share of these that cutmix gets where both are on", stages=_LABELLED
+    ),
     "loss.label_smoothing": Setting(0.1, _BELOW_1, "label mass spread over all classes", stages=_LABELLED),
     "loss.logits_weight": Setting(
         1.0, _at_least(0), "alpha of the paper; 0 switches the term off", stages=("student",)
@@ -150,12 +185,16 @@ def default_config(stage: str) -> ConfigDict:
     """The settings of one training stage, see `STAGES`, at their defaults."""
     if stage not in STAGES:
         raise ValueError(f"config.stage is {stage!r}: choose one of {', '.join(STAGES)}.")
-    config = ConfigDict({"stage": stage, "dataset": {}, "loss": {}, "optimizer": {}, "schedule": {}})
+    config = ConfigDict({"stage": stage, "loss": {}, "mixing": {}})
     for name, setting in settings(stage).items():
-        section, _, field = name.rpartition(".")
+        *sections, field = name.split(".")
+        section = config
+        for part in sections:
+            if part not in section:
+                section[part] = {}
+            section = section[part]
         default = setting.default
-        default = config_dict.placeholder(default) if isinstance(default, type) else default
-        (config[section] if section else config)[field] = default
+        section[field] = config_dict.placeholder(default) if isinstance(default, type) else default
     for role in STAGES[stage]:
         config[role] = _network(role)
     return config.lock()
@@ -164,8 +203,7 @@ def default_config(stage: str) -> ConfigDict:
 def check_settings(config: ConfigDict) -> None:
     """Raises ValueError, naming the field, if a setting of a stage is not what it may be."""
     for name, setting in settings(config.stage).items():
-        section, _, field = name.rpartition(".")
-        value = (config[section] if section else config)[field]
+        value = functools.reduce(getitem, name.split("."), config)
         finite = not isinstance(value, float) or math.isfinite(value)
         if value is not None and not (finite and setting.rule.fits(value)):
             raise ValueError(f"config.{name} is {value!r}: it must be {setting.rule.words}.")

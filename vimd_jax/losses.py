@@ -1,4 +1,4 @@
-"""The terms of ViMD's multi-level distillation loss (https://arxiv.org/abs/2411.17980), one function each.
+"""The losses on labels, and the terms of ViMD's multi-level distillation loss (https://arxiv.org/abs/2411.17980).
 
     L = L_CE + alpha L_LD + beta L_HSD
 
@@ -23,6 +23,37 @@ def label_smoothing_cross_entropy(logits: jax.Array, labels: jax.Array, smoothin
     log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32))
     true = jnp.take_along_axis(log_probabilities, labels[:, None], axis=-1)[:, 0]
     return -jnp.mean((1 - smoothing) * true + smoothing * log_probabilities.mean(axis=-1))
+
+
+def smoothed_targets(labels: jax.Array, num_classes: int, smoothing: float = 0.0) -> jax.Array:
+    """Soft labels (batch, num_classes) that keep 1 - smoothing and spread the rest evenly over all classes."""
+    return (1 - smoothing) * jax.nn.one_hot(labels, num_classes) + smoothing / num_classes
+
+
+def soft_target_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Cross-entropy with soft labels, as mixup and cutmix make them.
+
+    Args:
+      logits: (batch, classes).
+      targets: (batch, classes), the share of each class; the shares of an image add up to 1.
+    """
+    return -jnp.mean(jnp.sum(targets * jax.nn.log_softmax(logits.astype(jnp.float32)), axis=-1))
+
+
+def binary_cross_entropy(logits: jax.Array, targets: jax.Array, threshold: float | None = None) -> jax.Array:
+    """Cross-entropy of every class by itself, as DeiT III (https://arxiv.org/abs/2204.07118) trains.
+
+    The mean is over images and classes.
+
+    Args:
+      logits: (batch, classes).
+      targets: (batch, classes), the share of each class, from 0 to 1.
+      threshold: shares above it count as 1 and all others as 0; None takes them as they are.
+    """
+    logits = logits.astype(jnp.float32)
+    if threshold is not None:
+        targets = (targets > threshold).astype(jnp.float32)
+    return -jnp.mean(targets * jax.nn.log_sigmoid(logits) + (1 - targets) * jax.nn.log_sigmoid(-logits))
 
 
 def logits_distillation(student_logits: jax.Array, teacher_logits: jax.Array, temperature: float = 4.0) -> jax.Array:

@@ -26,6 +26,7 @@ from vimd_jax.checkpoints import training_state
 from vimd_jax.checkpoints.network import TrainedModel, load_model, read_description, save_model
 from vimd_jax.command import CONFIG, WORKDIR, Stopped, StopRequest, run, show_log
 from vimd_jax.config import check_settings
+from vimd_jax.data.augment import check_augment
 from vimd_jax.data.pipeline import steps_per_epoch, train_batches
 from vimd_jax.data.sources import Splits, check_readable, load_source
 from vimd_jax.log import TrainingError, readable_errors
@@ -39,6 +40,7 @@ log = logging.getLogger("vimd_jax.train")
 _COORDINATOR = flags.DEFINE_string("coordinator_address", None, "host:port of process 0, to train on several hosts.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With coordinator_address: how many processes there are.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "With coordinator_address: which one this is, from 0.")
+_WAIT_SECONDS = flags.DEFINE_integer("wait_seconds", 45, "With coordinator_address: for the other processes to start.")
 
 
 def check(config: ConfigDict, workdir: Path, made_before: set[Path] = frozenset()) -> Splits:
@@ -53,6 +55,7 @@ def check(config: ConfigDict, workdir: Path, made_before: set[Path] = frozenset(
       ValueError, FileNotFoundError, DatasetError: one line that names the field and the remedy.
     """
     check_settings(config)
+    check_augment(config.dataset.augment)
     parallel.check_batch_size("batch_size", config.batch_size)
     parallel.check_batch_size("eval_batch_size", config.eval_batch_size)
     data = Splits(*(load_source(config.dataset, s, seed=config.seed) for s in ("train", config.selection, "test")))
@@ -119,7 +122,7 @@ def _train(config: ConfigDict, workdir: Path, data: Splits, stop: StopRequest) -
     eval_step = steps.make_eval_step(nets)
     batches = train_batches(
         data.train, config.dataset, batch_size=config.batch_size, seed=config.seed, start_step=first_step,
-        process_index=jax.process_index(), process_count=jax.process_count(),
+        views=nets.views, process_index=jax.process_index(), process_count=jax.process_count(),
     )  # fmt: skip
     held_out = passes(data.held_out, config)
     state, replicated_frozen = parallel.replicate(state), parallel.replicate(frozen)
@@ -226,7 +229,7 @@ def main(_: list[str]) -> None:
     show_log()
     with parallel.together(), readable_errors(), parallel.naming_lost_processes():
         if _COORDINATOR.value:
-            parallel.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+            parallel.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _WAIT_SECONDS.value)
         stop = StopRequest()
         stages = workdirs.stages(CONFIG.value, Path(WORKDIR.value))
         made_before, checked = set(), []

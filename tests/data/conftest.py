@@ -3,6 +3,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vimd_jax.config import default_config
+
 
 @pytest.fixture
 def dataset_config():
@@ -19,9 +21,11 @@ def dataset_config():
                 validation_fraction=0.1,
                 crop_scale=(0.5, 1.0),
                 flip=True,
+                augment=default_config("classifier").dataset.augment.to_dict(),
                 eval_crop=1.0,
                 repeats=1,
                 on_error="stop",
+                reduced_decoding=False,
                 num_workers=0,
                 synthetic_classes=4,
                 synthetic_train_size=40,

@@ -181,3 +181,17 @@ def test_find_images_finds_nothing(tmp_path):
 def test_reading_images_does_not_import_the_training_pipeline():
     code = "import sys, vimd_jax.data.images, vimd_jax.data.transforms; print('grain' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code]) == b"False\n"
+
+
+@pytest.mark.parametrize("orientation, upright", [(1, (400, 240)), (6, (240, 400))])
+@pytest.mark.parametrize("factor, scale", [(1, 1), (2, 2), (3, 2), (4, 4), (9, 8)])
+def test_reduced_decoding(tmp_path, orientation, upright, factor, scale):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for name in ("image.jpg", "image.png"):
+        Image.new("RGB", (400, 240), (200, 100, 0)).save(tmp_path / name, exif=exif)
+    asked = []
+    reduced = read_image(tmp_path / "image.jpg", lambda *size: asked.append(size) or factor)
+    assert asked == [upright]
+    assert (reduced.width * scale, reduced.height * scale) == upright
+    assert read_image(tmp_path / "image.png", lambda *_: factor).size == upright

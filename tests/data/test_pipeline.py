@@ -41,6 +41,37 @@ def test_shapes_and_types(dataset_config):
     assert all(type(value) is np.ndarray for value in batch.values())
 
 
+@pytest.mark.parametrize("views", [("high",), ("low",), ("high", "low")])
+def test_only_the_views_that_are_asked_for(dataset_config, views):
+    config = dataset_config()
+    source = load_source(config, "train")
+    whole, part = take(source, config, 1)[0], take(source, config, 1, views=views)[0]
+    assert_same([part], [{key: value for key, value in whole.items() if key in views or key not in ("high", "low")}])
+
+
+def test_reduced_decoding_sees_the_same_crops(dataset_config, tmp_path):
+    rng = np.random.default_rng(0)
+    for name in ("train", "test"):
+        (tmp_path / name / "a").mkdir(parents=True)
+    for i, size in enumerate([(400, 304), (304, 400), (72, 56), (1000, 704)] * 2):
+        pixels = Image.fromarray(rng.integers(0, 256, (6, 6, 3), np.uint8)).resize(size, Image.Resampling.BICUBIC)
+        exif = Image.Exif()
+        exif[0x0112] = (1, 6)[i // 4]  # the second four lie on their side
+        pixels.save(tmp_path / f"train/a/{i}.jpg", quality=95, exif=exif)
+        pixels.save(tmp_path / f"test/a/{i}.jpg", quality=95)
+    config = dataset_config(name="folder", directory=str(tmp_path), validation_fraction=0.0, crop_scale=(0.3, 1.0))
+    reduced = dataset_config(**config.to_dict() | {"reduced_decoding": True})
+    source = load_source(config, "train")
+    whole, fast = take(source, config, 10), take(source, reduced, 10)
+    assert_same(fast[6:], take(source, reduced, 4, start_step=6))
+    for one, other in zip(whole, fast):
+        difference = np.abs(one["high"].astype(int) - other["high"]).mean(axis=(1, 2, 3))
+        assert difference.max() < 1
+        assert not difference[one["index"] % 4 == 2].any(), "an image that is too small is decoded in full"
+        assert difference.any()
+    assert_same(*(list(eval_batches(load_source(c, "test"), c, batch_size=4)) for c in (config, reduced)))
+
+
 def test_low_resolution_is_the_same_crop_down_sampled(dataset_config):
     config = dataset_config()
     batch = take(load_source(config, "train"), config, 1)[0]
@@ -61,6 +92,31 @@ def test_resuming_continues_as_if_never_interrupted(dataset_config, start):
     config = dataset_config(synthetic_train_size=37)  # epochs end in the middle of a batch
     source = load_source(config, "train")
     assert_same(take(source, config, 10)[start:], take(source, config, 10 - start, start_step=start))
+
+
+AUGMENT = {"rand_augment": "rand-m9-mstd0.5-inc1", "erasing_probability": 0.5}
+
+
+@pytest.mark.parametrize("augment", [AUGMENT, {"three_augment": True, "color_jitter": 0.3}])
+def test_augmented_batches_depend_on_nothing_but_seed_and_position(dataset_config, augment):
+    config = dataset_config(augment=augment, repeats=3)
+    source = load_source(config, "train")
+    batches = take(source, config, 10)
+    assert_same(batches[4:], take(source, config, 6, start_step=4))
+    assert_same(batches[2:4], take(source, dataset_config(augment=augment, repeats=3, num_workers=1), 2, start_step=2))
+    for high, low in zip(batches[0]["high"], batches[0]["low"]):
+        np.testing.assert_array_equal(low, low_resolution_view(Image.fromarray(high), 8))
+    plain = take(source, dataset_config(repeats=3), 10)
+    pairs = [(one, other) for a, b in zip(batches, plain) for one, other in zip(a["high"], b["high"])]
+    changed = np.mean([not np.array_equal(one, other) for one, other in pairs])
+    # Two operations, each with probability 1/2 (some change nothing), and erasing: 1 - 1/8 at most.
+    assert changed == 1 if "three_augment" in augment else 0.6 < changed < 0.95
+
+
+def test_evaluation_is_not_augmented(dataset_config):
+    config = dataset_config(augment={"rand_augment": "rand-m9-p1.0", "erasing_probability": 1.0})
+    test = load_source(config, "test")
+    assert_same(*(list(eval_batches(test, settings, batch_size=4)) for settings in (config, dataset_config())))
 
 
 @pytest.mark.parametrize("processes", [2, 4])
@@ -219,7 +275,7 @@ def test_an_image_that_cannot_be_read_is_not_tried_again(damaged, monkeypatch):
     damaged.on_error = "skip"
     source = load_source(damaged, "train")
     tries, read = collections.Counter(), type(source._source).read
-    monkeypatch.setattr(type(source._source), "read", lambda self, i: (tries.update([i]), read(self, i))[1])
+    monkeypatch.setattr(type(source._source), "read", lambda self, i, *_: (tries.update([i]), read(self, i))[1])
     take(source, damaged, 25, batch_size=2)
     assert max(tries[4], tries[5]) <= 2 and tries[6] > 5  # two threads may try at once
 

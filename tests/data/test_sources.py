@@ -193,7 +193,7 @@ def test_tfds_not_installed(dataset_config, monkeypatch):
 
 
 @pytest.fixture
-def fake_tfds(monkeypatch):
+def fake_tfds(monkeypatch, tmp_path):
     """The parts of tensorflow_datasets in use, with ten encoded images; TFDS itself is not a test dependency."""
 
     class ImageFeature:
@@ -207,11 +207,12 @@ def fake_tfds(monkeypatch):
     class Builder:
         splits = {"train": range(7), "test": range(10, 13)}
         info = types.SimpleNamespace(
+            full_name="oxford_iiit_pet/4.0.0",
             features={
                 "image": ImageFeature(),
                 "label": types.SimpleNamespace(names=["cat", "dog"]),
                 "file_name": object(),
-            }
+            },
         )
 
         def as_data_source(self, split, decoders):
@@ -224,6 +225,7 @@ def fake_tfds(monkeypatch):
         decode=types.SimpleNamespace(SkipDecoding=lambda: "skip"),
     )
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", module)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return Builder
 
 

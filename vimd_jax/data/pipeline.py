@@ -13,7 +13,7 @@ import os
 import signal
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import grain
 import numpy as np
@@ -21,13 +21,15 @@ from absl import flags
 from ml_collections import ConfigDict
 from PIL import Image
 
-from vimd_jax.data.images import DatasetError, UnreadableImage
+from vimd_jax.data.augment import augment
+from vimd_jax.data.images import DatasetError, Reduction, UnreadableImage
 from vimd_jax.data.sources import Source
-from vimd_jax.data.transforms import eval_view, low_resolution_view, train_view
+from vimd_jax.data.transforms import eval_view, low_resolution_view, random_crop_box, train_view
 
 Batch = dict[str, np.ndarray]
 
 ENDLESS = 2**48  # Grain requires a finite length
+VIEWS = ("high", "low")
 PADDING = -1  # index of the examples that fill up the last evaluation batch
 
 
@@ -38,6 +40,7 @@ def train_batches(
     batch_size: int,
     seed: int,
     start_step: int = 0,
+    views: Sequence[str] = VIEWS,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[Batch]:
@@ -45,11 +48,12 @@ def train_batches(
 
     Args:
         source: the training images.
-        config: `config.dataset`; reads high_resolution, low_resolution, crop_scale, flip, repeats, on_error and
-            num_workers.
+        config: `config.dataset`; reads high_resolution, low_resolution, crop_scale, flip, augment, repeats,
+            on_error, reduced_decoding and num_workers.
         batch_size: global batch size, over all processes.
         seed: determines the order and the augmentation.
         start_step: number of batches to skip; the rest are those of an uninterrupted run.
+        views: those of "high" and "low" that batches shall have; to leave one out saves its time.
         process_index: which of the process_count equal, contiguous slices of every global batch to yield.
         process_count: number of processes that train together.
 
@@ -62,7 +66,7 @@ def train_batches(
         DatasetError: at once for invalid arguments; while iterating for unreadable images, unless
             config.on_error = "skip", which replaces and logs them.
     """
-    example = functools.partial(_train_example, source, config, seed)
+    example = functools.partial(_train_example, source, config, seed, views)
     return _batches(example, range(start_step, ENDLESS), config, batch_size, process_index, process_count)
 
 
@@ -100,13 +104,32 @@ def samples_per_epoch(size: int, repeats: int) -> int:
     return size if repeats == 1 or size < 256 else size // 256 * 256
 
 
-def _train_example(source: Source, config: ConfigDict, seed: int, i: int) -> Batch:
+def _train_example(source: Source, config: ConfigDict, seed: int, views: Sequence[str], i: int) -> Batch:
     epoch, position = divmod(i, samples_per_epoch(len(source), config.repeats))
     scheduled = int(_epoch_order(seed, epoch, len(source))[position // config.repeats])
-    index, image = _next_readable(source, scheduled, config.on_error)
+    reduction = _Reduction(config, (seed, 1, i)) if config.reduced_decoding else None
+    index, image = _next_readable(source, scheduled, config.on_error, reduction)
     rng = np.random.default_rng((seed, 1, i))
-    high = train_view(image, config.high_resolution, rng, crop_scale=config.crop_scale, flip=config.flip)
-    return _example(high, config, source.labels[index], index, skipped=index != scheduled)
+    high = train_view(
+        image, config.high_resolution, rng, crop_scale=config.crop_scale, flip=config.flip,
+        full_size=reduction and reduction.full_size,
+    )  # fmt: skip
+    high = augment(high, config.augment, rng)
+    return _example(high, config, source.labels[index], index, views=views, skipped=index != scheduled)
+
+
+class _Reduction:
+    """How much smaller an image may be for the crop that a seed draws, to be no smaller than the view made of it."""
+
+    def __init__(self, config: ConfigDict, seed: tuple[int, ...]):
+        self._config, self._seed = config, seed
+        self.full_size: tuple[int, int] | None = None  # of the image that was read last
+
+    def __call__(self, width: int, height: int) -> int:
+        self.full_size = width, height
+        rng = np.random.default_rng(self._seed)
+        left, top, right, bottom = random_crop_box(width, height, rng, self._config.crop_scale)
+        return max(1, min(right - left, bottom - top) // self._config.high_resolution)
 
 
 def _eval_example(source: Source, config: ConfigDict, period: int, i: int) -> Batch:
@@ -121,11 +144,18 @@ def _eval_example(source: Source, config: ConfigDict, period: int, i: int) -> Ba
 
 
 def _example(
-    high: Image.Image, config: ConfigDict, label: int, index: int, weight: float = 1, skipped: bool = False
+    high: Image.Image,
+    config: ConfigDict,
+    label: int,
+    index: int,
+    *,
+    views: Sequence[str] = VIEWS,
+    weight: float = 1,
+    skipped: bool = False,
 ) -> Batch:
+    made = {"high": lambda: high, "low": lambda: low_resolution_view(high, config.low_resolution)}
     return {
-        "high": np.asarray(high),
-        "low": np.asarray(low_resolution_view(high, config.low_resolution)),
+        **{name: np.asarray(made[name]()) for name in views},
         "label": np.int32(label),
         "index": np.int32(index),
         "weight": np.float32(weight),
@@ -138,16 +168,16 @@ def _epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
     return np.random.default_rng((seed, 0, epoch)).permutation(size)
 
 
-def _next_readable(source: Source, start: int, on_error: str) -> tuple[int, Image.Image]:
+def _next_readable(source: Source, start: int, on_error: str, reduction: Reduction | None) -> tuple[int, Image.Image]:
     """The first readable image from `start` on, with its index; unless on_error is "skip", that is `start` itself."""
     for i in range(start, start + len(source)):
         i %= len(source)
-        if image := read_or_skip(source, i, on_error):
+        if image := read_or_skip(source, i, on_error, reduction):
             return i, image
     raise DatasetError(f"none of the {len(source)} training images can be read; check config.dataset.directory")
 
 
-def read_or_skip(source: Source, i: int, on_error: str) -> Image.Image | None:
+def read_or_skip(source: Source, i: int, on_error: str, reduction: Reduction | None = None) -> Image.Image | None:
     """Image i of a source; None if it cannot be read and on_error is "skip", which is logged once.
 
     Raises:
@@ -157,7 +187,7 @@ def read_or_skip(source: Source, i: int, on_error: str) -> Image.Image | None:
     if name in _unreadable:
         return None
     try:
-        return source.read(i)
+        return source.read(i, reduction)
     except UnreadableImage as error:
         if on_error == "stop":
             remedy = "remove or replace it, or set config.dataset.on_error=skip"

@@ -19,12 +19,14 @@ from vimd_jax.data.catalog import DATASETS
 from vimd_jax.data.images import (
     EXTENSIONS,
     DatasetError,
+    Reduction,
     UnreadableImage,
     check_header,
     decode_image,
     is_image_name,
     read_image,
 )
+from vimd_jax.data.labels import cached_labels
 from vimd_jax.data.synthetic import class_markings, draw_bird
 
 log = logging.getLogger(__name__)
@@ -47,8 +49,8 @@ class Source:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def read(self, i: int) -> Image.Image:
-        """Image i in RGB; raises UnreadableImage."""
+    def read(self, i: int, reduction: Reduction | None = None) -> Image.Image:
+        """Image i in RGB, a JPEG where possible smaller by what `reduction` allows; raises UnreadableImage."""
         raise NotImplementedError
 
     def check(self, i: int) -> None:
@@ -169,8 +171,8 @@ class FolderSource(Source):
             kinds = ", ".join(f"{count} with {suffix}" for suffix, count in ignored.most_common(5))
             _warn_once(f"{folder}: files are ignored that have no name of an image: {kinds}")
 
-    def read(self, i: int) -> Image.Image:
-        return read_image(self.paths[i])
+    def read(self, i: int, reduction: Reduction | None = None) -> Image.Image:
+        return read_image(self.paths[i], reduction)
 
     def check(self, i: int) -> None:
         check_header(self.paths[i])
@@ -186,7 +188,7 @@ class TfdsSource(Source):
     """A split that TensorFlow Datasets has prepared in its random-access format; reading needs no TensorFlow."""
 
     def __init__(self, name: str, split: str):
-        """Opens the data and reads every label once.
+        """Opens the data; the first time, every label is read, see `cached_labels`.
 
         Args:
             name: the dataset's TFDS name, prepared in TFDS_DATA_DIR or ~/tensorflow_datasets.
@@ -214,11 +216,11 @@ class TfdsSource(Source):
                 "(needs tensorflow), or set config.dataset.directory to a folder of class folders"
             ) from error
         self.class_names = tuple(builder.info.features["label"].names)
-        self.labels = np.array([record["label"] for record in self._records], np.int32)
+        self.labels = cached_labels(self._records, f"{builder.info.full_name}-{split}")
         self._name = f"{name}[{split}]"
 
-    def read(self, i: int) -> Image.Image:
-        return decode_image(io.BytesIO(self._records[int(i)]["image"]), self.name(i))
+    def read(self, i: int, reduction: Reduction | None = None) -> Image.Image:
+        return decode_image(io.BytesIO(self._records[int(i)]["image"]), self.name(i), reduction)
 
     def check(self, i: int) -> None:
         decode_image(io.BytesIO(self._records[int(i)]["image"]), self.name(i), header_only=True)
@@ -250,7 +252,7 @@ class SyntheticSource(Source):
         self.class_names = tuple(map(str, self._markings))
         self.labels = (np.arange(size) % len(self._markings)).astype(np.int32)
 
-    def read(self, i: int) -> Image.Image:
+    def read(self, i: int, reduction: Reduction | None = None) -> Image.Image:
         if i not in self._images:
             rng = np.random.default_rng((SPLITS.index(self._split), i))  # the splits share no image
             self._images[i] = np.asarray(draw_bird(self._markings[self.labels[i]], self._side, rng))
@@ -268,8 +270,8 @@ class Subset(Source):
         self.class_names = source.class_names
         self.labels = source.labels[indices]
 
-    def read(self, i: int) -> Image.Image:
-        return self._source.read(self._indices[i])
+    def read(self, i: int, reduction: Reduction | None = None) -> Image.Image:
+        return self._source.read(self._indices[i], reduction)
 
     def check(self, i: int) -> None:
         self._source.check(self._indices[i])

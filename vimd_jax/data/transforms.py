@@ -12,7 +12,13 @@ ASPECT_RATIOS = (3 / 4, 4 / 3)
 
 
 def train_view(
-    image: Image.Image, size: int, rng: np.random.Generator, *, crop_scale: tuple[float, float], flip: bool
+    image: Image.Image,
+    size: int,
+    rng: np.random.Generator,
+    *,
+    crop_scale: tuple[float, float],
+    flip: bool,
+    full_size: tuple[int, int] | None = None,
 ) -> Image.Image:
     """A random crop of the image, resized to size × size and, if `flip`, mirrored half of the time.
 
@@ -22,9 +28,17 @@ def train_view(
         rng: the only source of randomness.
         crop_scale: smallest and largest fraction of the image's area that the crop covers.
         flip: mirror left to right with probability 1/2.
+        full_size: (width, height) of the image before it was decoded at a smaller scale; the crop is then the
+            one that would be drawn from the full image.
     """
-    box = random_crop_box(*image.size, rng, crop_scale)
-    view = image.crop(box).resize((size, size), Image.Resampling.BICUBIC)
+    box = random_crop_box(*(full_size or image.size), rng, crop_scale)
+    if full_size in (None, image.size):
+        view = image.crop(box).resize((size, size), Image.Resampling.BICUBIC)
+    else:
+        # JPEGs are decoded at 1/2, 1/4 or 1/8 scale, and their last pixel may lie partly outside of the image.
+        scale = round(max(full_size[0] / image.width, full_size[1] / image.height))
+        box = tuple(edge / scale for edge in box)
+        view = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
     if flip and rng.random() < 0.5:
         view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return view

@@ -47,6 +47,12 @@ class Networks:
         """The network that comes out: what is evaluated and saved."""
         return SRVM(self.sr, self.trained) if self.is_student else self.trained
 
+    @property
+    def views(self) -> tuple[str, ...]:
+        """The images of a batch that training reads, "low" or "high" or both."""
+        low = ("low",) if self.reads_low else ()
+        return low if self.is_student and self.teacher is None else (*low, "high")
+
     def product_variables(self, trained: Variables, frozen: dict[str, Variables]) -> Variables:
         """The variables of the product, from those of the trained network and of the frozen ones."""
         return join(frozen.get("sr"), trained) if self.is_student else trained

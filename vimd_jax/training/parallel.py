@@ -72,13 +72,14 @@ def any_process(number: int) -> int:
     return int(np.max(multihost_utils.process_allgather(np.array(number)))) if jax.process_count() > 1 else number
 
 
-def join(address: str, count: int | None, index: int | None) -> None:
+def join(address: str, count: int | None, index: int | None, wait_seconds: int) -> None:
     """Makes this process one of several that train together.
 
     Args:
       address: host:port of the first process.
       count: how many processes there are.
       index: which one this is, from 0.
+      wait_seconds: for the others to start.
 
     Raises:
       ValueError: the address does not resolve, or a number is missing or out of range.
@@ -94,7 +95,7 @@ def join(address: str, count: int | None, index: int | None) -> None:
         )
     _leave_last_words()
     # JAX ends a process, through abort, this long after it last heard of the others.
-    jax.distributed.initialize(address, count, index, heartbeat_timeout_seconds=30)
+    jax.distributed.initialize(address, count, index, initialization_timeout=wait_seconds, heartbeat_timeout_seconds=30)
 
 
 def _leave_last_words() -> None:

@@ -2,6 +2,7 @@
 
 Everything here is a pure function of arrays, traced once and run on every device (see parallel.py).
 A batch holds uint8 images of the same crop, "high" (b, H, W, 3) and "low" (b, h, w, 3), "label" (b,), "weight" (b,).
+Mixup and cutmix make the images float32, in the same range, and add "targets" (b, classes), the soft labels.
 """
 
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from ml_collections import ConfigDict
 from vimd_jax import losses
 from vimd_jax.models.network import input_images
 from vimd_jax.models.srvm import bicubic
+from vimd_jax.training.mixing import mix
 from vimd_jax.training.networks import Networks
 from vimd_jax.training.parallel import AXIS, over_devices
 
@@ -69,12 +71,12 @@ def _sr_objective(config: ConfigDict, networks: Networks) -> Callable:
 
 
 def _classifier_objective(config: ConfigDict, networks: Networks) -> Callable:
-    """Label-smoothed cross-entropy on the high-resolution image."""
+    """The loss on the labels, from the high-resolution image."""
 
     def objective(variables, frozen, batch, rngs):
         logits, batch_stats = _forward(networks, variables, unit(batch["high"]), rngs)
-        loss = losses.label_smoothing_cross_entropy(logits, batch["label"], config.loss.label_smoothing)
-        return loss, ({"cross_entropy": loss}, batch_stats)
+        loss = _label_loss(config.loss, logits, batch)
+        return loss, ({config.loss.label_loss: loss}, batch_stats)
 
     return objective
 
@@ -87,8 +89,8 @@ def _student_objective(config: ConfigDict, networks: Networks) -> Callable:
     def objective(variables, frozen, batch, rngs):
         images = networks.restore(frozen, unit(batch["low"]))
         (logits, features), batch_stats = _forward(networks, variables, images, rngs, return_features=True)
-        cross_entropy = losses.label_smoothing_cross_entropy(logits, batch["label"], weights.label_smoothing)
-        loss, terms = cross_entropy, {"cross_entropy": cross_entropy}
+        loss = _label_loss(weights, logits, batch)
+        terms = {weights.label_loss: loss}
         if networks.teacher is not None:
             high = unit(batch["high"])
             teacher_logits, teacher_features = networks.teacher.apply(frozen["teacher"], high, return_features=True)
@@ -102,6 +104,31 @@ def _student_objective(config: ConfigDict, networks: Networks) -> Callable:
         return loss, (terms, batch_stats)
 
     return objective
+
+
+def _label_loss(options: ConfigDict, logits: jax.Array, batch: Batch) -> jax.Array:
+    """The loss of config.loss.label_loss on the labels, or on the soft labels of images that are mixed."""
+    if options.label_loss == "cross_entropy" and "targets" not in batch:
+        return losses.label_smoothing_cross_entropy(logits, batch["label"], options.label_smoothing)
+    targets = batch.get("targets")
+    if targets is None:
+        targets = losses.smoothed_targets(batch["label"], logits.shape[-1], options.label_smoothing)
+    if options.label_loss == "cross_entropy":
+        return losses.soft_target_cross_entropy(logits, targets)
+    return losses.binary_cross_entropy(logits, targets, options.target_threshold)
+
+
+def _check_label_loss(options: ConfigDict, num_classes: int) -> None:
+    binary, threshold, smoothing = "binary_cross_entropy", options.target_threshold, options.label_smoothing
+    if options.label_loss not in ("cross_entropy", binary):
+        raise ValueError(f"label_loss is {options.label_loss!r}: choose cross_entropy or {binary}")
+    if threshold is not None and options.label_loss != binary:
+        raise ValueError(f"target_threshold is {threshold}, but only label_loss={binary} has one")
+    if threshold is not None and threshold < smoothing / num_classes:
+        raise ValueError(
+            f"with label_smoothing {smoothing}, every class is above target_threshold {threshold}: "
+            "set label_smoothing to 0"
+        )
 
 
 def _forward(networks: Networks, variables: Any, images: jax.Array, rngs: Any, **options: Any) -> tuple[Any, Any]:
@@ -145,9 +172,12 @@ def check_objective(config: ConfigDict, networks: Networks) -> None:
         sizes = {"high": config.dataset.high_resolution, "low": config.dataset.low_resolution}
         batch = {name: jnp.zeros((1, size, size, 3), jnp.uint8) for name, size in sizes.items()}
         batch["label"] = jnp.zeros(1, jnp.int32)
+        batch = _mixed(config, networks, key, batch)
         return objective(variables(networks.trained), frozen, batch, {"drop_path": key})
 
     try:
+        if config.stage != "sr":
+            _check_label_loss(config.loss, networks.trained.num_classes)
         jax.eval_shape(jax.vmap(trace, axis_name=AXIS), jax.random.split(jax.random.key(0), 1))
     except ValueError as error:
         raise ValueError(f"config.loss: {error}") from error
@@ -155,6 +185,18 @@ def check_objective(config: ConfigDict, networks: Networks) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Steps
+
+
+def _mixed(config: ConfigDict, networks: Networks, key: jax.Array, batch: Batch) -> Batch:
+    """The batch after mixup or cutmix, if they are on: with mixed views and their soft labels, "targets"."""
+    mixing = config.mixing
+    if config.stage == "sr" or not (mixing.mixup_alpha or mixing.cutmix_alpha):
+        return batch
+    views, classes = {name: batch[name] for name in networks.views}, networks.trained.num_classes
+    views, targets = mix(
+        key, views, batch["label"], classes, **mixing, smoothing=config.loss.label_smoothing, axis_name=AXIS
+    )
+    return {**batch, **views, "targets": targets}
 
 
 def make_train_step(
@@ -166,6 +208,7 @@ def make_train_step(
     def train_step(state, frozen, batch):
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         rngs = {"drop_path": jax.random.fold_in(key, 0)}
+        batch = _mixed(config, networks, jax.random.fold_in(key, 1), batch)
 
         def loss_of(params):
             return objective(_variables(params, state.batch_stats), frozen, batch, rngs)
@@ -223,5 +266,5 @@ def psnr(image: jax.Array, truth: jax.Array) -> jax.Array:
 
 
 def unit(images: jax.Array) -> jax.Array:
-    """uint8 images as float32 in [0, 1]."""
+    """Images with values from 0 to 255 as float32 in [0, 1]."""
     return images.astype(jnp.float32) / 255
