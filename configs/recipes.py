@@ -42,7 +42,26 @@ def student(recipe: str) -> ConfigDict:
 
 
 def teacher(recipe: str) -> ConfigDict:
-    """HRVM-Net, by its one recipe: the released teacher script cannot start (it imports a class that is not there)."""
-    if recipe != "paper":
-        raise ValueError(f'The recipe is {recipe!r}, but a teacher has only "paper": the released script cannot start.')
-    return default_config("teacher")
+    """HRVM-Net by the recipe "paper" or "logged".
+
+    The released teacher script cannot start (it imports a class that is not there). "logged" is what the authors' logs
+    show of the teacher that reached 84.47 % on CUB: 300 epochs with RandAugment, mixup, cutmix and random erasing.
+    """
+    config = default_config("teacher")
+    if recipe == "logged":
+        config.dataset.augment.rand_augment = "rand-m9-mstd0.5-inc1"
+        config.dataset.augment.erasing_probability = 0.25
+        config.dataset.repeats = 3
+        config.dataset.validation_fraction = 0.0
+        config.selection = "test"
+        config.mixing.mixup_alpha = 0.8
+        config.mixing.cutmix_alpha = 1.0
+        config.schedule.name = "timm_epoch"
+        config.schedule.learning_rate = 5e-6
+        config.schedule.reference_batch_size = 512
+        config.schedule.min_learning_rate = 1e-5
+        config.schedule.warmup_learning_rate = 1e-5
+        config.schedule.num_epochs = 300
+    elif recipe != "paper":
+        raise ValueError(f'The recipe is {recipe!r}: choose "paper" or "logged".')
+    return config

@@ -4,6 +4,7 @@ Command     python -m vimd_jax.train --config configs/small_classifier.py:local_
               --config.dataset.directory=DIR
 Data        a folder: DIR/train/<class>/*.jpg, DIR/test/<class>/*.jpg
 Networks    64-pixel images; 4 layers of 64 channels, or 4 stages of 24 to 192 channels
+Search      local_vim_search is the supernet of LocalVim's search, at half the width; see vimd_jax/search.py
 Measured    docs/benchmarks.md
 """
 
@@ -11,10 +12,11 @@ from vimd_jax.config import default_config
 
 ISOTROPIC = {"embed_dim": 64, "depth": 4, "patch_size": 8, "stride": 8}
 HIERARCHICAL = {"dims": (24, 48, 96, 192), "depths": (1, 1, 2, 1)}
-WINDOWS = {"directions": (("h", "h_flip", "w2", "w2_flip"),)}
+WINDOWS = {"directions": (("h", "h_flip", "w2", "w2_flip"),)}  # of every layer
 OPTIONS = {
     "vim_tiny": ISOTROPIC,
     "local_vim_tiny": ISOTROPIC | WINDOWS,
+    "local_vim_search": ISOTROPIC | {"embed_dim": 32},
     "v2m_tiny": ISOTROPIC,
     "vmamba_tiny": HIERARCHICAL,
     "local_vmamba_tiny": HIERARCHICAL | WINDOWS,

@@ -76,9 +76,12 @@ _LABELLED = ("classifier", "teacher", "student")
 _SETTINGS = {
     "seed": Setting(0, _at_least(0), "decides the initial weights, the order of the images and their augmentation"),
     "batch_size": Setting(16, _at_least(1), "images a step, over all devices and hosts"),
+    "accumulation_steps": Setting(
+        1, _at_least(1), "parts that a device computes its share of a batch in, one after the other, to save memory"
+    ),
     "eval_batch_size": Setting(64, _at_least(1), "the same in an evaluation", changeable=True),
     "ema_decay": Setting(
-        0.0, _BELOW_1, "above 0 keeps an exponential moving average of the weights, evaluates and saves it"
+        0.0, _BELOW_1, "above 0 keeps an exponential moving average of all variables, evaluates and saves it"
     ),
     "selection": Setting(
         "validation", _one_of("validation", "test"), 'split that picks the best network; "test" is the published habit'
@@ -159,16 +162,34 @@ _SETTINGS = {
         "all", _ANY, 'layers that are distilled: "all", "last", or numbers as in "5,11,23"', stages=("student",)
     ),
     "loss.hidden_normalize": Setting(True, _ANY, "scale each token to unit length first", stages=("student",)),
+    "loss.hidden_map": Setting(
+        False,
+        _ANY,
+        "ours, not the paper's: a learned linear map from each layer of the student to the teacher's layer of the same "
+        "relative depth, for networks of different shapes",
+        stages=("student",),
+    ),
     "optimizer.weight_decay": Setting(1e-8, _at_least(0), "of AdamW"),
     "optimizer.b1": Setting(0.9, _BELOW_1, "of AdamW"),
     "optimizer.b2": Setting(0.999, _BELOW_1, "of AdamW"),
     "optimizer.eps": Setting(1e-8, _ABOVE_0, "of AdamW"),
     "optimizer.clip_norm": Setting(float, _ABOVE_0, "largest global norm of the gradients; none: any"),
+    "optimizer.layer_decay": Setting(
+        1.0, _SHARE, "factor of the learning rate from each layer to the one before it; 1: off"
+    ),
+    "optimizer.freeze": Setting(
+        "", _ANY, 'regular expression of parameters that are not trained, as "^(patch_embed|position)"; empty: none'
+    ),
     "optimizer.decay_state_matrix": Setting(True, _ANY, "weight decay shrinks A_log too, as published"),
     "schedule.name": Setting(
-        "cosine", _one_of("cosine", "timm_epoch"), "timm_epoch: the originals' schedule with its one-epoch lag"
+        "cosine",
+        _one_of("cosine", "timm_epoch", "staircase"),
+        "timm_epoch: Vim's with its one-epoch lag; staircase: LocalMamba's, whose warm-up rises once an epoch",
     ),
     "schedule.learning_rate": Setting(5e-5, _at_least(0), "at the peak"),
+    "schedule.reference_batch_size": Setting(
+        0, _at_least(0), "above 0: learning_rate is for this batch size, and multiplied by batch_size / it"
+    ),
     "schedule.min_learning_rate": Setting(1e-6, _at_least(0), "at the end"),
     "schedule.warmup_learning_rate": Setting(1e-6, _at_least(0), "at the start"),
     "schedule.warmup_epochs": Setting(5, _at_least(0), "epochs until the peak"),

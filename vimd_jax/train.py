@@ -30,10 +30,10 @@ from vimd_jax.data.augment import check_augment
 from vimd_jax.data.pipeline import steps_per_epoch, train_batches
 from vimd_jax.data.sources import Splits, check_readable, load_source
 from vimd_jax.log import TrainingError, readable_errors
-from vimd_jax.training import networks, parallel, plots, steps, workdirs
+from vimd_jax.training import hidden_map, networks, parallel, plots, steps, workdirs
 from vimd_jax.training.evaluation import evaluate, passes, save_panel
 from vimd_jax.training.metrics import MetricWriter, Progress, read_metrics
-from vimd_jax.training.optimizer import create_optimizer, create_schedule
+from vimd_jax.training.optimizer import create_optimizer, create_schedule, frozen_mask, scaled_schedule
 
 log = logging.getLogger("vimd_jax.train")
 
@@ -56,11 +56,14 @@ def check(config: ConfigDict, workdir: Path, made_before: set[Path] = frozenset(
     """
     check_settings(config)
     check_augment(config.dataset.augment)
-    parallel.check_batch_size("batch_size", config.batch_size)
+    parallel.check_batch_size("batch_size", config.batch_size, config.accumulation_steps)
     parallel.check_batch_size("eval_batch_size", config.eval_batch_size)
     data = Splits(*(load_source(config.dataset, s, seed=config.seed) for s in ("train", config.selection, "test")))
     create_schedule(config.schedule, steps_per_epoch(data.train, config.dataset, config.batch_size))
-    steps.check_objective(config, networks.build_networks(config, len(data.train.class_names)))
+    nets = networks.build_networks(config, len(data.train.class_names))
+    if config.optimizer.freeze:
+        frozen_mask(networks.zeros(nets.trained)["params"], config.optimizer.freeze)
+    steps.check_objective(config, nets)
     if parallel.is_first():
         networks.check_sources_of_weights(config, workdir, made_before)
         workdirs.check(workdir, config, data)
@@ -96,14 +99,17 @@ def _train(config: ConfigDict, workdir: Path, data: Splits, stop: StopRequest) -
     variables, frozen = networks.initial_variables(config, nets, workdir)
     epoch_steps = steps_per_epoch(data.train, config.dataset, config.batch_size)
     total_steps = epoch_steps * config.schedule.num_epochs
-    schedule = create_schedule(config.schedule, epoch_steps)
+    variables = hidden_map.add(config, nets, variables)
+    schedule = create_schedule(scaled_schedule(config), epoch_steps)
     optimizer = create_optimizer(config.optimizer, variables["params"], schedule, nets.trained.decays)
     state = steps.create_state(config, variables, optimizer)
     workdirs.claim(workdir, config, data)
     log.info(
-        "Stage %s: %s parameters, %d images of %d classes, %d epochs of %d steps, %d devices.",
+        "Stage %s: %s parameters, %d images of %d classes, %d epochs of %d steps of %d images, learning rate %.3g, "
+        "%d devices.",
         config.stage, f"{networks.count(state.params):,}", len(data.train), len(class_names),
-        config.schedule.num_epochs, epoch_steps, jax.device_count(),
+        config.schedule.num_epochs, epoch_steps, config.batch_size, scaled_schedule(config).learning_rate,
+        jax.device_count(),
     )  # fmt: skip
 
     # 2. The latest checkpoint, if there is one.

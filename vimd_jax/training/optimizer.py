@@ -1,5 +1,6 @@
 """Learning-rate schedules and AdamW as the originals use them."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ def create_schedule(config: ConfigDict, steps_per_epoch: int) -> optax.Schedule:
     min_learning_rate.
     "timm_epoch": the originals' (timm 0.4.12, stepped after each epoch with the number of the one just finished):
     constant within an epoch, one epoch late, and the cosine's clock starts with the warm-up.
+    "staircase": LocalMamba's and EfficientVMamba's: the warm-up rises once an epoch, the cosine falls at every step.
 
     Args:
       config: name, learning_rate, min_learning_rate, warmup_learning_rate, warmup_epochs, num_epochs.
@@ -35,7 +37,20 @@ def create_schedule(config: ConfigDict, steps_per_epoch: int) -> optax.Schedule:
         return _cosine(config, steps_per_epoch)
     if config.name == "timm_epoch":
         return _timm_epoch(config, steps_per_epoch)
-    raise ValueError(f'config.schedule.name: {config.name!r} is unknown, choose "cosine" or "timm_epoch"')
+    if config.name == "staircase":
+        return _staircase(config, steps_per_epoch)
+    raise ValueError(f"config.schedule.name: {config.name!r} is unknown, choose cosine, timm_epoch or staircase")
+
+
+def scaled_schedule(config: ConfigDict) -> ConfigDict:
+    """config.schedule with the learning rate for config.batch_size, which reference_batch_size scales linearly.
+
+    Only the peak is scaled, as DeiT does (Touvron et al., https://arxiv.org/abs/2012.12877, section 6).
+    """
+    schedule = config.schedule.copy_and_resolve_references()
+    if schedule.reference_batch_size:
+        schedule.learning_rate *= config.batch_size / schedule.reference_batch_size
+    return schedule
 
 
 def _cosine(config: ConfigDict, steps_per_epoch: int) -> optax.Schedule:
@@ -46,6 +61,19 @@ def _cosine(config: ConfigDict, steps_per_epoch: int) -> optax.Schedule:
         rising = step / max(warmup, 1)
         falling = jnp.clip((step - warmup) / max(total - warmup, 1), 0.0, 1.0)
         peak, low, first = config.learning_rate, config.min_learning_rate, config.warmup_learning_rate
+        decayed = low + (peak - low) * 0.5 * (1 + jnp.cos(jnp.pi * falling))
+        return jnp.where(step < warmup, first + (peak - first) * rising, decayed)
+
+    return schedule
+
+
+def _staircase(config: ConfigDict, steps_per_epoch: int) -> optax.Schedule:
+    warmup, total = config.warmup_epochs * steps_per_epoch, config.num_epochs * steps_per_epoch
+    peak, low, first = config.learning_rate, config.min_learning_rate, config.warmup_learning_rate
+
+    def schedule(step):
+        rising = (step // steps_per_epoch) / max(config.warmup_epochs, 1)
+        falling = jnp.maximum(step - warmup - 1, 0) / (total - warmup)
         decayed = low + (peak - low) * 0.5 * (1 + jnp.cos(jnp.pi * falling))
         return jnp.where(step < warmup, first + (peak - first) * rising, decayed)
 
@@ -78,11 +106,17 @@ def create_optimizer(
     Args:
       config: weight_decay, b1, b2, eps; clip_norm, the largest global norm of the gradients (None: any);
         decay_state_matrix, whether A_log is decayed. Vim means to exempt it, but as published it is decayed.
+        freeze, a regular expression of the paths that stay as they are (optional); layer_decay, see `layer_scales`
+        (optional).
       params: the parameters to train.
       schedule: learning rate by step.
       decays: the network's `decays`, which says for the path of a parameter whether weight decay shrinks it; None is
         the rule of Vim.
+
+    Raises:
+      ValueError: config.optimizer.freeze is no regular expression, or freezes nothing, or all.
     """
+    layer_decay, freeze = config.get("layer_decay", 1.0), config.get("freeze", "")
     adamw = optax.adamw(
         schedule,
         b1=config.b1,
@@ -91,9 +125,65 @@ def create_optimizer(
         weight_decay=config.weight_decay,
         mask=decay_mask(params, config.decay_state_matrix, decays or Network.decays),
     )
-    if config.clip_norm is None:
-        return adamw
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+    parts = [adamw]
+    if config.clip_norm is not None:
+        parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
+    if layer_decay != 1:
+        parts.append(_scale_by_tree(layer_scales(params, layer_decay)))
+    if freeze:
+        trains = _scale_by_tree(jax.tree.map(lambda frozen: 0.0 if frozen else 1.0, frozen_mask(params, freeze)))
+        parts = [trains, *parts, trains]  # frozen gradients do not count for the norm, frozen weights do not shrink
+    return optax.chain(*parts) if len(parts) > 1 else adamw
+
+
+def _scale_by_tree(scales: Any) -> optax.GradientTransformation:
+    """Multiplies every leaf of the updates by its own scale."""
+    return optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, scales))
+
+
+def frozen_mask(params: Any, pattern: str) -> Any:
+    """True for the parameters whose path, as "layers/mixer/in_proj/kernel", contains a match of a regular expression.
+
+    Raises:
+      ValueError: it is none, or it matches nothing, or everything.
+    """
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"config.optimizer.freeze is {pattern!r}, which is no regular expression: {error}") from error
+    paths = jax.tree_util.tree_map_with_path(lambda path, _: "/".join(key.key for key in path), params)
+    mask = jax.tree.map(lambda path: bool(expression.search(path)), paths)
+    matches = jax.tree.leaves(mask)
+    if any(matches) != all(matches):
+        return mask
+    names = ", ".join(sorted({path.split("/")[0] for path in jax.tree.leaves(paths)}))
+    raise ValueError(
+        f"config.optimizer.freeze is {pattern!r}, which matches {'every' if all(matches) else 'no'} parameter; their "
+        f"paths begin with {names}"
+    )
+
+
+def layer_scales(params: Any, decay: float) -> Any:
+    """Layer-wise decay of the learning rate: decay^(distance to the head), as BEiT fine-tunes.
+
+    The head and the last norm have distance 0, the last layer 1, the embeddings the most (Bao et al.,
+    https://arxiv.org/abs/2106.08254). What merges patches between two stages counts as the layer that follows.
+    """
+    stacks = sorted(name for name in params if name == "layers" or name.startswith("stage_"))
+    depths = [len(jax.tree.leaves(params[name])[0]) for name in stacks]
+    before = dict(zip(stacks, np.cumsum([1, *depths])))
+    before |= {f"downsample_{i}": before[f"stage_{i + 1}"] for i in range(len(stacks) - 1)}
+    last = 1 + sum(depths)
+
+    def scale(path, leaf):
+        name = path[0].key
+        if name in stacks:
+            numbers = before[name] + np.arange(len(leaf)).reshape(-1, *[1] * (leaf.ndim - 1))
+        else:
+            numbers = before.get(name, last if name in ("norm", "head", "hidden_map") else 0)
+        return jnp.asarray(float(decay) ** (last - numbers), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(scale, params)
 
 
 def decay_mask(

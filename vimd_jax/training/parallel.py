@@ -47,11 +47,12 @@ def fetch(tree: Any) -> Any:
     return jax.device_get(jax.tree.map(lambda x: x.addressable_data(0)[0], tree))
 
 
-def check_batch_size(field: str, batch_size: int) -> None:
-    """Raises ValueError unless the devices can share a batch of this size equally."""
-    if batch_size < 1 or batch_size % jax.device_count():
+def check_batch_size(field: str, batch_size: int, parts: int = 1) -> None:
+    """Raises ValueError unless the devices can share a batch of this size equally, each of them in `parts`."""
+    if batch_size < 1 or batch_size % (jax.device_count() * parts):
+        times = f" times config.accumulation_steps, {parts}" if parts > 1 else ""
         raise ValueError(
-            f"config.{field} is {batch_size}: choose a multiple of the number of devices, {jax.device_count()}."
+            f"config.{field} is {batch_size}: choose a multiple of the number of devices, {jax.device_count()}{times}."
         )
 
 

@@ -1,5 +1,6 @@
 """Plots of a run: its curves, and what the networks see and predict."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,21 @@ def save_panel(columns: dict[str, np.ndarray], captions: list[str], path: Path) 
     for row, caption in enumerate(captions):
         axes[row, 0].text(0, -0.04, caption, transform=axes[row, 0].transAxes, fontsize=8, va="top", in_layout=False)
     _save(figure, path)
+
+
+def save_direction_probabilities(
+    probabilities: np.ndarray, names: Sequence[str], chosen: Sequence[Sequence[str]], path: Path
+) -> None:
+    """Draws the probability of every direction (layers, directions) in every layer; a dot marks the chosen ones."""
+    layers = len(probabilities)
+    figure, axes = plt.subplots(figsize=(6, 1.5 + 0.3 * layers), layout="constrained")
+    image = axes.imshow(probabilities, cmap="viridis", aspect="auto")
+    points = [(names.index(name), layer) for layer, of_layer in enumerate(chosen) for name in of_layer]
+    axes.plot(*zip(*points), "o", color="white", markersize=4)
+    axes.set(xticks=range(len(names)), xticklabels=names, yticks=range(layers), ylabel="layer", xlabel="direction")
+    figure.colorbar(image, label="probability")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def save_confusion(confusion: np.ndarray, class_names: tuple[str, ...], path: Path) -> None:

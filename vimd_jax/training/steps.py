@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from vimd_jax import losses
 from vimd_jax.models.network import input_images
 from vimd_jax.models.srvm import bicubic
+from vimd_jax.training import hidden_map
 from vimd_jax.training.mixing import mix
 from vimd_jax.training.networks import Networks
 from vimd_jax.training.parallel import AXIS, over_devices
@@ -31,7 +32,7 @@ class TrainState(flax.struct.PyTreeNode):
     params: Any  # of the trained network
     batch_stats: Any  # of the trained network; {} if it has none
     opt_state: optax.OptState
-    ema_params: Any  # {} when config.ema_decay is 0
+    average: Any  # of params and batch_stats, an exponential moving one; {} when config.ema_decay is 0
 
 
 def create_state(config: ConfigDict, variables: Any, optimizer: optax.GradientTransformation) -> TrainState:
@@ -42,13 +43,15 @@ def create_state(config: ConfigDict, variables: Any, optimizer: optax.GradientTr
         params=params,
         batch_stats=variables.get("batch_stats", {}),
         opt_state=optimizer.init(params),
-        ema_params=jax.tree.map(jnp.copy, params) if config.ema_decay else {},
+        average=jax.tree.map(jnp.copy, variables) if config.ema_decay else {},
     )
 
 
 def trained_variables(config: ConfigDict, state: TrainState) -> Any:
-    """Variables of the trained network to evaluate and save, with the averaged weights where they are kept."""
-    return _variables(state.ema_params if config.ema_decay else state.params, state.batch_stats)
+    """Variables of the trained network to evaluate and save: the average where it is kept."""
+    variables = state.average if config.ema_decay else _variables(state.params, state.batch_stats)
+    params = {name: leaf for name, leaf in variables["params"].items() if name != hidden_map.NAME}
+    return {**variables, "params": params}
 
 
 def _variables(params: Any, batch_stats: Any) -> Any:
@@ -99,6 +102,8 @@ def _student_objective(config: ConfigDict, networks: Networks) -> Callable:
             loss += weights.logits_weight * terms["logits"]
         if weights.hidden_weight:
             states = features["hidden_states"], teacher_features["hidden_states"]
+            if weights.hidden_map:
+                states = hidden_map.apply(variables["params"], networks, *states)
             terms["hidden"] = losses.hidden_state_distillation(*states, layers, weights.hidden_normalize)
             loss += weights.hidden_weight * terms["hidden"]
         return loss, (terms, batch_stats)
@@ -120,8 +125,6 @@ def _label_loss(options: ConfigDict, logits: jax.Array, batch: Batch) -> jax.Arr
 
 def _check_label_loss(options: ConfigDict, num_classes: int) -> None:
     binary, threshold, smoothing = "binary_cross_entropy", options.target_threshold, options.label_smoothing
-    if options.label_loss not in ("cross_entropy", binary):
-        raise ValueError(f"label_loss is {options.label_loss!r}: choose cross_entropy or {binary}")
     if threshold is not None and options.label_loss != binary:
         raise ValueError(f"target_threshold is {threshold}, but only label_loss={binary} has one")
     if threshold is not None and threshold < smoothing / num_classes:
@@ -173,7 +176,8 @@ def check_objective(config: ConfigDict, networks: Networks) -> None:
         batch = {name: jnp.zeros((1, size, size, 3), jnp.uint8) for name, size in sizes.items()}
         batch["label"] = jnp.zeros(1, jnp.int32)
         batch = _mixed(config, networks, key, batch)
-        return objective(variables(networks.trained), frozen, batch, {"drop_path": key})
+        trained = hidden_map.add(config, networks, variables(networks.trained))
+        return objective(trained, frozen, batch, {"drop_path": key})
 
     try:
         if config.stage != "sr":
@@ -210,20 +214,45 @@ def make_train_step(
         rngs = {"drop_path": jax.random.fold_in(key, 0)}
         batch = _mixed(config, networks, jax.random.fold_in(key, 1), batch)
 
-        def loss_of(params):
-            return objective(_variables(params, state.batch_stats), frozen, batch, rngs)
+        def gradients_of(batch_stats, batch, rngs):
+            def loss_of(params):
+                return objective(_variables(params, batch_stats), frozen, batch, rngs)
 
-        (loss, (terms, batch_stats)), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
-        gradients, metrics = jax.lax.pmean((gradients, {"loss": loss, **terms}), AXIS)
+            (loss, (terms, batch_stats)), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+            return batch_stats, (gradients, {"loss": loss, **terms})
+
+        if config.accumulation_steps == 1:
+            batch_stats, means = gradients_of(state.batch_stats, batch, rngs)
+        else:
+            batch_stats, means = _accumulate(gradients_of, config.accumulation_steps, state.batch_stats, batch, rngs)
+        gradients, metrics = jax.lax.pmean(means, AXIS)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        ema_params = (
-            optax.incremental_update(params, state.ema_params, 1 - config.ema_decay) if config.ema_decay else {}
-        )
+        average = state.average
+        if config.ema_decay:
+            average = optax.incremental_update(_variables(params, batch_stats), average, 1 - config.ema_decay)
         metrics |= {"gradient_norm": optax.tree.norm(gradients), "parameter_norm": optax.tree.norm(params)}
-        return TrainState(state.step + 1, params, batch_stats, opt_state, ema_params), metrics
+        return TrainState(state.step + 1, params, batch_stats, opt_state, average), metrics
 
     return over_devices(train_step, donate_state=True)
+
+
+def _accumulate(gradients_of: Callable, count: int, batch_stats: Any, batch: Batch, rngs: Any) -> tuple[Any, Any]:
+    """Batch statistics after, and means over, `count` parts of a batch, computed one after the other."""
+    parts = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)
+
+    def one(carry, numbered_part):
+        batch_stats, sums = carry
+        number, part = numbered_part
+        keys = {name: jax.random.fold_in(key, number) for name, key in rngs.items()}
+        batch_stats, results = gradients_of(batch_stats, part, keys)
+        return (batch_stats, jax.tree.map(jnp.add, sums, results)), None
+
+    first = jax.tree.map(lambda x: x[0], parts)
+    _, shapes = jax.eval_shape(gradients_of, batch_stats, first, rngs)
+    sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    (batch_stats, sums), _ = jax.lax.scan(one, (batch_stats, sums), (jnp.arange(count), parts))
+    return batch_stats, jax.tree.map(lambda x: x / count, sums)
 
 
 def make_eval_step(networks: Networks) -> Callable[[Any, Batch], dict[str, jax.Array]]:

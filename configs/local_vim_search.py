@@ -1,0 +1,21 @@
+"""Which directions each layer of LocalVim scans: the supernet of the search, on ImageNet-1k.
+
+Paper       LocalMamba: Visual State Space Model with Windowed Selective Scan, 2024, https://arxiv.org/abs/2403.09338
+Command     python -m vimd_jax.train --config configs/local_vim_search.py --workdir workdir/local_vim_search \\
+              --config.dataset.directory=DIR
+            python -m vimd_jax.search --workdir workdir/local_vim_search --base configs/local_vim_tiny_imagenet.py \\
+              --output configs/local_vim_found.py
+            python -m vimd_jax.train --config configs/local_vim_found.py --workdir workdir/local_vim_found …
+Data        as local_vim_tiny_imagenet.py
+Recipe      that of the final network, for 100 epochs; the weights of the directions are trained like all others
+Published   the directions of `local_vim_tiny`
+Measured    not yet; a small search: docs/benchmarks.md
+"""
+
+from configs import imagenet
+
+
+def get_config():
+    config = imagenet.local_mamba("local_vim_search")
+    config.schedule.num_epochs = 100
+    return config
