@@ -9,8 +9,8 @@
     RandAugment         rand-m9-mstd0.5-inc1                        rand-m9-mstd0.5
     mixup, cutmix       0.8, 1.0                                    0.2, 1.0
     average (EMA)       0.99996                                     off
-    both                300 epochs, AdamW, label smoothing 0.1, random erasing 0.25, no clipping, ImageNet normalisation,
-                        evaluation on the centre 224 of 256 pixels
+    both                300 epochs, AdamW, label smoothing 0.1, random erasing 0.25, no clipping, the mean and deviation
+                        of ImageNet taken out, evaluation on the centre 224 of 256 pixels
 
 The batch is global: the devices share it, whatever their number. `--config.batch_size` of a deit recipe changes the
 learning rate with it (config.schedule.reference_batch_size, and the first line of the log says the result); that of a

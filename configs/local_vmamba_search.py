@@ -3,8 +3,8 @@
 Paper       LocalMamba: Visual State Space Model with Windowed Selective Scan, 2024, https://arxiv.org/abs/2403.09338
 Command     python -m vimd_jax.train --config configs/local_vmamba_search.py --workdir workdir/local_vmamba_search \\
               --config.dataset.directory=DIR
-            python -m vimd_jax.search --workdir workdir/local_vmamba_search --base configs/local_vmamba_tiny_imagenet.py \\
-              --output configs/local_vmamba_found.py
+            python -m vimd_jax.search --workdir workdir/local_vmamba_search \\
+              --base configs/local_vmamba_tiny_imagenet.py --output configs/local_vmamba_found.py
             python -m vimd_jax.train --config configs/local_vmamba_found.py --workdir workdir/local_vmamba_found …
 Data        as local_vmamba_tiny_imagenet.py
 Recipe      that of the final network, for 100 epochs; the weights of the directions are trained like all others
