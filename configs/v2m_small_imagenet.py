@@ -2,7 +2,7 @@
 
 Paper       V2M: Visual 2-Dimensional Mamba for Image Representation Learning, 2024, https://arxiv.org/abs/2410.10382
 Command     python -m vimd_jax.train --config configs/v2m_small_imagenet.py \\
-              --workdir workdir/v2m_small_imagenet --config.dataset.directory=DIR --config.dataset.num_workers=16
+              --workdir workdir/v2m_small --config.dataset.directory=DIR --config.dataset.num_workers=16
 Data        a folder: DIR/train/<synset>/*.JPEG, DIR/val/<synset>/*.JPEG; or prepared by TFDS, without `directory`
 Recipe      batch 512 (8 GPUs of 64), learning rate 1e-3 there; see imagenet.py
 Published   top-1 80.5 % (paper)

@@ -2,7 +2,7 @@
 
 Paper       Vision Mamba: Efficient Visual Representation Learning with Bidirectional State Space Model, ICML 2024
 Command     python -m vimd_jax.train --config configs/vim_small_imagenet.py \\
-              --workdir workdir/vim_small_imagenet --config.dataset.directory=DIR --config.dataset.num_workers=16
+              --workdir workdir/vim_small --config.dataset.directory=DIR --config.dataset.num_workers=16
 Data        a folder: DIR/train/<synset>/*.JPEG, DIR/val/<synset>/*.JPEG; or prepared by TFDS, without `directory`
 Recipe      batch 512 (8 GPUs of 64), learning rate 1e-3 there; see imagenet.py
 Published   top-1 80.5 %, top-5 95.1 % (README of hustvl/Vim)

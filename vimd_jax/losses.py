@@ -95,7 +95,7 @@ def hidden_state_distillation(
         raise ValueError(
             f"teacher_hidden: shape {_shapes(teacher_hidden)} differs from the student's {_shapes(student_hidden)}; "
             "hidden states can be distilled only between networks of the same depth, width and number of tokens, "
-            "logits between any two"
+            "logits between any two; set config.loss.hidden_map, or config.loss.hidden_weight to 0"
         )
     chosen = _layer_numbers(layers, len(student_hidden))
     if isinstance(student_hidden, tuple | list):

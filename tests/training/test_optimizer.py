@@ -7,11 +7,27 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
+from configs import (
+    efficient_vmamba_base_imagenet,
+    efficient_vmamba_tiny_imagenet,
+    local_vim_tiny_imagenet,
+    local_vmamba_tiny_imagenet,
+    v2m_small_imagenet,
+    v2m_tiny_imagenet,
+    vim_small_imagenet,
+    vim_tiny_imagenet,
+    vim_tiny_stride8_finetune,
+)
 from vimd_jax import losses
+from vimd_jax.config import default_config
+from vimd_jax.models import create_model
+from vimd_jax.models.network import variable_shapes
 from vimd_jax.models.srvm import SRVM
-from vimd_jax.training.optimizer import create_optimizer, create_schedule, decay_mask
+from vimd_jax.training.networks import build_networks
+from vimd_jax.training.optimizer import create_optimizer, create_schedule, decay_mask, layer_scales, scaled_schedule
 from weight_convert import convert_state_dict
 from weight_convert.mapping import plan
 
@@ -163,3 +179,161 @@ def test_decay_is_decoupled_and_skips_exempt_parameters():
         shrunk = {"conv": {"kernel": -0.05, "bias": 0.0}, "A_log": -0.05 * decay_state_matrix, "D": 0.0}
         for update, expected in zip(jax.tree.leaves(updates), jax.tree.leaves(shrunk)):
             np.testing.assert_allclose(update, expected, rtol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Published recipes
+
+
+def rates_of(config, steps_per_epoch):
+    schedule = create_schedule(scaled_schedule(config), steps_per_epoch)
+    return lambda epoch, step=0: float(schedule(jnp.asarray(epoch * steps_per_epoch + step)))
+
+
+def test_vim_tiny_learning_rates():
+    """The table of Vim's published script, which keeps a rate for an epoch."""
+    rate = rates_of(vim_tiny_imagenet.get_config(), 1251)
+    expected = [1e-6, 1e-6, 2.008e-4, 4.006e-4, 6.004e-4, 8.002e-4, 9.993e-4, 9.990e-4]
+    np.testing.assert_allclose([rate(epoch) for epoch in range(8)], expected, rtol=1e-4)
+    np.testing.assert_allclose([rate(150), rate(299)], [5.10e-4, 1.011e-5], rtol=2e-3)
+    assert rate(7) == rate(7, 1250)
+
+
+def test_fine_tuning_at_stride_8_keeps_its_learning_rate():
+    rate = rates_of(vim_tiny_stride8_finetune.get_config(), 1251)
+    np.testing.assert_allclose([rate(epoch) for epoch in range(30)], 1e-5, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("config", "peak"),
+    [(local_vim_tiny_imagenet, 1e-3), (efficient_vmamba_tiny_imagenet, 2e-3)],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_local_mamba_learning_rates(config, peak):
+    """Warm-up: lr(e) = 1e-7 + (peak - 1e-7) e / 20; then a cosine over the steps that are left."""
+    epoch_steps = 625
+    rate = rates_of(config.get_config(), epoch_steps)
+    warm = [1e-7 + (peak - 1e-7) * epoch / 20 for epoch in range(20)]
+    np.testing.assert_allclose([rate(epoch, epoch_steps - 1) for epoch in range(20)], warm, rtol=1e-5)
+    warmup, total = 20 * epoch_steps, 300 * epoch_steps
+    for step in (warmup + 1, warmup + 5000, total // 2, total - 1):
+        cosine = 1e-6 + 0.5 * (peak - 1e-6) * (1 + np.cos(np.pi * (step - warmup - 1) / (total - warmup)))
+        assert rate(0, step) == pytest.approx(cosine, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("config", "batch", "peak", "weight_decay", "drop_path", "clip", "average"),
+    [
+        (vim_tiny_imagenet, 1024, 1e-3, 0.1, 0.0, None, 0.99996),
+        (vim_small_imagenet, 512, 1e-3, 0.05, 0.05, None, 0.99996),
+        (vim_tiny_stride8_finetune, 1024, 1e-5, 1e-8, 0.0, None, 0.99996),
+        (v2m_tiny_imagenet, 512, 5e-4, 0.1, 0.0, None, 0.99996),
+        (v2m_small_imagenet, 512, 1e-3, 0.05, 0.05, None, 0.99996),
+        (local_vim_tiny_imagenet, 1024, 1e-3, 0.04, 0.1, None, 0.0),
+        (local_vmamba_tiny_imagenet, 1024, 1e-3, 0.04, 0.1, None, 0.0),
+        (efficient_vmamba_tiny_imagenet, 2048, 2e-3, 0.04, 0.1, 1.0, 0.9999),
+        (efficient_vmamba_base_imagenet, 1024, 2e-3, 0.04, 0.1, 1.0, 0.9999),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_recipes(config, batch, peak, weight_decay, drop_path, clip, average):
+    config = config.get_config()
+    found = (
+        *(config.batch_size, scaled_schedule(config).learning_rate, config.optimizer.weight_decay),
+        *(config.classifier.drop_path_rate, config.optimizer.clip_norm, config.ema_decay),
+    )
+    assert found == pytest.approx((batch, peak, weight_decay, drop_path, clip, average))
+
+
+def test_drop_path_rates_grow_linearly():
+    model = build_networks(vim_small_imagenet.get_config(), 1000).trained
+    np.testing.assert_allclose(model.drop_rates(), 0.05 * np.arange(24) / 23, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "decayed", "spared"),
+    [
+        ("vim_tiny", ["forward/A_log", "in_proj/kernel", "head/kernel"], ["class_token", "position_embedding", "D"]),
+        ("local_vim_search", ["direction_weights", "A_log", "patch_embed/kernel"], ["position_embedding", "head/bias"]),
+        ("local_vmamba_tiny", ["dt_proj_bias", "A_log", "reduction/kernel"], ["norm/scale", "D"]),
+        ("efficient_vmamba_tiny", ["dt_proj_bias", "A_log", "conv/kernel"], ["conv/bias", "depthwise_norm/scale"]),
+        ("v2m_tiny", ["A_log", "head/kernel"], ["class_token", "D"]),
+    ],
+)
+def test_what_each_family_decays(name, decayed, spared):
+    model = create_model(name)
+    params = unflatten_dict(variable_shapes(model), sep="/")["params"]
+    mask = flatten_dict(decay_mask(params, decays=model.decays), sep="/")
+    for ending, expected in [*((x, True) for x in decayed), *((x, False) for x in spared)]:
+        found = [shrinks for path, shrinks in mask.items() if f"/{path}".endswith(f"/{ending}")]
+        assert found and set(found) == {expected}, ending
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Frozen parameters, layer-wise rates
+
+
+def test_the_learning_rate_is_scaled_by_the_batch_where_asked():
+    config = default_config("classifier")
+    config.batch_size = 64
+    assert scaled_schedule(config).learning_rate == config.schedule.learning_rate
+    config.schedule.reference_batch_size = 512
+    scaled = scaled_schedule(config)
+    assert scaled.learning_rate == config.schedule.learning_rate / 8
+    assert scaled.min_learning_rate == config.schedule.min_learning_rate
+
+
+def one_update(params, **options):
+    config = optimizer_config(weight_decay=0.1)
+    with config.unlocked():
+        config.update(options)
+    optimizer = create_optimizer(config, params, optax.constant_schedule(0.5))
+    gradients = jax.tree.map(jnp.ones_like, params)
+    return optimizer.update(gradients, optimizer.init(params), params)[0]
+
+
+STACKED = {
+    "patch_embed": {"kernel": jnp.ones(2)},
+    "layers": {"kernel": jnp.ones((3, 2))},
+    "norm": {"scale": jnp.ones(2)},
+    "head": {"kernel": jnp.ones(2)},
+}
+
+
+def test_frozen_parameters_stay_and_do_not_count():
+    plain, frozen = one_update(STACKED, clip_norm=1.0), one_update(STACKED, freeze="^(patch|layers)", clip_norm=1.0)
+    assert not any(np.any(frozen[name]["kernel"]) for name in ("patch_embed", "layers"))
+    rest = {name: STACKED[name] for name in ("norm", "head")}
+    expected = one_update(rest, clip_norm=1.0)
+    jax.tree.map(np.testing.assert_array_equal, {name: frozen[name] for name in rest}, expected)
+    assert np.all(plain["layers"]["kernel"])
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("(", "which is no regular expression"),
+        ("body", "matches no parameter; .* begin with head, layers"),
+        (".", "every"),
+    ],
+)
+def test_a_pattern_that_cannot_be_meant_is_named(pattern, message):
+    with pytest.raises(ValueError, match=f"^config.optimizer.freeze is .*{message}"):
+        one_update(STACKED, freeze=pattern)
+
+
+def test_layer_wise_rates():
+    ratio = jax.tree.map(jnp.divide, one_update(STACKED, layer_decay=0.5), one_update(STACKED))
+    np.testing.assert_allclose(ratio["head"]["kernel"], 1)
+    np.testing.assert_allclose(ratio["norm"]["scale"], 1)
+    np.testing.assert_allclose(ratio["layers"]["kernel"][:, 0], [0.125, 0.25, 0.5])
+    np.testing.assert_allclose(ratio["patch_embed"]["kernel"], 0.0625)
+
+
+def test_layer_wise_rates_of_stages():
+    stages = {f"stage_{i}": {"kernel": jnp.ones((depth, 2))} for i, depth in enumerate((1, 2))}
+    scales = layer_scales(stages | {"downsample_0": {"kernel": jnp.ones(2)}, "patch_norm": {"scale": jnp.ones(2)}}, 0.5)
+    np.testing.assert_allclose(scales["stage_0"]["kernel"].ravel(), [0.125])
+    np.testing.assert_allclose(scales["stage_1"]["kernel"].ravel(), [0.25, 0.5])
+    np.testing.assert_allclose(scales["downsample_0"]["kernel"], 0.25)
+    np.testing.assert_allclose(scales["patch_norm"]["scale"], 0.0625)

@@ -1,0 +1,80 @@
+"""Every file of configs/ trains: two steps and an evaluation of a network made small, on synthetic images."""
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+from vimd_jax import train
+from vimd_jax.config import STAGES
+from vimd_jax.models import model_options
+from vimd_jax.training import workdirs
+from vimd_jax.training.metrics import read_metrics
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+SHARED = ("recipes", "imagenet")  # what others import
+FILES = [path.stem for path in sorted(CONFIGS.glob("*.py")) if path.stem not in SHARED]
+OTHERS = ["student_cub:released", "teacher_cub:logged", "quickstart:baseline", "small_classifier:local_vim_search"]
+
+SMALL = {"embed_dim": 16, "depth": 2, "patch_size": 16, "stride": 16, "channels": 4, "num_blocks": 1}
+SMALL_STAGES = {"dims": (32, 32), "depths": (1, 1)}
+
+
+def shrink(config: ConfigDict) -> None:
+    """Makes a stage take seconds; what it computes stays the same."""
+    for role in STAGES[config.stage]:
+        section = config[role]
+        if section.name == "bicubic":
+            continue
+        options = model_options(section.name)
+        section.update({name: value for name, value in (SMALL | SMALL_STAGES).items() if name in options})
+        if section.directions is not None or section.name.startswith("local_v") and "search" not in section.name:
+            section.directions = (("h", "h_flip", "w2", "w2_flip"),)
+    config.update({"batch_size": 4, "eval_batch_size": 8})
+    config.dataset.update({"name": "synthetic", "directory": "", "num_classes": 0, "validation_fraction": 0.3})
+    config.dataset.update({"synthetic_classes": 4, "synthetic_train_size": 8, "synthetic_test_size": 8})
+    config.dataset.update({"high_resolution": 32, "low_resolution": 8})
+    config.schedule.update({"num_epochs": 1, "warmup_epochs": 0})
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Trains a small config in a folder of its own, or finds it there: many are the same when small."""
+    folder, known = tmp_path_factory.mktemp("configs"), {}
+
+    def run(config):
+        key = json.dumps(json.loads(config.to_json()), sort_keys=True)
+        if key not in known:
+            known[key] = folder / str(len(known))
+            train.train(config, known[key])
+        return known[key]
+
+    return run
+
+
+@pytest.mark.parametrize("run", FILES + OTHERS)
+def test_every_config_trains(run, trained):
+    name, _, argument = run.partition(":")
+    config = runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"](*([argument] if argument else []))
+    made = {}
+    for stage, _ in workdirs.stages(config, Path("run")):
+        with stage.unlocked():
+            shrink(stage)
+            for role in STAGES[stage.stage]:  # the networks that the stage needs are those made before it
+                needed = stage[role].name != "bicubic" and role != stage.stage
+                stage[role].init = str(made.get(role) or _made_for(role, stage, trained)) if needed else ""
+        made[stage.stage] = trained(stage)
+        lines = read_metrics(made[stage.stage])
+        assert [line["step"] for line in lines if line["split"] == "train"] == [2]
+        assert {"train", "test"} <= {line["split"] for line in lines}
+
+
+def _made_for(role: str, config: ConfigDict, trained) -> Path:
+    """A small network for the role of a stage, whose own run is in another config."""
+    other = runpy.run_path(str(CONFIGS / f"{role}.py"))["get_config"]()
+    with other.unlocked():
+        other[role].update({name: config[role][name] for name in config[role] if name != "init"})
+        shrink(other)
+    return trained(other)

@@ -1,0 +1,71 @@
+"""The result of a direction search: what is read from a supernet, and the config that trains the final network."""
+
+import runpy
+import sys
+
+import numpy as np
+import pytest
+
+from configs import small_classifier
+from vimd_jax import search
+from vimd_jax.checkpoints.network import TrainedModel, save_model
+from vimd_jax.config import given_options
+from vimd_jax.models import create_model
+from vimd_jax.models.network import variable_shapes
+from vimd_jax.models.scan_order import DIRECTIONS
+from vimd_jax.training.networks import build_networks
+
+
+def supernet(name, weights, **options):
+    """Zeros, but for the weights of the directions, (layers, 8)."""
+    from flax.traverse_util import unflatten_dict
+
+    model, rows = create_model(name, num_classes=2, image_size=32, **options), iter(weights)
+    leaves = {}
+    for path, leaf in sorted(variable_shapes(model).items()):
+        leaves[path] = np.zeros(leaf.shape, leaf.dtype)
+        if path.endswith("direction_weights"):
+            leaves[path] = np.stack([next(rows) for _ in range(leaf.shape[0])]).astype(np.float32)
+    return TrainedModel(model, unflatten_dict(leaves, sep="/"), ("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("local_vim_search", {"embed_dim": 16, "depth": 4}),
+        ("local_vmamba_search", {"dims": (8, 16), "depths": (1, 3)}),
+    ],
+)
+def test_probabilities_are_read_in_the_order_of_the_layers(name, options):
+    weights = np.random.default_rng(0).normal(size=(4, 8))
+    found = search.direction_probabilities(supernet(name, weights, **options).variables)
+    expected = np.exp(weights) / np.exp(weights).sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_the_four_most_probable_directions_in_their_order():
+    probabilities = np.array([[0.3, 0.01, 0.2, 0.02, 0.25, 0.03, 0.04, 0.15], np.full(8, 0.125)])
+    assert search.most_probable(probabilities) == (("h", "v", "w2", "w7_flip"), DIRECTIONS[:4])
+
+
+def test_the_config_trains_the_final_network(tmp_path, monkeypatch):
+    depth = small_classifier.OPTIONS["local_vim_search"]["depth"]
+    weights = np.random.default_rng(1).normal(size=(depth, 8))
+    save_model(tmp_path / "net", supernet("local_vim_search", weights, embed_dim=16, depth=depth))
+    arguments = ["--base=configs/small_classifier.py:local_vim_tiny", f"--output={tmp_path}/found.py"]
+    monkeypatch.setattr(sys, "argv", ["search", f"--workdir={tmp_path}/net", *arguments])
+    search.main()
+    config = runpy.run_path(str(tmp_path / "found.py"))["get_config"]()
+    directions = search.most_probable(search.direction_probabilities({"params": {"x": {"direction_weights": weights}}}))
+    assert given_options(config.classifier)["directions"] == directions
+    assert build_networks(config, 3).trained.directions == directions
+    assert (tmp_path / "found.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_network_that_searches_nothing_is_named(tmp_path, monkeypatch, capsys):
+    save_model(tmp_path, supernet("vim_tiny", [], embed_dim=16, depth=1))
+    arguments = [f"--workdir={tmp_path}", "--base=configs/small_classifier.py", f"--output={tmp_path}/found.py"]
+    monkeypatch.setattr(sys, "argv", ["search", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        search.main()
+    assert ended.value.code == 1 and "searches no directions" in capsys.readouterr().err

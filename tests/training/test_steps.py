@@ -1,0 +1,98 @@
+"""One step of training: in parts as in one piece, averages, and maps between networks of different shapes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from tiny import tiny_config
+
+from vimd_jax.training import hidden_map, parallel, steps
+from vimd_jax.training.networks import build_networks
+from vimd_jax.training.optimizer import create_optimizer, create_schedule
+
+
+def one_step(config, count=8, seed=0):
+    """State before and after a step on random images, and the metrics."""
+    networks = build_networks(config, 4)
+    rng = np.random.default_rng(seed)
+    views = {"high": config.dataset.high_resolution, "low": config.dataset.low_resolution}
+    batch = {name: rng.integers(0, 256, (count, size, size, 3), np.uint8) for name, size in views.items()}
+    batch["label"] = rng.integers(0, 4, count).astype(np.int32)
+
+    def variables(model, side):
+        return jax.jit(model.init)(jax.random.key(3), jnp.zeros((1, side, side, 3)))
+
+    frozen = {}
+    if networks.teacher is not None:
+        frozen = {"teacher": variables(networks.teacher, views["high"])}
+        if networks.sr is not None:
+            frozen["sr"] = variables(networks.sr, views["low"])
+    trained = hidden_map.add(config, networks, variables(networks.trained, views["high"]))
+    optimizer = create_optimizer(
+        config.optimizer, trained["params"], create_schedule(config.schedule, 2), networks.trained.decays
+    )
+    before = steps.create_state(config, trained, optimizer)
+    step = steps.make_train_step(config, networks, optimizer)
+    after, metrics = step(parallel.replicate(before), parallel.replicate(frozen), parallel.shard(batch))
+    return before, parallel.fetch(after), parallel.fetch(metrics)
+
+
+def with_stages(stage="classifier", **changes):
+    """A config whose network has stages and batch statistics."""
+    maps = {"name": "efficient_vmamba_tiny", "dims": (8, 16), "depths": (1, 1)}
+    config = tiny_config(stage, schedule__warmup_learning_rate=1e-3, **changes)
+    config[stage].update(dict.fromkeys(tiny.VIM) | maps)
+    return config
+
+
+def test_a_batch_in_parts_gives_the_gradients_of_the_whole():
+    whole, parts = (
+        one_step(tiny_config("classifier", schedule__warmup_learning_rate=1e-3, accumulation_steps=n)) for n in (1, 4)
+    )
+    for name in ("loss", "gradient_norm"):
+        np.testing.assert_allclose(parts[2][name], whole[2][name], rtol=1e-5)
+    moments = (state[1].opt_state[0].mu for state in (whole, parts))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-7), *moments)
+
+
+def test_batch_statistics_pass_through_the_parts():
+    before, after, _ = one_step(with_stages(accumulation_steps=2))
+    changed = jax.tree.map(lambda a, b: not np.array_equal(a, b), before.batch_stats, after.batch_stats)
+    assert all(jax.tree.leaves(changed))
+
+
+def test_the_average_follows_parameters_and_batch_statistics():
+    before, after, _ = one_step(with_stages(ema_decay=0.75))
+    for name in ("params", "batch_stats"):
+        expected = jax.tree.map(lambda a, b: 0.75 * a + 0.25 * b, getattr(before, name), getattr(after, name))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), after.average[name], expected)
+
+
+@pytest.mark.parametrize("teacher", ["stages", "tokens"])
+@pytest.mark.parametrize("student", ["stages", "tokens"])
+def test_hidden_states_of_any_shapes_through_maps(student, teacher):
+    """Other depths, widths, grids and class tokens; the maps learn, and are no part of the network that comes out."""
+    shapes = {
+        "stages": dict.fromkeys(tiny.VIM) | {"name": "efficient_vmamba_tiny", "dims": (8, 16), "depths": (1, 1)},
+        "tokens": tiny.VIM | {"embed_dim": 24, "depth": 3},
+    }
+    config = tiny_config("student", sr__name="bicubic", schedule__warmup_learning_rate=1e-3)
+    config.teacher.update(shapes[teacher])
+    config.student.update(shapes[student] | ({"embed_dim": 16, "depth": 2} if student == "tokens" else {}))
+    if student != teacher:
+        with pytest.raises(ValueError, match="config.loss: .*hidden states can be distilled only.*hidden_map"):
+            steps.check_objective(config, build_networks(config, 4))
+    config.loss.hidden_map = True
+    steps.check_objective(config, build_networks(config, 4))
+    before, after, metrics = one_step(config)
+    assert metrics["hidden"] > 0 and np.isfinite(metrics["loss"])
+    maps = before.params[hidden_map.NAME], after.params[hidden_map.NAME]
+    assert not any(jax.tree.leaves(jax.tree.map(np.array_equal, *maps)))
+    assert hidden_map.NAME not in steps.trained_variables(config, after)["params"]
+
+
+def test_layers_meet_at_the_same_relative_depth():
+    assert hidden_map._partners(4, 4) == [0, 1, 2, 3]
+    assert hidden_map._partners(2, 24) == [11, 23]
+    assert hidden_map._partners(24, 4)[::6] == [0, 0, 1, 2] and hidden_map._partners(24, 4)[-1] == 3
