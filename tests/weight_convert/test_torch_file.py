@@ -61,7 +61,7 @@ def test_malicious_file_is_refused_and_nothing_runs(tmp_path, monkeypatch):
         ((FILES / "vim_style.pth").read_bytes()[:591269], "truncated or damaged, download it again"),
         (
             (FILES / "vim_style_legacy_format_start.pth").read_bytes(),
-            're-save it once .*python -c "import argparse, torch',
+            'legacy format .* re-save it once .*python -c "import torch',
         ),
         (pickle.dumps({"model": {}}), "neither a PyTorch checkpoint"),
     ],
@@ -177,7 +177,9 @@ def test_the_content_tells_the_format_not_the_name(tmp_path):
 def test_safetensors_in_8_bit_floats_are_named(tmp_path):
     header = b'{"a": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}}'
     (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"8888")
-    with pytest.raises(CheckpointError, match="a is stored in 8-bit floats, which are not read; save it as float32"):
+    with pytest.raises(
+        CheckpointError, match="holds F8_E4M3 numbers, of 8 bits or fewer, which are not read; save float32"
+    ):
         load_torch_checkpoint(tmp_path / "x.safetensors")
 
 
@@ -205,15 +207,15 @@ TENSOR = Global("torch._utils _rebuild_tensor_v2")
         (View((STORAGE, 0, (2,), (-1,))), "not natural numbers"),
         (View((STORAGE, 0, (2.0,), (1,))), "not natural numbers"),
         (View((STORAGE, 0, (2, 2), (1,))), "truncated or damaged"),
-        (View((STORAGE, 0, (2**40,), (0,))), "larger than the whole file"),
+        (View((STORAGE, 0, (2**40,), (0,))), "larger than a file of this size can hold"),
         (View((STORAGE, 0, (1,) * 80, (1,) * 80)), "more than 64 dimensions"),
         (Call((TENSOR, (STORAGE, 0, (1,), (1,), False, {}, {"conj": True}))), "resolve_conj"),
-        (Call((TENSOR, ("no storage", 0, (1,), (1,)))), "truncated or damaged"),
+        (Call((TENSOR, ("no storage", 0, (1,), (1,)))), "_rebuild_tensor_v2 and is not read"),
         (Call((Global("torch FloatStorage"), ())), "not a constructor"),
         (Call((Global("builtins eval"), ("1",))), "asks for builtins.eval"),
-        (Call((Global("torch.serialization load"), ("x",))), "asks for torch.serialization.load"),
-        (Global("os.path.__class__ x"), "asks for os.path.__class__.x"),
-        (Global("evil\x1b[2J x"), r"asks for evil\?\[2J.x"),
+        (Call((Global("torch.serialization load"), ("x",))), "x, which asks for torch.serialization.load and is not"),
+        (Global("os.path.__class__ x"), "asks for os.path.__class__.x.*nothing was executed"),
+        (Global("evil\x1b[2J x"), r"asks for evil\\x1b\[2J.x"),
     ],
 )
 def test_hostile_tensors_and_names(content, message, tmp_path):
@@ -229,18 +231,23 @@ def test_hostile_tensors_and_names(content, message, tmp_path):
         (b"\x80\x04\x8d" + struct.pack("<Q", 2**62) + b"a.", "truncated or damaged"),  # string of 2⁶² bytes
         (b"\x80\x05\x96" + struct.pack("<Q", 2**40) + b".", "truncated or damaged"),  # bytearray of 2⁴⁰ bytes
         (b"\x80\x02}q\x00X\x01\x00\x00\x00ah\x00s.", "no state dict named"),  # a dict that holds itself
-        (b"\x80\x02}X\x05\x00\x00\x00model}q\x00X\x01\x00\x00\x00ah\x00ss.", "items or names beyond"),
-        (b"\x80\x02}" + b")" * 10 + b"\x85" * 200_000 + b"K\x01s.", "dict of plain keys"),  # key nested 200,000 deep
-        (b"\x80\x02cargparse\nNamespace\n}X\x03\x00\x00\x00runK\x01sb.", "something other than a state dict"),
+        (b"\x80\x02}X\x05\x00\x00\x00model}q\x00X\x01\x00\x00\x00ah\x00ss.", "200000 items, 16 levels or names beyond"),
+        (
+            b"\x80\x02}" + b")" * 10 + b"\x85" * 200_000 + b"K\x01s.",
+            "no state dict named model or",
+        ),  # key nested 200,000 deep
+        (
+            b"\x80\x02cargparse\nNamespace\n}X\x03\x00\x00\x00runK\x01sb.",
+            "object of type argparse.Namespace instead of a state dict",
+        ),
         (b"\x80\x02ccollections\nOrderedDict\n]\x85R.", "truncated or damaged"),
         (b"\x80\x02(K\x01K\x02o.", "pickle instruction OBJ"),
         (b"\x80\x02\x82\x01.", "pickle instruction EXT1"),
         (b"\x80\x02K\x01K\x01a.", "not a list"),
         (b"\x80\x02}", "truncated or damaged"),
         (b"\x80\x02" + b"]" * (8 * 2**20), "more than the 8388608"),
-        (b"\x80\x02ctorch\nSize\nX\x02\0\0\0xy\x85R.", "torch.Size is made of something that is not a tuple"),
         (b"\x80\x02\x8a\x90" + b"\x7f" * 144 + b".", "more than 1024 bits"),
-        (b"\x80\x02ctorch\ndevice\n(" + b"N" * 17 + b"tR.", "not a constructor"),
+        (b"\x80\x02ctorch\nSize\n(" + b"N" * 17 + b"tR.", "not a constructor"),
     ],
 )
 def test_hostile_pickles(pickled, message, tmp_path):
