@@ -156,7 +156,7 @@ def _look_up(names: dict[str, Any], module: str, attribute: str) -> Any:
     name = f"{module} {attribute}"
     if name in _COMMANDS or module.split(".", 1)[0] in _COMMANDS:
         raise PickleError(
-            f"asks for {printable(f'{module}.{attribute}')}, which no checkpoint needs: it may be meant to run commands, "
+            f"asks for {Inert(module, attribute)}, which no checkpoint needs: it may be meant to run commands, "
             "so do not open it with PyTorch; nothing was executed"
         )
     return names[name] if name in names else Inert(module, attribute)

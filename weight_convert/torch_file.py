@@ -41,7 +41,7 @@ _RESAVE = (
     "torch.save({k: torch.as_tensor(v) for k, v in x.items() if torch.is_tensor(v) or getattr(v, 'ndim', 0)}, "
     "'NEW.pth')\""
 )
-_REBUILDS = re.compile(r"_rebuild\w*|_reconstruct|_frombuffer")  # functions that make tensors and NumPy arrays
+_REBUILDS = re.compile(r"_rebuild|_reconstruct$|_frombuffer$")  # functions that make tensors and NumPy arrays
 
 
 def load_torch_checkpoint(path: str | Path, *, key: str | None = None) -> dict[str, np.ndarray]:
@@ -264,7 +264,7 @@ def _named_tensors(state_dict: dict) -> list[tuple[str, _Tensor]]:
                 inert.append((name, value))
 
     visit(state_dict, "", 0)
-    needed = [item for item in inert if _REBUILDS.fullmatch(item[1].attribute)] if found else inert
+    needed = [item for item in inert if _REBUILDS.match(item[1].attribute)] if found else inert
     if needed:
         name, kind = needed[0]
         what = "the state dict holds" if found else "the state dict holds no tensors, but"
@@ -294,7 +294,7 @@ def _tensor_v3(
     storage: Any, offset: int, shape: tuple, strides: tuple, _grad: Any, _hooks: Any, dtype: Any, views: Any = None
 ) -> _Tensor | Inert:
     if views:
-        raise PickleError("holds a conjugated or negated view; save it after resolve_conj() and resolve_neg()")
+        return Inert("torch._utils", "_rebuild_tensor_v2 with a conjugated or negated view")
     if not isinstance(storage, _Storage) or not isinstance(dtype, np.dtype):
         return Inert(
             "torch._utils", "_rebuild_tensor_v2"

@@ -115,7 +115,7 @@ def test_fine_tuning_from_a_file_and_from_its_conversion_is_the_same(tmp_path, c
     assert convert(*VIM[:-1], "64x96", "--num_classes", 3, "--output", tmp_path / "task") == 0
     printed = capsys.readouterr().out
     assert "10 classes in the checkpoint, 3 wanted: the head is initialised anew and needs training" in printed
-    assert "50 tokens in the checkpoint, 78 wanted: the position embedding is resized (mode correct)" in printed
+    assert "7x7 patches (taken to be square) in the checkpoint, 7x11 wanted: the position embedding is" in printed
     expected = load_variables(FILES / "vim_style.pth", task, adapt=True)
     for directory in ("source", "task"):
         actual = load_variables(tmp_path / directory, task, adapt=True)
@@ -127,7 +127,7 @@ def test_a_grid_of_the_same_size_but_another_shape_is_resized_too(tmp_path):
     """The directory remembers its grid; the number of tokens alone would not tell."""
     assert convert(*VIM[:-1], "64x96", "--output", tmp_path / "wide") == 0
     tall = create_model("vim_tiny", embed_dim=48, depth=4, stride=8, image_size=(96, 64), num_classes=10)
-    with pytest.raises(ValueError, match="7×11 patches in the checkpoint, 11×7 wanted$"):
+    with pytest.raises(ValueError, match="7x11 patches in the checkpoint, 11x7 wanted$"):
         load_variables(tmp_path / "wide", tall)
     resized = load_variables(tmp_path / "wide", tall, adapt=True)["params"]["position_embedding"]
     assert np.abs(resized - load_model(tmp_path / "wide").variables["params"]["position_embedding"]).max() > 0.1
@@ -188,12 +188,12 @@ def test_dry_run_writes_nothing(tmp_path, capsys):
     ("arguments", "message"),
     [
         ([*VIM[:2], "--checkpoint", FILES / "malicious.pth"], "asks for posix.system"),
-        (["--model", "vim_tny", *VIM[2:]], "there is no network 'vim_tny'"),
+        (["--model", "vim_tny", *VIM[2:]], "error: --model: there is no network 'vim_tny', did you mean vim_tiny"),
         ([*VIM, "--option", "depht=4"], "depht: vim_tiny has no such option"),
         ([*VIM, "--option", "depth=many"], "depth: 'many' is not valid"),
         ([*VIM, "--option", "rope=false"], "rope: 'false' is not valid"),
         ([*VIM, "--sr_checkpoint", SR_FILE], "is not needed: it is the other half"),
-        ([*VIM, "--source_size", "64x32"], "does not hold 7×3 patches"),
+        ([*VIM, "--source_size", "64x32"], "is for 49 patches, not for 7x3; say"),
         ([*VIM, "--option", "depth=5"], "missing (17): layers.4"),
         ([*VIM, "--key", "state_dict"], "no state dict named 'state_dict'"),
         ([*VIM, "--image_size", "8"], "image_size"),
