@@ -37,15 +37,17 @@ _PUSH |= {"BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "SHORT_BINBYTES", "BI
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _CALLS = {"REDUCE": 2, "NEWOBJ": 2, "NEWOBJ_EX": 3}
-_MAX_INSTRUCTIONS = 500_000  # Vim-tiny with its optimizer state and average: 69,000
+_MAX_INSTRUCTIONS = 300_000  # Vim-tiny with its optimizer state and average: 69,000
 _MAX_BITS = 1024  # of an integer: a short pickle can use a long one a million times
 _MAX_ARGUMENTS = 16  # of a constructor
 _MAX_KEY = 1_000  # characters, of names too: equal keys are compared to their ends, as often as the pickle likes
 
 # No object is made of these. Here they would be as inert as any name, but who opens the file otherwise should know.
+_BUILTINS = ("builtins", "__builtin__")  # from pickle protocol 3 on, and before
 _COMMANDS = {"os", "posix", "nt", "sys", "subprocess", "pty", "shutil", "socket", "runpy", "importlib", "ctypes"}
-_COMMANDS |= {f"{module} {name}" for module in ("builtins", "__builtin__") for name in ("eval", "exec", "compile")}
-_COMMANDS |= {f"{module} {name}" for module in ("builtins", "__builtin__") for name in ("open", "__import__")}
+_COMMANDS |= {
+    f"{builtins} {name}" for builtins in _BUILTINS for name in ("eval", "exec", "compile", "open", "__import__")
+}
 
 
 def printable(text: Any, most: int = 200) -> str:
@@ -97,10 +99,9 @@ def interpret(pickle: bytes, names: dict[str, Any], persistent: Callable[[Any], 
             stack.append(construct(constructor, arguments))
         else:
             match instruction:
-                case "PROTO" | "FRAME":
-                    pass
-                case "STOP":
-                    return stack.pop()
+                case "GLOBAL":
+                    module, _, attribute = argument.partition(" ")
+                    stack.append(_look_up(names, module, attribute))
                 case "MARK":
                     marks.append(len(stack))
                 case "BINPUT" | "LONG_BINPUT":
@@ -131,15 +132,16 @@ def interpret(pickle: bytes, names: dict[str, Any], persistent: Callable[[Any], 
                 case "SETITEMS":
                     items = take(marks.pop())
                     _update(stack[-1], items)
-                case "GLOBAL":
-                    module, _, attribute = argument.partition(" ")
-                    stack.append(_look_up(names, module, attribute))
                 case "STACK_GLOBAL":
                     stack.append(_look_up(names, *take(len(stack) - 2)))
                 case "BUILD" | "POP":
                     stack.pop()
                 case "POP_MARK":
                     take(marks.pop())
+                case "PROTO" | "FRAME":
+                    pass
+                case "STOP":
+                    return stack.pop()
                 case "BINPERSID":
                     stack.append(persistent(stack.pop()))
                 case _:
@@ -151,15 +153,18 @@ _SET = Inert("builtins", "set")
 
 
 def _look_up(names: dict[str, Any], module: str, attribute: str) -> Any:
-    if max(len(module), len(attribute)) > _MAX_KEY:
+    if len(module) > _MAX_KEY or len(attribute) > _MAX_KEY:
         raise PickleError(f"asks for a name of more than {_MAX_KEY} characters")
     name = f"{module} {attribute}"
-    if name in _COMMANDS or module.split(".", 1)[0] in _COMMANDS:
+    if name in names:
+        return names[name]
+    inert = Inert(module, attribute)
+    if module.partition(".")[0] in _COMMANDS or name in _COMMANDS:
         raise PickleError(
-            f"asks for {Inert(module, attribute)}, which no checkpoint needs: it may be meant to run commands, "
-            "so do not open it with PyTorch; nothing was executed"
+            f"asks for {inert}, which no checkpoint needs: it may be meant to run commands, so do not open it with "
+            "PyTorch; nothing was executed"
         )
-    return names[name] if name in names else Inert(module, attribute)
+    return inert
 
 
 def construct(constructor: Any, arguments: Any) -> Any:
