@@ -92,7 +92,8 @@ def _convert(flags: argparse.Namespace) -> None:
     entries = plan(model)
     state_dict, prefixes = unwrapped(state_dict, model, {entry.source for entry in entries})
     leaves = fill(state_dict, model, flexible=True, source=str(flags.checkpoint))
-    leaves, changes = fit(leaves, model, grid=_source_grid(flags, model), mode=flags.position_mode)
+    grid = _source_grid(flags, model)
+    leaves, changes = fit(leaves, model, grid=grid, mode=flags.position_mode, source=str(flags.checkpoint))
     notes = [f"names are read without their prefix {printable(prefix)}" for prefix in prefixes]
     notes += [": ".join(change) for change in changes]
     assumed = assumptions(model, options)

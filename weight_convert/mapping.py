@@ -16,7 +16,7 @@ import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from vimd_jax.checkpoints.adapt import differs_as_fit_can
+from vimd_jax.checkpoints.adapt import ADAPTABLE, differs_as_fit_can
 from vimd_jax.models import create_model, describe
 from vimd_jax.models.network import variable_shapes
 from vimd_jax.models.srvm import SRVM
@@ -193,6 +193,7 @@ def _differences(
     """What keeps the weights from fitting, each kind in a few words, and what may help; nothing if they do."""
     expected, tables = {entry.source for entry in entries}, computed_tensors(model)
     found = [(entry, state_dict[entry.source]) for entry in entries if entry.source in state_dict]
+    rows = {name.removesuffix("weight"): tensor.shape[:1] for name, tensor in state_dict.items()}
     differences = {
         "missing": sorted(expected - set(state_dict)),
         "unexpected": sorted(set(state_dict) - expected - {*step_counters(entries), *tables, "n_averaged"}),
@@ -200,6 +201,13 @@ def _differences(
             f"{entry.source} is {tensor.shape}, expected {entry.shape}"
             for entry, tensor in found
             if tensor.shape != entry.shape and not (flexible and _differs_flexibly(entry, tensor.shape))
+        ],
+        "not as many classes as rows of head.weight": [
+            f"{entry.source} is {tensor.shape}"
+            for entry, tensor in found
+            if flexible
+            and entry.target.endswith("/head/bias")
+            and tensor.shape != rows.get(entry.source.removesuffix("bias"), tensor.shape)
         ],
         "not floating point": [
             f"{entry.source} is {tensor.dtype}"
@@ -232,9 +240,10 @@ def _hints(state_dict: dict[str, np.ndarray], known: set[str], missing: list[str
     if not told:
         return []
     with contextlib.suppress(ValueError, TypeError):  # a file may tell what does not fit together; SRVM has no options
-        name = describe(model.clone(**told))["architecture"]
-        if all(getattr(create_model(name), option) == value for option, value in told.items()):
-            return [f"its tensors are those of {name}"]
+        fitting = describe(model.clone(**told))
+        registered = describe(create_model(fitting["architecture"]))
+        if all(fitting["options"][name] == value or name in ADAPTABLE for name, value in registered["options"].items()):
+            return [f"its tensors are those of {fitting['architecture']}"]
     options = ", ".join(f"{option}={value!r}".replace(" ", "") for option, value in told.items())
     return [f"its tensors tell other options: {options} (convert: --option NAME=VALUE)"]
 

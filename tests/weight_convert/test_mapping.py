@@ -134,6 +134,14 @@ def test_differences_are_listed(change, message):
         convert_state_dict(weights, SMALL)
 
 
+def test_names_are_escaped_and_cut_in_messages():
+    weights = random_state_dict(SMALL) | {"\x1b[2J\nlast line: all is well" + "x" * 1000: np.zeros(3)}
+    with pytest.raises(ValueError) as error:
+        convert_state_dict(weights, SMALL)
+    assert r"\x1b[2J\nlast line" in str(error.value)
+    assert str(error.value).isprintable() and len(str(error.value)) < 500
+
+
 def test_rotary_tables_are_compared():
     model = Vim(num_classes=5, image_size=32, patch_size=8, stride=8, embed_dim=16, depth=1, rope=True)
     weights = random_state_dict(model)

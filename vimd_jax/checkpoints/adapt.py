@@ -60,7 +60,7 @@ def load_variables(
         source, variables = _part_for(model, load_model(path))
         _check_same_network(path, source, model)
         leaves, grid = flatten_dict(variables, sep="/"), getattr(source, "grid", None)
-    leaves, changes = fit(leaves, model, grid=grid, mode=position_mode)
+    leaves, changes = fit(leaves, model, grid=grid, mode=position_mode, source=str(path))
     if changes and not adapt:
         raise ValueError(f"{path} does not fit the network: {'; '.join(change.difference for change in changes)}")
     for change in changes:
@@ -135,7 +135,12 @@ def resize_position_embedding(
 
 
 def fit(
-    leaves: dict[str, Any], model: nn.Module, *, grid: tuple[int, int] | None = None, mode: str = "correct"
+    leaves: dict[str, Any],
+    model: nn.Module,
+    *,
+    grid: tuple[int, int] | None = None,
+    mode: str = "correct",
+    source: str = "the checkpoint",
 ) -> tuple[dict[str, Any], list[Change]]:
     """Makes the head and the position embedding fit `model`, where only the classes or the grid differ.
 
@@ -144,6 +149,7 @@ def fit(
       model: the network to fit.
       grid: the grid of the source's positions; None means a square, where their number allows it.
       mode: as in `resize_position_embedding`.
+      source: what errors name.
 
     Returns:
       The leaves in the model's shapes, and the changes made. A new head starts as the model starts it.
@@ -154,13 +160,9 @@ def fit(
     shapes = {path: leaf.shape for path, leaf in variable_shapes(model).items()}
     if rest := [path for path in shapes if not differs_as_fit_can(path, leaves[path].shape, shapes[path])]:
         found = ", ".join(f"{path} is {leaves[path].shape}, expected {shapes[path]}" for path in rest[:20])
-        raise ValueError(f"the weights do not fit {type(model).__name__}: wrong shape ({len(rest)}): {found}")
-    heads = [path for path in shapes if path.endswith(_HEAD)]
-    if len({leaves[path].shape[-1] for path in heads}) > 1:
-        found = " and ".join(f"{path} of {leaves[path].shape[-1]}" for path in heads)
-        raise ValueError(f"the head does not fit itself: {found} classes")
-
+        raise ValueError(f"{source}: the weights do not fit {type(model).__name__}: wrong shape ({len(rest)}): {found}")
     leaves, changes = dict(leaves), []
+    heads = [path for path in shapes if path.endswith(_HEAD)]
     if heads and leaves[heads[0]].shape != shapes[heads[0]]:
         old, new = leaves[heads[0]].shape[-1], shapes[heads[0]][-1]
         leaves |= _initial_values(model, heads)
@@ -169,7 +171,7 @@ def fit(
         )
     classifier = getattr(model, "classifier", model)
     for path in [path for path in shapes if path.endswith(_POSITIONS)]:
-        change = _other_grid(leaves[path].shape[1], classifier, grid)
+        change = _other_grid(leaves[path].shape[1], classifier, grid, source)
         if change is None:
             continue
         old, difference = change
@@ -189,16 +191,17 @@ def differs_as_fit_can(path: str, shape: tuple[int, ...], wanted: tuple[int, ...
     return len(shape) == len(wanted) and all(n == m or i == axis for i, (n, m) in enumerate(zip(shape, wanted)))
 
 
-def _other_grid(tokens: int, model: nn.Module, grid: tuple[int, int] | None) -> tuple[tuple[int, int], str] | None:
+def _other_grid(
+    tokens: int, model: nn.Module, grid: tuple[int, int] | None, source: str
+) -> tuple[tuple[int, int], str] | None:
     """The grid that a table of so many tokens is for, and how it differs from the model's; None if it does not."""
     patches, assumed = tokens - len(class_token_positions(model.class_token, 0)), ""
     if grid is None:
         side = math.isqrt(max(patches, 0))
-        grid = (side, side) if side * side == patches else model.grid
-        assumed = " (taken to be square)"
+        grid, assumed = ((side, side), " (taken to be square)") if side * side == patches else (model.grid, "")
     if patches < 1 or math.prod(grid) != patches:
         raise ValueError(
-            f"the position embedding is for {patches} patches, not for {grid[0]}x{grid[1]}{assumed}; say what size of "
+            f"{source}: the position embedding is for {patches} patches, not for {grid[0]}x{grid[1]}; say what size of "
             "images it was made for (convert: --source_size HEIGHTxWIDTH)"
         )
     if grid == model.grid:
