@@ -1,6 +1,7 @@
 """A PyTorch file as a network of this library, or as the variables of one."""
 
 import hashlib
+import logging
 import math
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +20,8 @@ from weight_convert.mapping import fill
 from weight_convert.tables import halves
 from weight_convert.torch_file import load_torch_checkpoint
 
+log = logging.getLogger(__name__)
+
 _MOST_NUMBERS = 2**31  # 20 times Vim-base
 
 
@@ -31,6 +34,8 @@ def load_torch_model(path: Path, architecture: str, options: dict[str, Any], key
     state_dict = load_torch_checkpoint(path, key=key)
     model = model_for(state_dict, architecture, options)
     variables = unflatten_dict(fill(state_dict, model, source=str(path)), sep="/")
+    for assumed in assumptions(model, options):
+        log.info("%s: assumed, as the file does not tell: %s", path, assumed)
     return as_trained_model(model, options, variables, provenance_of([path], key))
 
 
@@ -87,13 +92,12 @@ def model_for(state_dict: dict[str, Any], architecture: str, options: dict[str, 
 
 def assumptions(model: nn.Module, options: dict[str, Any]) -> list[str]:
     """What no PyTorch file of such a network tells, and `options` do not say."""
-    classifier = getattr(model, "classifier", model)
-    assumed = {name: getattr(classifier, name, None) for name in ("class_token", "merge")}
-    known = ("double", None)  # class tokens that have a name or shape of their own
+    has = {name: getattr(getattr(model, "classifier", model), name, None) for name in ("class_token", "merge")}
+    told = ("double", None)  # class tokens that have other tensors
     return [
-        f"{name} is {value!r} (--option {name}=...)"
-        for name, value in assumed.items()
-        if name not in options and value not in known
+        f"{name} is {has[name]!r} (--option {name}=...)"
+        for name in sorted(has.keys() - options)
+        if has[name] not in told
     ]
 
 

@@ -34,7 +34,8 @@ class Inert:
 
 _PUSH = {"BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT", "BYTEARRAY8"}
 _PUSH |= {"BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "SHORT_BINBYTES", "BINBYTES", "BINBYTES8"}
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+_SET = Inert("builtins", "set")
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_SET": _SET}
 _TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _CALLS = {"REDUCE": 2, "NEWOBJ": 2, "NEWOBJ_EX": 3}
 _MAX_INSTRUCTIONS = 300_000  # Vim-tiny with its optimizer state and average: 69,000
@@ -114,23 +115,16 @@ def interpret(pickle: bytes, names: dict[str, Any], persistent: Callable[[Any], 
                     stack.append({})
                 case "EMPTY_LIST":
                     stack.append([])
-                case "EMPTY_SET":
-                    stack.append(_SET)
                 case "FROZENSET":
                     take(marks.pop())
                     stack.append(_SET)
                 case "TUPLE":
                     stack.append(tuple(take(marks.pop())))
-                case "APPEND":
-                    _extend(stack[-2], [stack.pop()])
-                case "APPENDS" | "ADDITEMS":
-                    items = take(marks.pop())
+                case "APPEND" | "APPENDS" | "ADDITEMS":
+                    items = take(len(stack) - 1 if instruction == "APPEND" else marks.pop())
                     _extend(stack[-1], items)
-                case "SETITEM":
-                    items = take(len(stack) - 2)
-                    _update(stack[-1], items)
-                case "SETITEMS":
-                    items = take(marks.pop())
+                case "SETITEM" | "SETITEMS":
+                    items = take(len(stack) - 2 if instruction == "SETITEM" else marks.pop())
                     _update(stack[-1], items)
                 case "STACK_GLOBAL":
                     stack.append(_look_up(names, *take(len(stack) - 2)))
@@ -147,9 +141,6 @@ def interpret(pickle: bytes, names: dict[str, Any], persistent: Callable[[Any], 
                 case _:
                     raise PickleError(f"uses the pickle instruction {instruction}, which data does not need")
     raise PickleError("the pickle has no end")
-
-
-_SET = Inert("builtins", "set")
 
 
 def _look_up(names: dict[str, Any], module: str, attribute: str) -> Any:

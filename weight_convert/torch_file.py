@@ -41,6 +41,12 @@ _RESAVE = (
     "torch.save({k: torch.as_tensor(v) for k, v in x.items() if torch.is_tensor(v) or getattr(v, 'ndim', 0)}, "
     "'NEW.pth')\""
 )
+_OTHERS = {  # what else is found under the name of a checkpoint, by its first bytes
+    b"version https://git-lfs": "a pointer of Git LFS instead of the file; fetch the file with: git lfs pull",
+    b"\x1f\x8b": "compressed with gzip; unpack it first: gunzip",
+    b"{": "a text in JSON; if it is the index of a checkpoint in parts, join these into one file",
+    b"<": "a web page instead of the file; download the file itself",
+}
 _REBUILDS = re.compile(r"_rebuild|_reconstruct$|_frombuffer$")  # functions that make tensors and NumPy arrays
 
 
@@ -92,14 +98,9 @@ def _check_format(start: bytes) -> None:
         raise CheckpointError("the file is empty; download it again")
     if any(number in start for number in _LEGACY) or start[257:262] == b"ustar":
         raise CheckpointError(f"PyTorch's legacy format (before 1.6); {_RESAVE}")
-    if start.startswith(b"version https://git-lfs"):
-        raise CheckpointError("a pointer of Git LFS instead of the file; fetch the file with: git lfs pull")
-    if start.startswith(b"\x1f\x8b"):
-        raise CheckpointError("compressed with gzip; unpack it first: gunzip")
-    if start.lstrip().startswith((b"{", b"[")):
-        raise CheckpointError("a text in JSON; if it is the index of a checkpoint in parts, join these into one file")
-    if start.lstrip().startswith(b"<"):
-        raise CheckpointError("a web page instead of the file; download the file itself")
+    for beginning, what in _OTHERS.items():
+        if start.lstrip().startswith(beginning):
+            raise CheckpointError(what)
     if not start.startswith(b"PK"):
         raise CheckpointError("neither a PyTorch checkpoint (no zip archive) nor .safetensors")
 
@@ -216,8 +217,14 @@ def _view(data: bytes, tensor: _Tensor, most_bytes: int) -> np.ndarray:
 
 def _select(checkpoint: Any, key: str | None) -> dict:
     """The state dict among what the file holds."""
+
+    def kind(value: Any) -> str:
+        return str(value) if isinstance(value, Inert) else type(value).__name__
+
     if not isinstance(checkpoint, dict):
-        raise CheckpointError(f"holds {_kind(checkpoint)} instead of a state dict; save model.state_dict()")
+        raise CheckpointError(
+            f"holds an object of type {kind(checkpoint)} instead of a state dict; save model.state_dict()"
+        )
     held = ", ".join(printable(name, 40) for name in list(checkpoint)[:20])
     if key is not None:
         if not isinstance(checkpoint.get(key), dict):
@@ -230,15 +237,15 @@ def _select(checkpoint: Any, key: str | None) -> dict:
     if all(isinstance(half, dict) for half in halves.values()):
         return halves
     if not any(isinstance(value, _Tensor) for value in checkpoint.values()):
-        whole = [f"{name} is {_kind(checkpoint[name])}; " for name in ("model", "state_dict") if name in checkpoint]
+        whole = [
+            f"{name} is an object of type {kind(checkpoint[name])}; "
+            for name in ("model", "state_dict")
+            if name in checkpoint
+        ]
         raise CheckpointError(
             f"has no state dict named model or state_dict; {''.join(whole)}name one with key (convert: --key): {held}"
         )
     return checkpoint
-
-
-def _kind(value: Any) -> str:
-    return f"an object of type {value if isinstance(value, Inert) else type(value).__name__}"
 
 
 def _named_tensors(state_dict: dict) -> list[tuple[str, _Tensor]]:
@@ -302,30 +309,12 @@ def _tensor_v3(
     return _Tensor(storage, dtype, offset, shape, strides)
 
 
-_STORAGE_TYPES = {
-    "torch FloatStorage": np.float32,
-    "torch DoubleStorage": np.float64,
-    "torch HalfStorage": np.float16,
-    "torch BFloat16Storage": ml_dtypes.bfloat16,
-    "torch LongStorage": np.int64,
-    "torch IntStorage": np.int32,
-    "torch ShortStorage": np.int16,
-    "torch CharStorage": np.int8,
-    "torch ByteStorage": np.uint8,
-    "torch BoolStorage": np.bool_,
-    "torch ComplexFloatStorage": np.complex64,
-    "torch ComplexDoubleStorage": np.complex128,
-    # Younger dtypes have untyped storages; their tensors name the dtype.
-    "torch.storage UntypedStorage": np.uint8,
-    "torch uint16": np.uint16,
-    "torch uint32": np.uint32,
-    "torch uint64": np.uint64,
-    "torch float8_e4m3fn": ml_dtypes.float8_e4m3fn,
-    "torch float8_e5m2": ml_dtypes.float8_e5m2,
-    "torch float8_e4m3fnuz": ml_dtypes.float8_e4m3fnuz,
-    "torch float8_e5m2fnuz": ml_dtypes.float8_e5m2fnuz,
-    "torch float8_e8m0fnu": ml_dtypes.float8_e8m0fnu,
-}
+_STORAGES = {"Float": "f4", "Double": "f8", "Half": "f2", "Long": "i8", "Int": "i4", "Short": "i2", "Char": "i1"}
+_STORAGES |= {"Byte": "u1", "Bool": "?", "ComplexFloat": "c8", "ComplexDouble": "c16", "BFloat16": ml_dtypes.bfloat16}
+# Younger dtypes have untyped storages; their tensors name the dtype.
+_DTYPES = {name: getattr(ml_dtypes, name) for name in ("float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu")}
+_DTYPES |= {name: getattr(ml_dtypes, name) for name in ("float8_e4m3fnuz", "float8_e5m2fnuz")}
+_DTYPES |= {name: name for name in ("uint16", "uint32", "uint64")}
 
 _CONSTRUCTORS = {
     "collections OrderedDict": lambda: {},
@@ -339,5 +328,7 @@ _CONSTRUCTORS = {
     "torch._tensor _rebuild_from_type_v2": lambda rebuild, _type, arguments, *_: construct(rebuild, arguments),
 }
 
-_NAMES = {name: np.dtype(dtype) for name, dtype in _STORAGE_TYPES.items()}
+_NAMES = {f"torch {name}Storage": np.dtype(dtype) for name, dtype in _STORAGES.items()}
+_NAMES |= {f"torch {name}": np.dtype(dtype) for name, dtype in _DTYPES.items()}
+_NAMES |= {"torch.storage UntypedStorage": np.dtype("u1")}
 _NAMES |= {name: Constructor(build) for name, build in _CONSTRUCTORS.items()}
