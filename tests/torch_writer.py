@@ -36,6 +36,10 @@ class View(tuple):
     """(storage array, offset, shape, strides): a tensor on a storage that others may share."""
 
 
+class Attributed(tuple):
+    """(array, attributes): a tensor with attributes."""
+
+
 def save(path: Path, content: Any) -> None:
     """torch.save(content, path) for nests of dict, list, tuple, str, numbers, None, Namespace and arrays."""
     storages: dict[int, tuple[str, np.ndarray]] = {}
@@ -63,6 +67,10 @@ def _encode(value: Any, storages: dict[int, tuple[str, np.ndarray]]) -> bytes:
             return _encode(value[0], storages) + _encode(value[1], storages) + b"R"
         case View():
             return _encode(_tensor_call(*value, storages), storages)
+        case Attributed():
+            rebuild, arguments = _tensor_call(value[0], 0, value[0].shape, (1,), storages)
+            call = (rebuild, Global("torch Tensor"), arguments, value[1])
+            return _encode(Call((Global("torch._tensor _rebuild_from_type_v2"), call)), storages)
         case np.ndarray():
             strides = tuple(np.cumprod((1, *value.shape[:0:-1]))[::-1].tolist()) if value.ndim else ()
             return _encode(_tensor_call(value, 0, value.shape, strides, storages), storages)

@@ -9,7 +9,10 @@ Every tensor of the file is used once and every variable of the model is filled 
 """
 
 import argparse
+import difflib
+import io
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,18 +20,21 @@ import numpy as np
 from flax import linen as nn
 from flax.traverse_util import unflatten_dict
 
-from vimd_jax.checkpoints.adapt import FLEXIBLE, MODES, fit
+from vimd_jax.checkpoints.adapt import MODES, fit
 from vimd_jax.checkpoints.network import save_model
-from vimd_jax.models import create_model, describe
+from vimd_jax.models import create_model, describe, list_models
 from vimd_jax.models.network import parse_option, variable_shapes
-from weight_convert.load import as_trained_model, model_for, provenance_of
-from weight_convert.mapping import fill, flat_state_dict, plan, step_counters
-from weight_convert.tables import name_in_table
+from weight_convert.load import as_trained_model, assumptions, model_for, provenance_of
+from weight_convert.mapping import Entry, fill, flat_state_dict, plan, step_counters, unwrapped
+from weight_convert.safe_pickle import printable
+from weight_convert.tables import halves, name_in_table
 from weight_convert.torch_file import load_torch_checkpoint
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal lacks must not end a conversion
     flags = _parser().parse_args(arguments)
     try:
         _convert(flags)
@@ -39,8 +45,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m weight_convert.convert", description=__doc__.split("\n")[0])
-    parser.add_argument("--model", required=True, help="a name of vimd_jax.models.list_models()")
+    names = textwrap.fill(f"architectures: {', '.join(list_models())}", 100, break_on_hyphens=False)
+    parser = argparse.ArgumentParser(
+        prog="python -m weight_convert.convert",
+        description=__doc__.split("\n")[0],
+        epilog=names,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", required=True, help="the architecture of the checkpoint, one of those below")
     parser.add_argument("--checkpoint", required=True, type=Path, help=".pth, .pth.tar or .safetensors")
     parser.add_argument(
         "--sr_checkpoint", type=Path, help="srvm_* only: its other half; --checkpoint is the classifier"
@@ -70,22 +82,30 @@ def _convert(flags: argparse.Namespace) -> None:
         raise ValueError("name the directory to write with --output, or only check with --dry_run")
     if flags.output is not None and flags.output.exists():
         raise ValueError(f"--output {flags.output} exists: name another directory or remove it")
+    if flags.model not in list_models():
+        close = difflib.get_close_matches(flags.model, list_models(), n=3) or ["one that --help lists"]
+        raise ValueError(f"--model: there is no network {flags.model!r}, did you mean {' or '.join(close)}?")
     state_dict = _load(flags)
     given = {"image_size": flags.image_size, "num_classes": flags.num_classes}
     options = dict(flags.option) | {name: value for name, value in given.items() if value is not None}
     model = model_for(state_dict, flags.model, options)
-    leaves = fill(state_dict, model, FLEXIBLE, str(flags.checkpoint))
-    leaves, changes = fit(leaves, model, grid=_source_grid(flags, model), mode=flags.position_mode)
-    notes = [": ".join(change) for change in changes]
+    entries = plan(model)
+    state_dict, prefixes = unwrapped(state_dict, model, {entry.source for entry in entries})
+    leaves = fill(state_dict, model, flexible=True, source=str(flags.checkpoint))
+    grid = _source_grid(flags, model)
+    leaves, changes = fit(leaves, model, grid=grid, mode=flags.position_mode, source=str(flags.checkpoint))
+    notes = [f"names are read without their prefix {printable(prefix)}" for prefix in prefixes]
+    notes += [": ".join(change) for change in changes]
+    assumed = assumptions(model, options)
     if broken := [path for path, leaf in leaves.items() if not np.isfinite(leaf).all()]:
         notes.append(f"warning: {len(broken)} variables hold numbers that are not finite, first {broken[0]}")
-    names = {name_in_table(name, model): name for name in state_dict}
-    counters = {name: state_dict[names[name]].item() for name in step_counters(plan(model)) if name in names}
+    named, known = {name_in_table(name, model): x for name, x in state_dict.items()}, set(step_counters(entries))
+    counters = {name: int(x) for name, x in named.items() if name in known and x.ndim == 0 and x.dtype.kind in "iu"}
     parameters = sum(leaf.size for path, leaf in leaves.items() if path.startswith("params/"))
 
-    _print_table(model)
+    _print_table(entries, model)
     print(f"{len(state_dict)} tensors read, each used once ({len(counters)} batch counters only noted)")
-    for note in notes:
+    for note in notes + [f"assumed, as the file does not tell: {note}" for note in assumed]:
         print(note)
     print(f"{parameters:,} parameters")
     if flags.dry_run:
@@ -94,6 +114,7 @@ def _convert(flags: argparse.Namespace) -> None:
     files = [flags.checkpoint] + ([flags.sr_checkpoint] if flags.sr_checkpoint else [])
     provenance = provenance_of(files, flags.key) | {
         "changes": notes,
+        "assumed": assumed,
         "parameters": parameters,
         "num_batches_tracked": counters,
     }
@@ -104,7 +125,7 @@ def _convert(flags: argparse.Namespace) -> None:
 def _load(flags: argparse.Namespace) -> dict[str, np.ndarray]:
     """The state dict, for SRVM-Net with both halves under their names."""
     state_dict = load_torch_checkpoint(flags.checkpoint, key=flags.key)
-    half = flags.model.startswith("srvm") and not all(name.startswith(("sr.", "classifier.")) for name in state_dict)
+    half = flags.model.startswith("srvm") and "" in halves(state_dict)
     if flags.sr_checkpoint and not half:
         raise ValueError(
             f"--sr_checkpoint {flags.sr_checkpoint} is not needed: it is the other half of an srvm_* model whose "
@@ -123,16 +144,16 @@ def _source_grid(flags: argparse.Namespace, model: nn.Module) -> tuple[int, int]
     return getattr(trained, "classifier", trained).grid
 
 
-def _print_table(model: nn.Module) -> None:
+def _print_table(entries: list[Entry], model: nn.Module) -> None:
     """One row for each variable: the PyTorch names that fill it, its path and its shape."""
     shapes = variable_shapes(model)
     sources: dict[str, list[str]] = {}
-    for entry in plan(model):
+    for entry in entries:
         sources.setdefault(entry.target, []).append(entry.source)
     for target, names in sources.items():
         ends = zip(names[0].split("."), names[-1].split("."))
         name = ".".join(first if first == last else f"{{{first}..{last}}}" for first, last in ends)
-        print(f"{name:50} → {target:50} {shapes[target].shape}")
+        print(f"{name:50} -> {target:50} {shapes[target].shape}")
 
 
 if __name__ == "__main__":

@@ -6,13 +6,14 @@ In PyTorch: `model.load_state_dict(safetensors.torch.load_file("X.safetensors"))
 """
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from vimd_jax.checkpoints.network import load_model
 from weight_convert.mapping import export_state_dict
@@ -24,6 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--checkpoint", required=True, type=Path, help="workdir of a run, or converted checkpoint")
     parser.add_argument("--output", required=True, type=Path, help=".safetensors file to write")
     parser.add_argument("--part", choices=("sr", "classifier"), help="srvm_* only: this half, under its own names")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal lacks must not end an export
     flags = parser.parse_args(arguments)
     try:
         _export(flags.checkpoint, flags.output, flags.part)
@@ -52,8 +55,7 @@ def _export(checkpoint: Path, output: Path, part: str | None) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     scratch = output.with_name(f".{output.name}.{os.getpid()}")
     try:
-        save_file(tensors, scratch, metadata={"format": "pt"})
-        scratch.chmod(0o644)
+        scratch.write_bytes(save(tensors, metadata={"format": "pt"}))
         scratch.replace(output)
     finally:
         scratch.unlink(missing_ok=True)

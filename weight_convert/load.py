@@ -1,6 +1,8 @@
 """A PyTorch file as a network of this library, or as the variables of one."""
 
 import hashlib
+import logging
+import math
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,16 @@ from flax.traverse_util import unflatten_dict
 
 from vimd_jax.checkpoints.network import TrainedModel
 from vimd_jax.models import create_model
-from vimd_jax.models.network import square
+from vimd_jax.models.network import square, variable_shapes
 from vimd_jax.models.srresnet import SRResNet
 from vimd_jax.models.srvm import SRVM
 from weight_convert.mapping import fill
+from weight_convert.tables import halves
 from weight_convert.torch_file import load_torch_checkpoint
+
+log = logging.getLogger(__name__)
+
+_MOST_NUMBERS = 2**31  # 20 times Vim-base
 
 
 def load_torch_model(path: Path, architecture: str, options: dict[str, Any], key: str | None = None) -> TrainedModel:
@@ -27,6 +34,8 @@ def load_torch_model(path: Path, architecture: str, options: dict[str, Any], key
     state_dict = load_torch_checkpoint(path, key=key)
     model = model_for(state_dict, architecture, options)
     variables = unflatten_dict(fill(state_dict, model, source=str(path)), sep="/")
+    for assumed in assumptions(model, options):
+        log.info("%s: assumed, as the file does not tell: %s", path, assumed)
     return as_trained_model(model, options, variables, provenance_of([path], key))
 
 
@@ -49,17 +58,15 @@ def provenance_of(files: list[Path], key: str | None) -> dict[str, Any]:
 
 
 def torch_variables(
-    path: Path, model: nn.Module, flexible: tuple[str, ...] = (), *, key: str | None = None
+    path: Path, model: nn.Module, flexible: bool = False, *, key: str | None = None
 ) -> dict[str, np.ndarray]:
     """Path → array of every variable of `model` from a PyTorch file, or from its part of an SRVM-Net's file.
 
-    Leaves whose path ends with one of `flexible` keep the shape they come with.
+    If `flexible`, the leaves of `adapt.FLEXIBLE` keep the shape they come with.
     """
     state_dict = load_torch_checkpoint(path, key=key)
-    prefix = "sr." if isinstance(model, SRResNet) else "classifier."
-    # VMamba calls its head a classifier: all names must say that they belong to a half.
-    if not isinstance(model, SRVM) and all(name.startswith(("sr.", "classifier.")) for name in state_dict):
-        state_dict = {name.removeprefix(prefix): x for name, x in state_dict.items() if name.startswith(prefix)}
+    if not isinstance(model, SRVM) and (parts := halves(state_dict)).keys() != {""}:
+        state_dict = parts.get("sr" if isinstance(model, SRResNet) else "classifier", {}) | parts.get("", {})
     return fill(state_dict, model, flexible, str(path))
 
 
@@ -67,14 +74,31 @@ def model_for(state_dict: dict[str, Any], architecture: str, options: dict[str, 
     """The network of that name and options, with as many classes as the head has where the options do not say.
 
     Raises:
-      ValueError: no such network, option or value.
+      ValueError: no such network, option or value, or a network too large for any memory.
     """
     model = create_model(architecture, **options)
-    bias = next((x for name, x in state_dict.items() if f".{name}".endswith(".head.bias")), None)
+    head = next((x for name, x in state_dict.items() if f".{name}".endswith(".head.weight") and x.ndim), None)
     counts = hasattr(getattr(model, "classifier", model), "num_classes")
-    if bias is None or not counts or "num_classes" in options:
-        return model
-    return create_model(architecture, **options | {"num_classes": bias.size})
+    if head is not None and counts and "num_classes" not in options:
+        model = create_model(architecture, **options | {"num_classes": head.shape[0]})
+    try:
+        numbers = sum(math.prod(leaf.shape) for leaf in variable_shapes(model).values())
+    except OverflowError:
+        numbers = math.inf
+    if numbers > _MOST_NUMBERS:
+        raise ValueError(f"a network of more than {_MOST_NUMBERS:,} numbers: check image_size, num_classes and sizes")
+    return model
+
+
+def assumptions(model: nn.Module, options: dict[str, Any]) -> list[str]:
+    """What no PyTorch file of such a network tells, and `options` do not say."""
+    has = {name: getattr(getattr(model, "classifier", model), name, None) for name in ("class_token", "merge")}
+    told = ("double", None)  # class tokens that have other tensors
+    return [
+        f"{name} is {has[name]!r} (--option {name}=...)"
+        for name in sorted(has.keys() - options)
+        if has[name] not in told
+    ]
 
 
 def file_sha256(path: Path) -> str:

@@ -4,7 +4,10 @@ Every difference of layout between the two frameworks is a transposition or a di
 PyTorch numbers may be stacked on leading axes.
 """
 
+import contextlib
+import logging
 import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -13,8 +16,14 @@ import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from vimd_jax.checkpoints.adapt import ADAPTABLE, differs_as_fit_can
+from vimd_jax.models import create_model, describe
 from vimd_jax.models.network import variable_shapes
-from weight_convert.tables import OPTIONS, Rule, computed_tensors, name_in_table, table
+from vimd_jax.models.srvm import SRVM
+from weight_convert.safe_pickle import printable
+from weight_convert.tables import Rule, computed_tensors, halves, name_in_table, table, told_options
+
+log = logging.getLogger(__name__)
 
 
 class Entry(NamedTuple):
@@ -80,9 +89,9 @@ def convert_state_dict(state_dict: dict[str, Any], model: nn.Module) -> dict[str
 
     Args:
       state_dict: PyTorch name → array, of the original classes (`VisionMamba`, `SRResNet`). For SRVM-Net the two
-        halves: `{"sr": {...}, "classifier": {...}}`, or one flat dict with these prefixes. Names may begin with
-        `module.`, as wrappers of PyTorch leave them, or be older ones. `num_batches_tracked` is ignored, rotary tables
-        are compared with ours.
+        halves: `{"sr": {...}, "classifier": {...}}`, or one flat dict with these prefixes. Names may have a prefix in
+        common, as wrappers of PyTorch leave it, or be older ones. `num_batches_tracked` is ignored, rotary tables are
+        compared with ours.
       model: a network of vimd_jax.models; its options decide the expected names and shapes.
 
     Returns:
@@ -101,15 +110,47 @@ def flat_state_dict(state_dict: dict[str, Any]) -> dict[str, Any]:
     return flatten_dict(state_dict, sep=".")
 
 
+def unwrapped(state_dict: dict[str, Any], model: nn.Module, sources: set[str]) -> tuple[dict[str, Any], list[str]]:
+    """The tensors without the prefix that wrappers put before the network's names, and the prefixes left out.
+
+    Such are `module.` (DataParallel, averages of weights), `_orig_mod.` (compile) and `model.` (Lightning); of an
+    SRVM-Net each half may have its own. `sources` are the names in the table of the model.
+    """
+    if isinstance(model, SRVM):
+        joined, left_out = {}, []
+        parts = halves(state_dict)
+        rest = parts.pop("", {})
+        for part, tensors in parts.items():
+            own = {name.removeprefix(f"{part}.") for name in sources if name.startswith(f"{part}.")}
+            tensors, prefixes = unwrapped(tensors, getattr(model, part), own)
+            joined |= {f"{part}.{name}": tensor for name, tensor in tensors.items()}
+            left_out += prefixes
+        return joined | rest, left_out
+    prefixes = Counter()
+    for name in state_dict:
+        pieces = name.split(".", 4)
+        ends = [".".join(pieces[start:]) for start in range(len(pieces))]
+        prefixes.update(name.removesuffix(end) for end in ends if name_in_table(end, model) in sources)
+    prefix = max(prefixes, key=prefixes.get, default="")
+    if not prefix:
+        return state_dict, []
+    short = {name: name.removeprefix(prefix) for name in state_dict}
+    taken = Counter(short.values())
+    return {short[name] if taken[short[name]] == 1 else name: x for name, x in state_dict.items()}, [prefix]
+
+
 def fill(
-    state_dict: dict[str, Any], model: nn.Module, flexible: tuple[str, ...] = (), source: str = "the state dict"
+    state_dict: dict[str, Any], model: nn.Module, flexible: bool = False, source: str = "the state dict"
 ) -> dict[str, np.ndarray]:
-    """`convert_state_dict` to path → array; paths that end with one of `flexible` keep the shape they come with.
+    """`convert_state_dict` to path → array; if `flexible`, classes and positions may be as many as they are.
 
     Errors name the `source`.
     """
     entries = plan(model)
-    state_dict = _as_in_table(flat_state_dict(state_dict), entries, model)
+    state_dict, prefixes = unwrapped(flat_state_dict(state_dict), model, {entry.source for entry in entries})
+    if prefixes:
+        log.info("%s: names without their prefix %s", source, ", ".join(map(printable, prefixes)))
+    state_dict = _as_in_table(state_dict, entries, model)
     if problems := _differences(state_dict, entries, model, flexible):
         raise ValueError(f"{source}: the weights do not fit {type(model).__name__}: {'; '.join(problems)}")
     shapes = variable_shapes(model)
@@ -147,18 +188,26 @@ def _equivalent_shapes(shape: tuple[int, ...], renamed: bool) -> list[tuple[int,
 
 
 def _differences(
-    state_dict: dict[str, Any], entries: list[Entry], model: nn.Module, flexible: tuple[str, ...]
+    state_dict: dict[str, np.ndarray], entries: list[Entry], model: nn.Module, flexible: bool
 ) -> list[str]:
-    """What keeps the weights from fitting, each kind in a few words; nothing if they do."""
+    """What keeps the weights from fitting, each kind in a few words, and what may help; nothing if they do."""
     expected, tables = {entry.source for entry in entries}, computed_tensors(model)
-    found = [(entry, np.asarray(state_dict[entry.source])) for entry in entries if entry.source in state_dict]
+    found = [(entry, state_dict[entry.source]) for entry in entries if entry.source in state_dict]
+    rows = {name.removesuffix("weight"): tensor.shape[:1] for name, tensor in state_dict.items()}
     differences = {
         "missing": sorted(expected - set(state_dict)),
-        "unexpected": sorted(set(state_dict) - expected - set(step_counters(entries)) - set(tables)),
+        "unexpected": sorted(set(state_dict) - expected - {*step_counters(entries), *tables, "n_averaged"}),
         "wrong shape": [
             f"{entry.source} is {tensor.shape}, expected {entry.shape}"
             for entry, tensor in found
-            if tensor.shape != entry.shape and not (entry.target.endswith(flexible) and tensor.ndim == len(entry.shape))
+            if tensor.shape != entry.shape and not (flexible and _differs_flexibly(entry, tensor.shape))
+        ],
+        "not as many classes as rows of head.weight": [
+            f"{entry.source} is {tensor.shape}"
+            for entry, tensor in found
+            if flexible
+            and entry.target.endswith("/head/bias")
+            and tensor.shape != rows.get(entry.source.removesuffix("bias"), tensor.shape)
         ],
         "not floating point": [
             f"{entry.source} is {tensor.dtype}"
@@ -169,22 +218,45 @@ def _differences(
             name for name in tables if name in state_dict and not _same_table(state_dict[name], tables[name], flexible)
         ],
     }
-    problems = [f"{what} ({len(names)}): {_listed(names)}" for what, names in differences.items() if names]
-    odd = [*differences["missing"], *differences["unexpected"]]
-    if options := sorted({option for part, option in OPTIONS.items() if any(re.search(part, name) for name in odd)}):
-        problems.append(f"look at the options {', '.join(options)} of the model")
-    return problems
+    hints = _hints(state_dict, expected, differences["missing"], model) if any(list(differences.values())[:3]) else []
+    most = 3 if hints else 20
+    return [f"{what} ({len(names)}): {_listed(names, most)}" for what, names in differences.items() if names] + hints
 
 
-def _same_table(table: Any, expected: np.ndarray, other_grid: Any) -> bool:
-    table = np.asarray(table, np.float32)
+def _differs_flexibly(entry: Entry, shape: tuple[int, ...]) -> bool:
+    if len(shape) != len(entry.shape):
+        return False
+    axes = entry.axes or range(len(shape))
+    return differs_as_fit_can(entry.target, tuple(shape[i] for i in axes), tuple(entry.shape[i] for i in axes))
+
+
+def _hints(state_dict: dict[str, np.ndarray], known: set[str], missing: list[str], model: nn.Module) -> list[str]:
+    """What would fit rather, as far as the names and shapes of the file tell."""
+    if isinstance(model, SRVM) and missing and all(name.startswith("sr.") for name in missing):
+        return ["this is the classifier alone: give the SR network's file too (convert: --sr_checkpoint FILE)"]
+    if not any(name in known for name in state_dict):
+        return [f"no tensor has a name of {type(model).__name__}, so this is another network (convert: --model)"]
+    told = told_options({name: tensor.shape for name, tensor in state_dict.items()}, model)
+    if not told:
+        return []
+    with contextlib.suppress(ValueError, TypeError):  # a file may tell what does not fit together; SRVM has no options
+        fitting = describe(model.clone(**told))
+        registered = describe(create_model(fitting["architecture"]))
+        if all(fitting["options"][name] == value or name in ADAPTABLE for name, value in registered["options"].items()):
+            return [f"its tensors are those of {fitting['architecture']}"]
+    options = ", ".join(f"{option}={value!r}".replace(" ", "") for option, value in told.items())
+    return [f"its tensors tell other options: {options} (convert: --option NAME=VALUE)"]
+
+
+def _same_table(table: Any, expected: np.ndarray, other_grid: bool) -> bool:
     if table.shape != expected.shape:
-        return bool(other_grid)
-    return np.allclose(table, expected, atol=1e-3)
+        return other_grid
+    return np.allclose(np.asarray(table, np.float32), expected, atol=1e-3)
 
 
 def _listed(names: list[str], most: int = 20) -> str:
-    return ", ".join(names[:most]) + (f", … and {len(names) - most} more" if len(names) > most else "")
+    shown = ", ".join(printable(name) for name in names[:most])
+    return shown + (f", ... and {len(names) - most} more" if len(names) > most else "")
 
 
 def export_state_dict(variables: dict[str, Any], model: nn.Module) -> dict[str, np.ndarray]:

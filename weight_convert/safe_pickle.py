@@ -1,7 +1,7 @@
 """Reads a pickle as data: a small machine that builds containers, numbers and strings and runs nothing.
 
-Python's unpickler imports and calls what the pickle names. This one looks names up in a table given by the caller and
-refuses all others, knows only the instructions that data needs, and keeps to memory in proportion to the pickle's size.
+Python's unpickler imports and calls what the pickle names. This one looks names up in a table given by the caller; any
+other name becomes an `Inert`, an object that only remembers it. Time and memory are bounded.
 """
 
 import pickletools
@@ -11,7 +11,7 @@ from typing import Any
 
 
 class PickleError(ValueError):
-    """The pickle asks for something that is not data."""
+    """The pickle cannot be read as data."""
 
 
 @dataclass(frozen=True)
@@ -21,13 +21,41 @@ class Constructor:
     build: Callable[..., Any]
 
 
-_PUSH = {"BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT"}
+@dataclass(frozen=True, eq=False, slots=True)
+class Inert:
+    """What stands for an object that is not read; calls, arguments, items and attributes leave no trace on it."""
+
+    module: str
+    attribute: str
+
+    def __str__(self):
+        return printable(f"{self.module}.{self.attribute}")
+
+
+_PUSH = {"BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT", "BYTEARRAY8"}
 _PUSH |= {"BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "SHORT_BINBYTES", "BINBYTES", "BINBYTES8"}
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+_SET = Inert("builtins", "set")
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_SET": _SET}
 _TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_CALLS = {"REDUCE": 2, "NEWOBJ": 2, "NEWOBJ_EX": 3}
+_MAX_INSTRUCTIONS = 300_000  # Vim-tiny with its optimizer state and average: 69,000
 _MAX_BITS = 1024  # of an integer: a short pickle can use a long one a million times
 _MAX_ARGUMENTS = 16  # of a constructor
-_KEY_TYPES = (str, int, float, bool, bytes, type(None))  # hashing a deeply nested tuple can overflow the C stack
+_MAX_KEY = 1_000  # characters, of names too: equal keys are compared to their ends, as often as the pickle likes
+
+# No object is made of these. Here they would be as inert as any name, but who opens the file otherwise should know.
+_BUILTINS = ("builtins", "__builtin__")  # from pickle protocol 3 on, and before
+_COMMANDS = {"os", "posix", "nt", "sys", "subprocess", "pty", "shutil", "socket", "runpy", "importlib", "ctypes"}
+_COMMANDS |= {
+    f"{builtins} {name}" for builtins in _BUILTINS for name in ("eval", "exec", "compile", "open", "__import__")
+}
+
+
+def printable(text: Any, most: int = 200) -> str:
+    """Text from a file, fit for a message: escaped as `repr` does where it could act on a terminal, and cut."""
+    text = str(text)
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:most])
+    return shown + "..." * (len(text) > most)
 
 
 def interpret(pickle: bytes, names: dict[str, Any], persistent: Callable[[Any], Any]) -> Any:
@@ -36,11 +64,12 @@ def interpret(pickle: bytes, names: dict[str, Any], persistent: Callable[[Any], 
     Args:
       pickle: protocol 2 to 5, as `pickle.dumps` writes.
       names: "module name" → what stands for it: a `Constructor`, or a constant. The state that a pickle attaches to a
-        built object (attributes of an `argparse.Namespace`, metadata of an `OrderedDict`) is left out.
+        built object (attributes, metadata of an `OrderedDict`) is left out. Sets are inert, and so are keys of a dict
+        other than plain values.
       persistent: turns a persistent id into an object.
 
     Raises:
-      PickleError: a name outside `names`, an instruction that data does not need, or keys that are no plain values.
+      PickleError: a name that runs commands, an instruction that data does not need, or more of them than data needs.
       Exception: anything, where the pickle is damaged.
     """
     stack: list[Any] = []
@@ -52,8 +81,12 @@ def interpret(pickle: bytes, names: dict[str, Any], persistent: Callable[[Any], 
         del stack[start:]
         return items
 
-    for opcode, argument, _ in pickletools.genops(pickle):
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(pickle)):
         instruction = opcode.name
+        if count > _MAX_INSTRUCTIONS:
+            raise PickleError(
+                f"its pickle has more than {_MAX_INSTRUCTIONS} instructions; save model.state_dict() alone"
+            )
         if instruction in _PUSH:
             if type(argument) is int and argument.bit_length() > _MAX_BITS:
                 raise PickleError(f"holds an integer of more than {_MAX_BITS} bits")
@@ -62,12 +95,14 @@ def interpret(pickle: bytes, names: dict[str, Any], persistent: Callable[[Any], 
             stack.append(_CONSTANTS[instruction])
         elif instruction in _TUPLES:
             stack.append(tuple(take(len(stack) - _TUPLES[instruction])))
+        elif instruction in _CALLS:
+            constructor, arguments, *_ = take(len(stack) - _CALLS[instruction])
+            stack.append(construct(constructor, arguments))
         else:
             match instruction:
-                case "PROTO" | "FRAME":
-                    pass
-                case "STOP":
-                    return stack.pop()
+                case "GLOBAL":
+                    module, _, attribute = argument.partition(" ")
+                    stack.append(_look_up(names, module, attribute))
                 case "MARK":
                     marks.append(len(stack))
                 case "BINPUT" | "LONG_BINPUT":
@@ -80,28 +115,27 @@ def interpret(pickle: bytes, names: dict[str, Any], persistent: Callable[[Any], 
                     stack.append({})
                 case "EMPTY_LIST":
                     stack.append([])
+                case "FROZENSET":
+                    take(marks.pop())
+                    stack.append(_SET)
                 case "TUPLE":
                     stack.append(tuple(take(marks.pop())))
-                case "APPEND":
-                    _extend(stack[-2], [stack.pop()])
-                case "APPENDS":
-                    items = take(marks.pop())
+                case "APPEND" | "APPENDS" | "ADDITEMS":
+                    items = take(len(stack) - 1 if instruction == "APPEND" else marks.pop())
                     _extend(stack[-1], items)
-                case "SETITEM":
-                    items = take(len(stack) - 2)
+                case "SETITEM" | "SETITEMS":
+                    items = take(len(stack) - 2 if instruction == "SETITEM" else marks.pop())
                     _update(stack[-1], items)
-                case "SETITEMS":
-                    items = take(marks.pop())
-                    _update(stack[-1], items)
-                case "GLOBAL":
-                    stack.append(_look_up(names, argument))
                 case "STACK_GLOBAL":
-                    stack.append(_look_up(names, " ".join(take(len(stack) - 2))))
-                case "REDUCE" | "NEWOBJ":
-                    constructor, arguments = take(len(stack) - 2)
-                    stack.append(_construct(constructor, arguments))
-                case "BUILD":
+                    stack.append(_look_up(names, *take(len(stack) - 2)))
+                case "BUILD" | "POP":
                     stack.pop()
+                case "POP_MARK":
+                    take(marks.pop())
+                case "PROTO" | "FRAME":
+                    pass
+                case "STOP":
+                    return stack.pop()
                 case "BINPERSID":
                     stack.append(persistent(stack.pop()))
                 case _:
@@ -109,30 +143,47 @@ def interpret(pickle: bytes, names: dict[str, Any], persistent: Callable[[Any], 
     raise PickleError("the pickle has no end")
 
 
-def _look_up(names: dict[str, Any], name: str) -> Any:
-    if name not in names:
-        module, _, attribute = name.rpartition(" ")
+def _look_up(names: dict[str, Any], module: str, attribute: str) -> Any:
+    if len(module) > _MAX_KEY or len(attribute) > _MAX_KEY:
+        raise PickleError(f"asks for a name of more than {_MAX_KEY} characters")
+    name = f"{module} {attribute}"
+    if name in names:
+        return names[name]
+    inert = Inert(module, attribute)
+    if module.partition(".")[0] in _COMMANDS or name in _COMMANDS:
         raise PickleError(
-            f"asks for {module}.{attribute}; only tensors, containers, numbers, strings and argparse.Namespace are "
-            "read, and nothing was executed; save model.state_dict() alone"
+            f"asks for {inert}, which no checkpoint needs: it may be meant to run commands, so do not open it with "
+            "PyTorch; nothing was executed"
         )
-    return names[name]
+    return inert
 
 
-def _construct(constructor: Any, arguments: Any) -> Any:
+def construct(constructor: Any, arguments: Any) -> Any:
+    """What a call of `constructor` gives."""
+    if isinstance(constructor, Inert):
+        return constructor
     if not isinstance(constructor, Constructor) or type(arguments) is not tuple or len(arguments) > _MAX_ARGUMENTS:
         raise PickleError("calls something that is not a constructor of data")
     return constructor.build(*arguments)
 
 
 def _extend(target: Any, items: list[Any]) -> None:
-    if type(target) is not list:
+    if type(target) is list:
+        target.extend(items)
+    elif not isinstance(target, Inert):
         raise PickleError("appends to something that is not a list")
-    target.extend(items)
 
 
 def _update(target: Any, items: list[Any]) -> None:
-    keys = items[::2]
-    if type(target) is not dict or any(type(key) not in _KEY_TYPES for key in keys) or len(items) % 2:
-        raise PickleError("sets items of something that is not a dict of plain keys")
-    target.update(zip(keys, items[1::2]))
+    if type(target) is dict and len(items) % 2 == 0:
+        target.update(zip(map(_key, items[::2]), items[1::2]))
+    elif not isinstance(target, Inert):
+        raise PickleError("sets items of something that is not a dict")
+
+
+def _key(key: Any) -> Any:
+    """A key that takes no longer to find than others: many large integers have one hash, and tuples nest."""
+    plain = key is None or type(key) in (bool, float)
+    plain = plain or (type(key) is int and key.bit_length() < 60)
+    plain = plain or (type(key) in (str, bytes) and len(key) <= _MAX_KEY)
+    return key if plain else Inert("a key of type", type(key).__name__)

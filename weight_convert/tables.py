@@ -8,7 +8,7 @@ have, by its options, are skipped.
 
 import re
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from flax import linen as nn
@@ -272,12 +272,7 @@ def table(model: nn.Module) -> tuple[Rule, ...]:
 
 
 def name_in_table(name: str, model: nn.Module | None) -> str:
-    """What the table of a network calls a tensor.
-
-    That is without the `module.` of wrappers around the network (DataParallel, averages of weights), and by its last
-    name where the original code has changed it.
-    """
-    name = re.sub(r"^(module\.)+", "", name)
+    """What the table of a network calls a tensor: its last name, where the original code has changed it."""
     if isinstance(model, SRVM) and "." in name:
         part, rest = name.split(".", 1)
         return f"{part}.{name_in_table(rest, getattr(model, part, None))}"
@@ -296,11 +291,61 @@ def computed_tensors(model: nn.Module) -> dict[str, np.ndarray]:
     return {"rope.freqs_cos": np.cos(angles), "rope.freqs_sin": np.sin(angles)}
 
 
-# Options on which tensors depend, by a pattern of names: the hint when one is missing or unexpected.
-OPTIONS = {
-    "rope.freqs": "rope",
-    "cls_token": "class_token",
-    "multi_scan.weights": "directions",
-    r"norm2|mlp\.fc": "mlp_ratio",
-    r"downsample\.[13]": "downsample",
-}
+def halves(state_dict: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The tensors of an SRVM-Net by half, "sr" and "classifier", without what precedes that word; "" for all others.
+
+    VMamba calls its head a classifier, so that only a file in which most names say their half is one of an SRVM-Net.
+    """
+    found = {name: re.match(r"(?:\w+\.){0,3}?(sr|classifier)\.(.+)", name) for name in state_dict}
+    if 2 * sum(match is not None for match in found.values()) <= len(found):
+        return {"": state_dict}
+    parts: dict[str, dict[str, Any]] = {}
+    for name, match in found.items():
+        part, rest = match.groups() if match else ("", name)
+        parts.setdefault(part, {})[rest] = state_dict[name]
+    return parts
+
+
+def told_options(shapes: dict[str, tuple[int, ...]], model: nn.Module | None) -> dict[str, Any]:
+    """Those options of `model` that names and shapes of a file tell otherwise."""
+    if isinstance(model, SRVM):
+        parts = halves(shapes)
+        sr, rest = (told_options(parts.get(part, {}), getattr(model, part)) for part in ("sr", "classifier"))
+        return {name if name == "scale" else f"sr_{name}": value for name, value in sr.items()} | rest
+
+    def count(pattern: str) -> int:
+        return len({match[1] for name in shapes if (match := re.match(pattern, name))})
+
+    def side(name: str, axis: int) -> int | None:
+        return next(iter(shapes.get(name, ())[axis:]), None)
+
+    stages = range(count(r"layers\.(\d+)\.(?:blocks|\d+)\."))
+    counted = {
+        "depth": count(r"layers\.(\d+)\.mixer\."),
+        "embed_dim": side("norm_f.weight", 0),
+        "patch_size": side("patch_embed.proj.weight", 2),
+        "state_size": side("layers.0.mixer.A_log", 1) or side("layers.0.mixer.A_log_0", 1),
+        "num_blocks": count(r"trunk\.(\d+)\."),
+        "channels": side("conv3.weight", 1),
+        "scale": 2 ** count(r"upsampling\.([0-2])\."),
+        "dims": side("patch_embed.0.weight", 0),
+        "depths": tuple(count(rf"layers\.{stage}\.(blocks\.\d+\.norm|\d+\.conv_pw)\.") for stage in stages),
+    }
+    if not (counted["depth"] or counted["num_blocks"] or counted["depths"]):
+        return {}  # another kind of network
+    hidden, width = (side("layers.0.blocks.0.mlp.fc1.weight", axis) for axis in (0, 1))
+    there = {
+        "rope": "rope.freqs_cos" in shapes,
+        "class_token": "double" if "cls_token_head" in shapes else "middle" if "cls_token" in shapes else None,
+        "mlp_ratio": hidden / width if hidden and width else 0.0,
+        "downsample": "conv" if "layers.0.downsample.1.weight" in shapes else "merge",
+    }
+    if any(name.endswith("multi_scan.weights") for name in shapes):
+        there["directions"] = None
+    told = {name: value for name, value in counted.items() if value} | there
+    has = {name: getattr(model, name) for name in told if hasattr(model, name)}
+    if isinstance(has.get("dims"), tuple):
+        has["dims"] = has["dims"][0]
+    if has.get("class_token") == "head":  # its tensors are those of one in the middle
+        has["class_token"] = "middle"
+    return {name: told[name] for name in has if told[name] != has[name]}

@@ -2,10 +2,13 @@
 
 A `.pth` file is an uncompressed zip archive: `data.pkl`, a pickle that describes the objects, and an entry for every
 storage, the raw numbers behind the tensors. The pickle is read as data (`safe_pickle`), with the names in the tables
-below; a storage is read when a tensor that was asked for needs it.
+below; a storage is read when a tensor that was asked for needs it. Whatever the file, time is bounded, and memory by a
+small multiple of its size.
 """
 
+import io
 import math
+import re
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,15 +21,33 @@ import numpy as np
 from safetensors import safe_open
 
 from vimd_jax.checkpoints.network import CheckpointError
-from weight_convert.safe_pickle import Constructor, PickleError, interpret
+from weight_convert.safe_pickle import Constructor, Inert, PickleError, construct, interpret, printable
 
 # Far beyond any real checkpoint (Vim-base with its optimizer state: 2,000 tensors); a hostile file stops here.
 _MAX_PICKLE_BYTES = 8 * 2**20
+_MAX_DIRECTORY_BYTES = 2 * 2**20  # of a zip archive
+_MAX_HEADER_BYTES = 2 * 2**20  # of a .safetensors file
 _MAX_ITEMS = 200_000
-_MAX_NAME_LENGTH = 1_000
+_MAX_DEPTH = 16
+_MAX_TENSORS = 20_000
+_MAX_NAME_LENGTH = 500
 _MAX_RANK = 64
+_MAX_VIEWS = 4  # times the file's size: what all tensors together may measure, since several can share a storage
 
-_LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # what PyTorch before 1.6 wrote first
+_LEGACY = (b"l\xfc\x9cF\xf9 j\xa8P\x19.", b"119547037146038801333356L")  # the number that came first before 1.6
+_RESAVE = (
+    'if you trust its source, re-save it once where PyTorch is installed: python -c "import torch; '
+    "x = torch.load('OLD.pth', map_location='cpu', weights_only=False); x = x.get('model', x.get('state_dict', x)); "
+    "torch.save({k: torch.as_tensor(v) for k, v in x.items() if torch.is_tensor(v) or getattr(v, 'ndim', 0)}, "
+    "'NEW.pth')\""
+)
+_OTHERS = {  # what else is found under the name of a checkpoint, by its first bytes
+    b"version https://git-lfs": "a pointer of Git LFS instead of the file; fetch the file with: git lfs pull",
+    b"\x1f\x8b": "compressed with gzip; unpack it first: gunzip",
+    b"{": "a text in JSON; if it is the index of a checkpoint in parts, join these into one file",
+    b"<": "a web page instead of the file; download the file itself",
+}
+_REBUILDS = re.compile(r"_rebuild|_reconstruct$|_frombuffer$")  # functions that make tensors and NumPy arrays
 
 
 def load_torch_checkpoint(path: str | Path, *, key: str | None = None) -> dict[str, np.ndarray]:
@@ -35,25 +56,26 @@ def load_torch_checkpoint(path: str | Path, *, key: str | None = None) -> dict[s
     Args:
       path: `.pth`, `.pt`, `.pth.tar` in PyTorch's zip format (1.6 and later), or `.safetensors`.
       key: which entry of the checkpoint, e.g. "model_ema". None takes "model" or "state_dict" where the file has one,
-        and otherwise the file itself. A `.safetensors` file has no entries.
+        the file itself, or its "sr" and "classifier" together. A `.safetensors` file has no entries.
 
     Returns:
       Name → read-only array in the stored dtype (bfloat16 as `ml_dtypes.bfloat16`). Containers inside the state dict
       are flattened, their names joined by dots; what is not a tensor is left out. Tensors that shared memory still do.
 
     Raises:
-      CheckpointError: not such a file, damaged, in the legacy format, without `key`, or asking for anything but
-        tensors, containers, numbers, strings and `argparse.Namespace`.
+      CheckpointError: not such a file, damaged, in the legacy format, without `key`, with tensors of a kind that is not
+        read, or larger in any respect than checkpoints are.
     """
     path = Path(path)
     with _errors_naming(path):
         with path.open("rb") as file:
             start = file.read(512)
         if start[8:9] == b"{":  # behind the length of a JSON header
-            return _load_safetensors(path, key)
+            return _load_safetensors(path, int.from_bytes(start[:8], "little"), key)
         _check_format(start)
-        with zipfile.ZipFile(path) as archive:
+        with _File(path) as file, zipfile.ZipFile(file) as archive:
             checkpoint = _Archive(archive, path.stat().st_size)
+            file.longest_read = None
             content = interpret(checkpoint.read("data.pkl", _MAX_PICKLE_BYTES), _NAMES, _persistent)
             return {name: checkpoint.tensor(name, tensor) for name, tensor in _named_tensors(_select(content, key))}
 
@@ -63,40 +85,59 @@ def _errors_naming(path: Path) -> Iterator[None]:
     try:
         yield
     except (CheckpointError, PickleError) as error:
-        raise CheckpointError(f"{path}: {_printable(str(error))}") from error.__cause__
+        raise CheckpointError(f"{path}: {printable(error, 2_000)}") from error.__cause__
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise CheckpointError(f"{path}: {error.strerror or error}") from error
     except Exception as error:  # a damaged file can break any step of decoding in any way
-        reason = _printable(f"{type(error).__name__}: {error}")
+        reason = printable(f"{type(error).__name__}: {error}")
         raise CheckpointError(f"{path}: truncated or damaged, download it again ({reason})") from error
-
-
-def _printable(message: str, most: int = 1_000) -> str:
-    """One line, without the control characters that a hostile file may put into its names."""
-    return "".join(c if c.isprintable() else "?" for c in message[:most])
 
 
 def _check_format(start: bytes) -> None:
     if not start:
-        raise CheckpointError("the file is empty")
-    if start.startswith(_LEGACY_MAGIC) or start[257:262] == b"ustar":
-        raise CheckpointError(
-            "PyTorch's legacy format (before 1.6); re-save it once where PyTorch is installed: "
-            'python -c "import argparse, torch; torch.serialization.add_safe_globals([argparse.Namespace]); '
-            "torch.save(torch.load('OLD.pth', map_location='cpu'), 'NEW.pth')\""
-        )
+        raise CheckpointError("the file is empty; download it again")
+    if any(number in start for number in _LEGACY) or start[257:262] == b"ustar":
+        raise CheckpointError(f"PyTorch's legacy format (before 1.6); {_RESAVE}")
+    for beginning, what in _OTHERS.items():
+        if start.lstrip().startswith(beginning):
+            raise CheckpointError(what)
     if not start.startswith(b"PK"):
-        raise CheckpointError("neither a PyTorch checkpoint (no zip archive) nor .safetensors; download it again")
+        raise CheckpointError("neither a PyTorch checkpoint (no zip archive) nor .safetensors")
 
 
-def _load_safetensors(path: Path, key: str | None) -> dict[str, np.ndarray]:
+def _load_safetensors(path: Path, header_bytes: int, key: str | None) -> dict[str, np.ndarray]:
     if key is not None:
         raise CheckpointError(f"a .safetensors file holds one set of tensors; leave out key={key!r}")
+    if header_bytes > min(_MAX_HEADER_BYTES, path.stat().st_size):
+        raise CheckpointError(f"truncated or damaged, or no .safetensors (its header would have {header_bytes} bytes)")
+    with path.open("rb") as file:
+        small = re.search(rb'"dtype"\s*:\s*"(F[468]\w*)"', file.read(8 + header_bytes))
+    if small:
+        raise CheckpointError(
+            f"holds {small[1].decode()} numbers, of 8 bits or fewer, which are not read; save float32"
+        )
     with safe_open(path, framework="numpy") as file:
         names = list(file.keys())
-        if eighths := [name for name in names if file.get_slice(name).get_dtype().startswith("F8")]:
-            raise CheckpointError(f"{eighths[0]} is stored in 8-bit floats, which are not read; save it as float32")
+        _check_names(names)
         return {name: file.get_tensor(name) for name in names}
+
+
+def _check_names(names: list[str]) -> None:
+    if len(names) > _MAX_TENSORS:
+        raise CheckpointError(f"holds {len(names)} tensors, more than the {_MAX_TENSORS} that any network has")
+    if strange := [name for name in names if not name.isprintable() or len(name) > _MAX_NAME_LENGTH]:
+        raise CheckpointError(f"a tensor has the name {printable(strange[0])}, which no network has")
+
+
+class _File(io.FileIO):
+    """A file in which zipfile looks for the directory: at its end, at the place and of the length that it says."""
+
+    longest_read: int | None = _MAX_DIRECTORY_BYTES
+
+    def read(self, size: int = -1) -> bytes:
+        if self.longest_read is not None and size > self.longest_read:
+            raise CheckpointError(f"the archive's directory has {size} bytes, more than any checkpoint needs")
+        return super().read(size)
 
 
 @dataclass(frozen=True)
@@ -123,6 +164,7 @@ class _Archive:
     def __init__(self, archive: zipfile.ZipFile, file_size: int):
         self._archive = archive
         self._file_size = file_size
+        self._left = max(_MAX_VIEWS * file_size, 2**20)  # bytes that tensors may still measure
         entries = archive.infolist()
         roots = [entry.filename.removesuffix("data.pkl") for entry in entries if entry.filename.endswith("data.pkl")]
         if len({entry.filename for entry in entries}) < len(entries) or len(roots) != 1:
@@ -151,31 +193,39 @@ class _Archive:
         data = self._storages[storage.key]
         if len(data) != storage.count * storage.dtype.itemsize:
             found, expected = len(data), f"{storage.count} × {storage.dtype}"
-            raise CheckpointError(f"the storage of {name} has {found} bytes, not {expected}")
-        return _view(data, tensor, self._file_size)
+            raise CheckpointError(f"the storage of {printable(name)} has {found} bytes, not {expected}")
+        view = _view(data, tensor, self._left)
+        self._left -= view.nbytes
+        return view
 
 
 def _view(data: bytes, tensor: _Tensor, most_bytes: int) -> np.ndarray:
     if len(tensor.shape) > _MAX_RANK:
         raise CheckpointError(f"a tensor has more than {_MAX_RANK} dimensions")
-    if any(type(n) is not int or n < 0 for n in (tensor.offset, *tensor.shape, *tensor.strides)):
+    if any(type(n) is not int or not 0 <= n < 2**63 for n in (tensor.offset, *tensor.shape, *tensor.strides)):
         raise CheckpointError("a tensor's offset, shape or strides are not natural numbers")
     size, numbers = tensor.dtype.itemsize, math.prod(tensor.shape)
     # NumPy's own check of the bounds overflows for huge strides, and strides of 0 repeat elements without bound.
     last = tensor.offset + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.strides, strict=True))
     if numbers and (last + 1) * size > len(data):
         raise CheckpointError(f"a tensor of shape {tensor.shape} reaches beyond the {len(data)} bytes of its storage")
-    if numbers * size > max(most_bytes, 2**20):
-        raise CheckpointError(f"a tensor of shape {tensor.shape} is larger than the whole file")
+    if numbers * size > most_bytes:
+        raise CheckpointError(f"a tensor of shape {tensor.shape} is larger than a file of this size can hold")
     strides = [stride * size for stride in tensor.strides]
     return np.ndarray(tensor.shape, tensor.dtype, data, tensor.offset * size, strides)
 
 
 def _select(checkpoint: Any, key: str | None) -> dict:
     """The state dict among what the file holds."""
+
+    def kind(value: Any) -> str:
+        return str(value) if isinstance(value, Inert) else type(value).__name__
+
     if not isinstance(checkpoint, dict):
-        raise CheckpointError("holds something other than a state dict; save model.state_dict()")
-    held = ", ".join(str(name)[:40] for name in list(checkpoint)[:20])
+        raise CheckpointError(
+            f"holds an object of type {kind(checkpoint)} instead of a state dict; save model.state_dict()"
+        )
+    held = ", ".join(printable(name, 40) for name in list(checkpoint)[:20])
     if key is not None:
         if not isinstance(checkpoint.get(key), dict):
             raise CheckpointError(f"has no state dict named {key!r}; it holds: {held}")
@@ -183,125 +233,102 @@ def _select(checkpoint: Any, key: str | None) -> dict:
     for name in ("model", "state_dict"):
         if isinstance(checkpoint.get(name), dict):
             return checkpoint[name]
+    halves = {name: checkpoint.get(name) for name in ("sr", "classifier")}
+    if all(isinstance(half, dict) for half in halves.values()):
+        return halves
     if not any(isinstance(value, _Tensor) for value in checkpoint.values()):
-        raise CheckpointError(f"has no state dict named model or state_dict; name one with key: {held}")
+        whole = [
+            f"{name} is an object of type {kind(checkpoint[name])}; "
+            for name in ("model", "state_dict")
+            if name in checkpoint
+        ]
+        raise CheckpointError(
+            f"has no state dict named model or state_dict; {''.join(whole)}name one with key (convert: --key): {held}"
+        )
     return checkpoint
 
 
 def _named_tensors(state_dict: dict) -> list[tuple[str, _Tensor]]:
     """The tensors in a nest of containers, in order, names joined by dots."""
     found: list[tuple[str, _Tensor]] = []
-    pending: list[tuple[str, Any]] = [("", state_dict)]
-    visited = 0  # together with the length of the names this bounds containers that hold themselves or each other
-    while pending:
-        prefix, value = pending.pop()
-        if isinstance(value, _Tensor):
-            found.append((prefix.removesuffix("."), value))
-        elif isinstance(value, dict | list | tuple):
-            items = list(value.items() if isinstance(value, dict) else enumerate(value))
-            visited += len(items)
-            names = [str(name) for name, _ in items]
-            if visited > _MAX_ITEMS or len(prefix) + max(map(len, names), default=0) > _MAX_NAME_LENGTH:
-                raise CheckpointError(f"more than {_MAX_ITEMS} items or names beyond {_MAX_NAME_LENGTH} characters")
-            pending += [(f"{prefix}{name}.", item) for name, (_, item) in zip(reversed(names), reversed(items))]
+    inert: list[tuple[str, Inert]] = []
+    visited = 0
+
+    def visit(container: dict | list | tuple, prefix: str, depth: int) -> None:
+        nonlocal visited
+        for key, value in container.items() if isinstance(container, dict) else enumerate(container):
+            name, visited = f"{prefix}{key}", visited + 1
+            if visited > _MAX_ITEMS or depth > _MAX_DEPTH or len(name) > _MAX_NAME_LENGTH:
+                raise CheckpointError(
+                    f"the state dict holds more than {_MAX_ITEMS} items, {_MAX_DEPTH} levels or names beyond "
+                    f"{_MAX_NAME_LENGTH} characters"
+                )
+            if isinstance(value, dict | list | tuple):
+                visit(value, f"{name}.", depth + 1)
+            elif isinstance(value, _Tensor):
+                found.append((name, value))
+            elif isinstance(value, Inert):
+                inert.append((name, value))
+
+    visit(state_dict, "", 0)
+    needed = [item for item in inert if _REBUILDS.match(item[1].attribute)] if found else inert
+    if needed:
+        name, kind = needed[0]
+        what = "the state dict holds" if found else "the state dict holds no tensors, but"
+        raise CheckpointError(f"{what} {printable(name, 80)}, which asks for {kind} and is not read; {_RESAVE}")
     if not found:
-        raise CheckpointError("the state dict holds no tensors")
+        raise CheckpointError("the state dict holds no tensors; name another entry with key (convert: --key)")
     if len({name for name, _ in found}) < len(found):
         raise CheckpointError("two tensors have the same name")
+    _check_names([name for name, _ in found])
     return found
 
 
 def _persistent(identity: Any) -> _Storage:
     kind, dtype, key, _location, count = identity
-    if kind != "storage" or not isinstance(dtype, np.dtype) or type(key) is not str or type(count) is not int:
+    if kind != "storage" or type(key) is not str or type(count) is not int:
         raise PickleError("refers to something that is not a tensor's storage")
-    return _Storage(key, dtype, count)
+    return _Storage(key, dtype, count) if isinstance(dtype, np.dtype) else dtype
 
 
 def _tensor_v2(
-    storage: _Storage, offset: int, shape: tuple, strides: tuple, grad: Any = None, hooks: Any = None, views: Any = None
-) -> _Tensor:
-    return _tensor_v3(storage, offset, shape, strides, grad, hooks, storage.dtype, views)
+    storage: Any, offset: int, shape: tuple, strides: tuple, grad: Any = None, hooks: Any = None, views: Any = None
+) -> _Tensor | Inert:
+    return _tensor_v3(storage, offset, shape, strides, grad, hooks, getattr(storage, "dtype", None), views)
 
 
 def _tensor_v3(
-    storage: _Storage,
-    offset: int,
-    shape: tuple,
-    strides: tuple,
-    _grad: Any,
-    _hooks: Any,
-    dtype: np.dtype,
-    views: Any = None,
-) -> _Tensor:
+    storage: Any, offset: int, shape: tuple, strides: tuple, _grad: Any, _hooks: Any, dtype: Any, views: Any = None
+) -> _Tensor | Inert:
     if views:
-        raise PickleError("holds a conjugated or negated view; save it after resolve_conj() and resolve_neg()")
+        return Inert("torch._utils", "_rebuild_tensor_v2 with a conjugated or negated view")
+    if not isinstance(storage, _Storage) or not isinstance(dtype, np.dtype):
+        return Inert(
+            "torch._utils", "_rebuild_tensor_v2"
+        )  # of a storage that is not read, such as of quantized numbers
     return _Tensor(storage, dtype, offset, shape, strides)
 
 
-def _size(dimensions: tuple) -> tuple:
-    if type(dimensions) is not tuple:
-        raise PickleError("a torch.Size is made of something that is not a tuple")
-    return dimensions
+_STORAGES = {"Float": "f4", "Double": "f8", "Half": "f2", "Long": "i8", "Int": "i4", "Short": "i2", "Char": "i1"}
+_STORAGES |= {"Byte": "u1", "Bool": "?", "ComplexFloat": "c8", "ComplexDouble": "c16", "BFloat16": ml_dtypes.bfloat16}
+# Younger dtypes have untyped storages; their tensors name the dtype.
+_DTYPES = {name: getattr(ml_dtypes, name) for name in ("float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu")}
+_DTYPES |= {name: getattr(ml_dtypes, name) for name in ("float8_e4m3fnuz", "float8_e5m2fnuz")}
+_DTYPES |= {name: name for name in ("uint16", "uint32", "uint64")}
 
-
-def _number(*_: Any) -> None:
-    """A NumPy scalar, a complex number, a device: nothing reads its value."""
-
-
-def _container(items: Any = ()) -> Any:
-    """A set or a counter: what it is made of, not copied."""
-    return items
-
-
-_STORAGE_TYPES = {
-    "torch FloatStorage": np.float32,
-    "torch DoubleStorage": np.float64,
-    "torch HalfStorage": np.float16,
-    "torch BFloat16Storage": ml_dtypes.bfloat16,
-    "torch LongStorage": np.int64,
-    "torch IntStorage": np.int32,
-    "torch ShortStorage": np.int16,
-    "torch CharStorage": np.int8,
-    "torch ByteStorage": np.uint8,
-    "torch BoolStorage": np.bool_,
-    "torch ComplexFloatStorage": np.complex64,
-    "torch ComplexDoubleStorage": np.complex128,
-    # Younger dtypes have untyped storages; their tensors name the dtype.
-    "torch.storage UntypedStorage": np.uint8,
-    "torch uint16": np.uint16,
-    "torch uint32": np.uint32,
-    "torch uint64": np.uint64,
-    "torch float8_e4m3fn": ml_dtypes.float8_e4m3fn,
-    "torch float8_e5m2": ml_dtypes.float8_e5m2,
-    "torch float8_e4m3fnuz": ml_dtypes.float8_e4m3fnuz,
-    "torch float8_e5m2fnuz": ml_dtypes.float8_e5m2fnuz,
-    "torch float8_e8m0fnu": ml_dtypes.float8_e8m0fnu,
-    # Settings may name the others.
-    "torch float32": np.float32,
-    "torch float64": np.float64,
-    "torch float16": np.float16,
-    "torch bfloat16": ml_dtypes.bfloat16,
-}
-
-_BUILTINS = ("builtins", "__builtin__")  # from pickle protocol 3 on, and before
 _CONSTRUCTORS = {
     "collections OrderedDict": lambda: {},
-    "argparse Namespace": lambda: {},
-    "torch Size": _size,
+    "collections defaultdict": lambda *_: {},
+    "torch Size": lambda dimensions: dimensions,
     "torch._utils _rebuild_tensor_v2": _tensor_v2,
     "torch._utils _rebuild_tensor_v3": _tensor_v3,
+    # A parameter, or a tensor with attributes: what it is around.
     "torch._utils _rebuild_parameter": lambda tensor, *_: tensor,
-    "collections defaultdict": lambda *_: {},
-    "collections Counter": _container,
-    **{f"{module} {name}": _container for module in _BUILTINS for name in ("set", "frozenset")},
-    **{f"{module} {name}": _number for module in _BUILTINS for name in ("complex", "list", "dict", "int", "float")},
-    "torch device": _number,
-    "numpy dtype": _number,
-    "numpy.core.multiarray scalar": _number,
-    "numpy._core.multiarray scalar": _number,
-    "_codecs encode": _number,
+    "torch._utils _rebuild_parameter_with_state": lambda tensor, *_: tensor,
+    "torch._tensor _rebuild_from_type_v2": lambda rebuild, _type, arguments, *_: construct(rebuild, arguments),
 }
 
-_NAMES = {name: np.dtype(dtype) for name, dtype in _STORAGE_TYPES.items()}
+_NAMES = {f"torch {name}Storage": np.dtype(dtype) for name, dtype in _STORAGES.items()}
+_NAMES |= {f"torch {name}": np.dtype(dtype) for name, dtype in _DTYPES.items()}
+_NAMES |= {"torch.storage UntypedStorage": np.dtype("u1")}
 _NAMES |= {name: Constructor(build) for name, build in _CONSTRUCTORS.items()}

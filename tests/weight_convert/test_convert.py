@@ -1,24 +1,30 @@
 """The two commands, and the directory between them."""
 
+import errno
 import hashlib
+import io
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import golden
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch_writer
 from safetensors.numpy import load_file, save_file
 
 from vimd_jax import load_model
 from vimd_jax.checkpoints import network
 from vimd_jax.checkpoints.adapt import load_variables
 from vimd_jax.checkpoints.network import read_description
-from vimd_jax.models import create_model
+from vimd_jax.models import create_model, list_models
 from weight_convert import convert as convert_command
 from weight_convert import export as export_command
 from weight_convert import load_torch_checkpoint
+from weight_convert.mapping import plan
 
 FILES = golden.FOLDER / "checkpoints"
 VIM_OPTIONS = ["--option", "embed_dim=48", "--option", "depth=4", "--option", "stride=8", "--image_size", "64"]
@@ -71,7 +77,8 @@ def test_srvm_from_two_files_and_back(tmp_path, capsys):
     options = [*VIM_OPTIONS, "--option", "sr_channels=16", "--option", "sr_num_blocks=3"]
     arguments = ["--model", "srvm_tiny", "--checkpoint", FILES / "vim_style.pth", *options]
     assert convert(*arguments, "--output", tmp_path / "x") == 1
-    assert "missing (49): sr.conv1.0.bias" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "missing (49): sr.conv1.0.bias" in error and "--sr_checkpoint" in error
     assert convert(*arguments, "--sr_checkpoint", SR_FILE, "--output", tmp_path / "srvm") == 0
     for part, source in (("sr", SR_FILE), ("classifier", FILES / "vim_style.pth")):
         output = tmp_path / f"{part}.safetensors"
@@ -115,7 +122,7 @@ def test_fine_tuning_from_a_file_and_from_its_conversion_is_the_same(tmp_path, c
     assert convert(*VIM[:-1], "64x96", "--num_classes", 3, "--output", tmp_path / "task") == 0
     printed = capsys.readouterr().out
     assert "10 classes in the checkpoint, 3 wanted: the head is initialised anew and needs training" in printed
-    assert "50 tokens in the checkpoint, 78 wanted: the position embedding is resized (mode correct)" in printed
+    assert "7x7 patches (taken to be square) in the checkpoint, 7x11 wanted: the position embedding is" in printed
     expected = load_variables(FILES / "vim_style.pth", task, adapt=True)
     for directory in ("source", "task"):
         actual = load_variables(tmp_path / directory, task, adapt=True)
@@ -127,7 +134,7 @@ def test_a_grid_of_the_same_size_but_another_shape_is_resized_too(tmp_path):
     """The directory remembers its grid; the number of tokens alone would not tell."""
     assert convert(*VIM[:-1], "64x96", "--output", tmp_path / "wide") == 0
     tall = create_model("vim_tiny", embed_dim=48, depth=4, stride=8, image_size=(96, 64), num_classes=10)
-    with pytest.raises(ValueError, match="7×11 patches in the checkpoint, 11×7 wanted$"):
+    with pytest.raises(ValueError, match="7x11 patches in the checkpoint, 11x7 wanted$"):
         load_variables(tmp_path / "wide", tall)
     resized = load_variables(tmp_path / "wide", tall, adapt=True)["params"]["position_embedding"]
     assert np.abs(resized - load_model(tmp_path / "wide").variables["params"]["position_embedding"]).max() > 0.1
@@ -155,6 +162,192 @@ def test_numbers_that_are_not_finite_are_pointed_out(tmp_path, capsys):
     save_file(state_dict, tmp_path / "x.safetensors")
     assert convert(*VIM[:2], "--checkpoint", tmp_path / "x.safetensors", *VIM_OPTIONS, "--dry_run") == 0
     assert "warning: 1 variables hold numbers that are not finite, first params/head/bias" in capsys.readouterr().out
+
+
+def changed(path, change, source=FILES / "vim_style.pth"):
+    """A file like another one but for what `change` does to its state dict."""
+    state_dict = dict(load_torch_checkpoint(source))
+    change(state_dict)
+    torch_writer.save(path, {"model": state_dict})
+    return path
+
+
+def convert_file(path, *arguments) -> int:
+    return convert(*VIM[:2], "--checkpoint", path, *VIM_OPTIONS, *arguments)
+
+
+def expanded(value, shape, strides):
+    return torch_writer.View((np.full(1, value, np.float32), 0, shape, strides))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"head.bias": expanded(0, (290_000,), (0,))},
+            "not as many classes as rows of head.weight (1): head.bias is (290000,)",
+        ),
+        ({"head.bias": np.zeros(7, np.float32)}, "not as many classes as rows of head.weight (1): head.bias is (7,)"),
+        ({"head.weight": np.zeros((10, 4), np.float32)}, "head.weight is (10, 4), expected (10, 48)"),
+        ({"head.weight": np.zeros((0, 48), np.float32)}, "num_classes: 0 is not valid"),
+        ({"pos_embed": np.zeros((2, 50, 48), np.float32)}, "pos_embed is (2, 50, 48), expected (1, 50, 48)"),
+        ({"pos_embed": np.zeros((1, 1, 48), np.float32)}, "the position embedding is for 0 patches"),
+        ({"pos_embed": np.zeros((1, 0, 48), np.float32)}, "the position embedding is for -1 patches"),
+        ({"pos_embed": np.zeros((1, 52, 48), np.float32)}, "is for 51 patches, not for 7x7; say what size of images"),
+    ],
+)
+def test_what_would_not_be_read_again_is_not_written(change, message, tmp_path, capsys):
+    file = changed(tmp_path / "x.pth", lambda state_dict: state_dict.update(change))
+    assert convert_file(file, "--output", tmp_path / "out") == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_head_that_is_replaced_must_agree_too(tmp_path, capsys):
+    file = changed(tmp_path / "x.pth", lambda state_dict: state_dict.update({"head.bias": np.zeros(7, np.float32)}))
+    assert convert_file(file, "--dry_run", "--num_classes", 10) == 1
+    assert "not as many classes as rows of head.weight (1): head.bias is (7,)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "size", [["--image_size", 99999999], ["--num_classes", 10**12], ["--option", "depth=100000000"]]
+)
+def test_networks_that_no_memory_holds(size, tmp_path, capsys):
+    assert convert(*VIM, *size, "--output", tmp_path / "out") == 1
+    assert "a network of more than 2,147,483,648 numbers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("counter", [np.array(2j), np.array([1, 2]), np.array(np.inf, np.float16)])
+def test_counters_that_do_not_count_are_left_out(counter, tmp_path):
+    file = changed(tmp_path / "x.pth", lambda state: state.update({"conv2.1.num_batches_tracked": counter}), SR_FILE)
+    assert convert(*SR[:2], "--checkpoint", file, *SR[4:], "--output", tmp_path / "sr") == 0
+    assert "conv2.1.num_batches_tracked" not in load_model(tmp_path / "sr").provenance["num_batches_tracked"]
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "model._orig_mod.", "net.backbone."])
+def test_a_prefix_is_left_out_and_told(prefix, tmp_path, capsys):
+    def wrap(state_dict):
+        for name in list(state_dict):
+            state_dict[prefix + name] = state_dict.pop(name)
+        state_dict["n_averaged"] = np.array(3)  # as torch.optim.swa_utils adds
+
+    file = changed(tmp_path / "x.pth", wrap)
+    assert convert_file(file, "--output", tmp_path / "wrapped") == 0
+    assert f"names are read without their prefix {prefix}" in capsys.readouterr().out
+    assert convert(*VIM, "--output", tmp_path / "plain") == 0
+    assert "without their prefix" not in capsys.readouterr().out
+    wrapped, plain = (read_description(tmp_path / name)["checksum"] for name in ("wrapped", "plain"))
+    assert wrapped == plain
+
+
+@pytest.mark.parametrize(("outer", "inner"), [("", ""), ("module.", ""), ("model.", "_orig_mod.")])
+def test_both_halves_in_one_file(outer, inner, tmp_path):
+    options = [*VIM_OPTIONS, "--option", "sr_channels=16", "--option", "sr_num_blocks=3"]
+    halves = {"sr": load_torch_checkpoint(SR_FILE), "classifier": load_torch_checkpoint(FILES / "vim_style.pth")}
+    content = {part: {inner + name: x for name, x in half.items()} for part, half in halves.items()}
+    if outer:
+        content = {"model": {f"{outer}{part}.{name}": x for part, half in content.items() for name, x in half.items()}}
+    torch_writer.save(tmp_path / "x.pth", content)
+    assert (
+        convert("--model", "srvm_tiny", "--checkpoint", tmp_path / "x.pth", *options, "--output", tmp_path / "x") == 0
+    )
+    student = load_model(tmp_path / "x")
+    params = load_variables(tmp_path / "x.pth", student.model.classifier)["params"]
+    jax.tree.map(np.testing.assert_array_equal, params, student.variables["params"]["classifier"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (VIM[:4], "its tensors tell other options: depth=4,embed_dim=48"),
+        ([*VIM, "--option", "patch_size=8"], "other options: patch_size=16"),
+        ([*SR[:4], "--option", "channels=16"], "other options: num_blocks=3"),
+        (["--model", "srresnet_x2", *SR[2:]], "other options: scale=4"),
+    ],
+)
+def test_options_that_would_fit_are_named(arguments, message, tmp_path, capsys):
+    assert convert(*arguments, "--dry_run") == 1
+    error = capsys.readouterr().err
+    assert message.replace(",", ", ") in error and len(error) < 700
+
+
+def test_another_registered_network_is_named(tmp_path, capsys):
+    small = {
+        entry.source: expanded(0, entry.shape, (0,) * len(entry.shape)) for entry in plan(create_model("vim_small"))
+    }
+    torch_writer.save(tmp_path / "x.pth", small | {"padding": np.zeros(25_000_000, np.float32)})
+    assert convert("--model", "vim_tiny", "--checkpoint", tmp_path / "x.pth", "--dry_run") == 1
+    assert "its tensors are those of vim_small" in capsys.readouterr().err
+
+
+def test_what_a_file_does_not_tell_is_said(tmp_path, capsys):
+    assert convert(*VIM, "--dry_run") == 0
+    assert "assumed, as the file does not tell: class_token is 'middle' (--option class_token=...)" in (
+        capsys.readouterr().out
+    )
+    assert convert(*VIM, "--dry_run", "--option", "class_token=head", "--option", "merge=sum") == 0
+    assert "assumed" not in capsys.readouterr().out
+
+
+def test_a_table_of_as_many_positions_is_taken_to_be_square(tmp_path, capsys):
+    """4×4 patches into 2×8."""
+    positions = np.random.default_rng(0).normal(size=(1, 17, 48)).astype(np.float32)
+    file = changed(tmp_path / "x.pth", lambda state_dict: state_dict.update(pos_embed=positions))
+    wide = [*VIM[:2], "--checkpoint", file, *VIM_OPTIONS[:-1], "24x72"]
+    assert convert(*wide, "--output", tmp_path / "resized") == 0
+    assert "4x4 patches (taken to be square) in the checkpoint, 2x8 wanted" in capsys.readouterr().out
+    assert convert(*wide, "--source_size", "24x72", "--output", tmp_path / "kept") == 0
+    assert "wanted" not in capsys.readouterr().out
+    resized, kept = (load_model(tmp_path / x).variables["params"]["position_embedding"] for x in ("resized", "kept"))
+    np.testing.assert_array_equal(kept, positions)
+    assert np.abs(resized - positions).max() > 0.1
+
+
+def test_the_name_that_has_the_grid_of_the_file_is_told(tmp_path, capsys):
+    arguments = [*VIM[:4], "--option", "embed_dim=48", "--option", "depth=4", "--image_size", "64", "--dry_run"]
+    assert convert(*arguments) == 0
+    assert "4x4 wanted: the position embedding is resized (mode correct); with stride 8, as vim_tiny_stride8 has" in (
+        capsys.readouterr().out
+    )
+
+
+def test_a_terminal_that_lacks_a_character_does_not_end_a_conversion(tmp_path, monkeypatch):
+    output = io.TextIOWrapper(io.BytesIO(), "cp1252")
+    monkeypatch.setattr(sys, "stdout", output)
+    assert convert(*VIM, "--output", tmp_path / "视觉") == 0
+    assert export("--checkpoint", tmp_path / "视觉", "--output", tmp_path / "视觉.safetensors") == 0
+    output.flush()
+    assert rb"\u89c6\u89c9, checksum" in output.buffer.getvalue()
+
+
+def test_a_full_disk_is_an_error_of_one_line(tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    assert convert(*VIM, "--output", tmp_path / "vim") == 0
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert export("--checkpoint", tmp_path / "vim", "--output", tmp_path / "x.safetensors") == 1
+    assert convert(*VIM, "--output", tmp_path / "again") == 1
+    assert capsys.readouterr().err == "error: [Errno 28] No space left on device\n" * 2
+    assert [path.name for path in tmp_path.iterdir()] == ["vim"]
+
+
+def test_an_export_has_the_rights_that_new_files_have(tmp_path):
+    assert convert(*VIM, "--output", tmp_path / "vim") == 0
+    before = os.umask(0o027)
+    try:
+        assert export("--checkpoint", tmp_path / "vim", "--output", tmp_path / "x.safetensors") == 0
+    finally:
+        os.umask(before)
+    assert (tmp_path / "x.safetensors").stat().st_mode & 0o777 == 0o640
+
+
+def test_help_lists_the_architectures(capsys):
+    with pytest.raises(SystemExit):
+        convert("--help")
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in list_models())
 
 
 @pytest.mark.parametrize(
@@ -188,12 +381,12 @@ def test_dry_run_writes_nothing(tmp_path, capsys):
     ("arguments", "message"),
     [
         ([*VIM[:2], "--checkpoint", FILES / "malicious.pth"], "asks for posix.system"),
-        (["--model", "vim_tny", *VIM[2:]], "there is no network 'vim_tny'"),
+        (["--model", "vim_tny", *VIM[2:]], "error: --model: there is no network 'vim_tny', did you mean vim_tiny"),
         ([*VIM, "--option", "depht=4"], "depht: vim_tiny has no such option"),
         ([*VIM, "--option", "depth=many"], "depth: 'many' is not valid"),
         ([*VIM, "--option", "rope=false"], "rope: 'false' is not valid"),
         ([*VIM, "--sr_checkpoint", SR_FILE], "is not needed: it is the other half"),
-        ([*VIM, "--source_size", "64x32"], "does not hold 7×3 patches"),
+        ([*VIM, "--source_size", "64x32"], "is for 49 patches, not for 7x3; say"),
         ([*VIM, "--option", "depth=5"], "missing (17): layers.4"),
         ([*VIM, "--key", "state_dict"], "no state dict named 'state_dict'"),
         ([*VIM, "--image_size", "8"], "image_size"),

@@ -120,11 +120,11 @@ def cast(name, dtype):
         (cast("head.bias", np.complex64), r"not floating point \(1\): head.bias is complex64$"),
         (
             lambda w: w.update({"rope.freqs_cos": np.zeros((4, 16))}),
-            "unexpected.*; look at the options rope of the",
+            "unexpected.*; its tensors tell other options: rope=True",
         ),
         (lambda w: w.update({"layers.0.mixer.gamma": np.zeros(16)}), r"unexpected \(1\): layers.0.mixer.gamma$"),
-        (without("cls_token"), "missing.*options class_token of"),
-        (lambda w: w.clear(), r"missing \(41\): .* and 21 more"),
+        (without("cls_token"), "missing.*; its tensors tell other options: class_token=None"),
+        (lambda w: w.clear(), r"missing \(41\): .* and 38 more; no tensor has a name of Vim"),
     ],
 )
 def test_differences_are_listed(change, message):
@@ -132,6 +132,14 @@ def test_differences_are_listed(change, message):
     change(weights)
     with pytest.raises(ValueError, match=message):
         convert_state_dict(weights, SMALL)
+
+
+def test_names_are_escaped_and_cut_in_messages():
+    weights = random_state_dict(SMALL) | {"\x1b[2J\nlast line: all is well" + "x" * 1000: np.zeros(3)}
+    with pytest.raises(ValueError) as error:
+        convert_state_dict(weights, SMALL)
+    assert r"\x1b[2J\nlast line" in str(error.value)
+    assert str(error.value).isprintable() and len(str(error.value)) < 500
 
 
 def test_rotary_tables_are_compared():

@@ -23,7 +23,6 @@ MODES = ("correct", "reference")
 
 _HEAD = ("/head/kernel", "/head/bias")
 _POSITIONS = "/position_embedding"
-FLEXIBLE = (*_HEAD, _POSITIONS)  # the leaves whose shapes `fit` can change
 ADAPTABLE = ("num_classes", "image_size", "stride")  # the options in which they may differ
 
 
@@ -54,12 +53,14 @@ def load_variables(
     if path.is_file():
         from weight_convert import torch_variables  # only who hands over a PyTorch file needs the reader
 
-        leaves = torch_variables(path, model, FLEXIBLE, key=key)
+        leaves = torch_variables(path, model, flexible=True, key=key)
+        if not adapt and all(leaves[leaf].shape == x.shape for leaf, x in variable_shapes(model).items()):
+            return unflatten_dict(leaves, sep="/")  # for whatever grid: the file does not tell
     else:
         source, variables = _part_for(model, load_model(path))
         _check_same_network(path, source, model)
         leaves, grid = flatten_dict(variables, sep="/"), getattr(source, "grid", None)
-    leaves, changes = fit(leaves, model, grid=grid, mode=position_mode)
+    leaves, changes = fit(leaves, model, grid=grid, mode=position_mode, source=str(path))
     if changes and not adapt:
         raise ValueError(f"{path} does not fit the network: {'; '.join(change.difference for change in changes)}")
     for change in changes:
@@ -124,25 +125,31 @@ def resize_position_embedding(
     num_patches = table.shape[1] - len(class_token_positions(class_token, 0))
     if grid is None:
         grid = (math.isqrt(max(num_patches, 0)),) * 2
-    if table.ndim != 3 or math.prod(grid) != num_patches:
+    if table.ndim != 3 or table.shape[0] != 1 or num_patches < 1 or math.prod(grid) != num_patches:
         raise ValueError(
-            f"table: shape {table.shape} with class_token {class_token!r} does not hold {grid[0]}×{grid[1]} patches; "
-            "name the grid it was made for (convert: --source_size)"
+            f"table: shape {table.shape} with class_token {class_token!r} does not hold {grid[0]}x{grid[1]} patches; "
+            "name the grid it was made for"
         )
     kept = "head" if mode == "reference" and class_token == "middle" else class_token
     return resize_positions(jnp.asarray(table, jnp.float32), grid, new_grid, kept)
 
 
 def fit(
-    leaves: dict[str, Any], model: nn.Module, *, grid: tuple[int, int] | None = None, mode: str = "correct"
+    leaves: dict[str, Any],
+    model: nn.Module,
+    *,
+    grid: tuple[int, int] | None = None,
+    mode: str = "correct",
+    source: str = "the checkpoint",
 ) -> tuple[dict[str, Any], list[Change]]:
     """Makes the head and the position embedding fit `model`, where only the classes or the grid differ.
 
     Args:
       leaves: path → array, every variable of the model, with the source's shapes.
       model: the network to fit.
-      grid: the grid of the source's positions; None means a square.
+      grid: the grid of the source's positions; None means a square, where their number allows it.
       mode: as in `resize_position_embedding`.
+      source: what errors name.
 
     Returns:
       The leaves in the model's shapes, and the changes made. A new head starts as the model starts it.
@@ -150,40 +157,65 @@ def fit(
     Raises:
       ValueError: shapes that neither another number of classes nor another grid explains.
     """
-    shapes = variable_shapes(model)
-    different = [path for path in shapes if leaves[path].shape != shapes[path].shape]
-    heads = [path for path in different if path.endswith(_HEAD) and leaves[path].shape[:-1] == shapes[path].shape[:-1]]
-    classifier = getattr(model, "classifier", model)
-    regrid = grid is not None and grid != getattr(classifier, "grid", grid)
-    tables = [
-        path
-        for path in shapes
-        if path.endswith(_POSITIONS)
-        and (path in different or regrid)
-        and leaves[path].shape[2] == shapes[path].shape[2]
-    ]
-    if rest := sorted(set(different) - {*heads, *tables}):
-        found = ", ".join(f"{path} is {leaves[path].shape}, expected {shapes[path].shape}" for path in rest[:20])
-        raise ValueError(f"the weights do not fit {type(model).__name__}: wrong shape ({len(rest)}): {found}")
-
+    shapes = {path: leaf.shape for path, leaf in variable_shapes(model).items()}
+    if rest := [path for path in shapes if not differs_as_fit_can(path, leaves[path].shape, shapes[path])]:
+        found = ", ".join(f"{path} is {leaves[path].shape}, expected {shapes[path]}" for path in rest[:20])
+        raise ValueError(f"{source}: the weights do not fit {type(model).__name__}: wrong shape ({len(rest)}): {found}")
     leaves, changes = dict(leaves), []
-    if heads:
-        old, new = leaves[heads[0]].shape[-1], shapes[heads[0]].shape[-1]
+    heads = [path for path in shapes if path.endswith(_HEAD)]
+    if heads and leaves[heads[0]].shape != shapes[heads[0]]:
+        old, new = leaves[heads[0]].shape[-1], shapes[heads[0]][-1]
         leaves |= _initial_values(model, heads)
         changes.append(
             Change(f"{old} classes in the checkpoint, {new} wanted", "the head is initialised anew and needs training")
         )
-    for path in tables:
-        old, new = f"{leaves[path].shape[1]} tokens", f"{shapes[path].shape[1]}"
-        if grid is not None:
-            old, new = f"{grid[0]}×{grid[1]} patches", f"{classifier.grid[0]}×{classifier.grid[1]}"
+    classifier = getattr(model, "classifier", model)
+    for path in [path for path in shapes if path.endswith(_POSITIONS)]:
+        change = _other_grid(leaves[path].shape[1], classifier, grid, source)
+        if change is None:
+            continue
+        old, difference = change
         leaves[path] = resize_position_embedding(
-            leaves[path], classifier.grid, mode, grid=grid, class_token=classifier.class_token
+            leaves[path], classifier.grid, mode, grid=old, class_token=classifier.class_token
         )
         changes.append(
-            Change(f"{old} in the checkpoint, {new} wanted", f"the position embedding is resized (mode {mode})")
+            Change(difference, f"the position embedding is resized (mode {mode}){_stride_for(old, classifier)}")
         )
     return leaves, changes
+
+
+def differs_as_fit_can(path: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """Whether a variable's shape differs from the wanted one in classes or positions at most."""
+    free = {_HEAD[0]: 1, _HEAD[1]: 0, _POSITIONS: 1}
+    axis = next((axis for ending, axis in free.items() if path.endswith(ending)), None)
+    return len(shape) == len(wanted) and all(n == m or i == axis for i, (n, m) in enumerate(zip(shape, wanted)))
+
+
+def _other_grid(
+    tokens: int, model: nn.Module, grid: tuple[int, int] | None, source: str
+) -> tuple[tuple[int, int], str] | None:
+    """The grid that a table of so many tokens is for, and how it differs from the model's; None if it does not."""
+    patches, assumed = tokens - len(class_token_positions(model.class_token, 0)), ""
+    if grid is None:
+        side = math.isqrt(max(patches, 0))
+        grid, assumed = ((side, side), " (taken to be square)") if side * side == patches else (model.grid, "")
+    if patches < 1 or math.prod(grid) != patches:
+        raise ValueError(
+            f"{source}: the position embedding is for {patches} patches, not for {grid[0]}x{grid[1]}; say what size of "
+            "images it was made for (convert: --source_size HEIGHTxWIDTH)"
+        )
+    if grid == model.grid:
+        return None
+    return grid, "{}x{} patches{} in the checkpoint, {}x{} wanted".format(*grid, assumed, *model.grid)
+
+
+def _stride_for(grid: tuple[int, int], model: nn.Module) -> str:
+    """Which stride, if any, has that grid."""
+    for stride in [n for n in range(1, model.patch_size + 1) if model.patch_size % n == 0 and n != model.stride]:
+        other = model.clone(stride=stride)
+        if other.grid == grid:
+            return f"; with stride {stride}, as {describe(other)['architecture']} has, it would be kept as it is"
+    return ""
 
 
 def _initial_values(model: nn.Module, paths: list[str]) -> dict[str, jax.Array]:

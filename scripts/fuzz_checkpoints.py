@@ -1,0 +1,262 @@
+"""Reads damaged and hostile checkpoints in a watched process: each must be read, or refused by the reader's own error,
+in less than 2 s of processor time and with less than 200 MB beyond its size.
+
+python scripts/fuzz_checkpoints.py [--files 10000] [--seed 0]     (Linux, whose kernel tells a process's peak memory)
+"""
+
+import argparse
+import collections
+import io
+import json
+import multiprocessing
+import random
+import re
+import struct
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import torch_writer  # noqa: E402
+from torch_writer import View  # noqa: E402
+
+MOST_SECONDS, MOST_MB = 2.0, 200.0
+PATIENCE = 30.0  # seconds until a process that does not answer is ended
+
+
+def small_files(folder: Path) -> dict[str, bytes]:
+    """What is mutated, by ending."""
+    storage = np.arange(24, dtype=np.float32)
+    tensors = {"a": np.ones((2, 3), np.float16), "b": View((storage, 2, (3, 4), (4, 1))), "n": np.array(7)}
+    state = {"state": {0: {"step": 3, "m": storage}}, "groups": [{"lr": 1e-3, "betas": (0.9, 0.999)}]}
+    content = {"model": tensors, "optimizer": state, "args": argparse.Namespace(name="x", size=224)}
+    torch_writer.save(folder / "small.pth", content)
+    plain = {"a": np.ones((2, 3), np.float32), "b": np.arange(5), "n": np.array(7)}
+    return {"pth": (folder / "small.pth").read_bytes(), "safetensors": save(plain, {"format": "pt"})}
+
+
+def mutated(data: bytes, chance: random.Random) -> bytes:
+    """A few bytes changed (to anything, by one bit, to an extreme), often near the ends; or a piece cut or doubled."""
+    data = bytearray(data)
+    for _ in range(chance.choice([1, 1, 2, 4, 16])):
+        near_end = len(data) - 1 - chance.randrange(min(len(data), 1500))
+        place = chance.choice([chance.randrange(len(data)), chance.randrange(min(len(data), 6000)), near_end])
+        data[place] = chance.choice([chance.randrange(256), data[place] ^ (1 << chance.randrange(8)), 0, 255])
+    start = chance.randrange(len(data))
+    piece = slice(start, start + chance.randrange(1, 64))
+    match chance.randrange(20):
+        case 0:
+            del data[start:]
+        case 1:
+            del data[piece]
+        case 2:
+            data[start:start] = data[piece]
+    return bytes(data)
+
+
+def mutations(folder: Path, count: int, chance: random.Random) -> Iterator[tuple[str, bytes]]:
+    """So many mutated files of each kind; of the .pth half are mutated in the pickle alone, behind good check sums."""
+    files = small_files(folder)
+    with zipfile.ZipFile(io.BytesIO(files["pth"])) as archive:
+        entries = {entry.filename.removeprefix("archive/"): archive.read(entry) for entry in archive.infolist()}
+    for i in range(count):
+        if i % 2:
+            yield f"mutated {i} .pth", mutated(files["pth"], chance)
+        else:
+            yield f"mutated {i} .pth pickle", pth(mutated(entries["data.pkl"], chance), entries)
+        yield f"mutated {i} .safetensors", mutated(files["safetensors"], chance)
+
+
+def pth(pickled: bytes, entries: dict[str, bytes] | None = None) -> bytes:
+    """The archive around a pickle."""
+    file = io.BytesIO()
+    torch_writer.write_archive(file, (entries or {}) | {"data.pkl": pickled})
+    return file.getvalue()
+
+
+def safetensors(header: bytes, length: int | None = None) -> bytes:
+    """A file of a header alone, which says that it has that length."""
+    return struct.pack("<Q", len(header) if length is None else length) + header
+
+
+def archive(count: int, name: bytes = b"") -> bytes:
+    """A zip archive of a directory alone, of so many empty entries."""
+    entry = struct.pack("<4s6H3I5H2I", b"PK\1\2", 20, 20, *[0] * 7, len(name), *[0] * 6) + name
+    end = struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, min(count, 65535), min(count, 65535), len(entry) * count, 0, 0)
+    return entry * count + end
+
+
+def text(value: str | bytes) -> bytes:
+    """A string as a pickle pushes it."""
+    value = value.encode() if isinstance(value, str) else value
+    return b"X" + struct.pack("<I", len(value)) + value
+
+
+def model(pickled: bytes) -> bytes:
+    """The file {"model": {"x": what is pickled}}."""
+    return pth(b"\x80\x04}" + text("model") + b"}" + text("x") + pickled + b"ss.")
+
+
+def tensors(count: int, shape: Sequence[int], strides: Sequence[int]) -> bytes:
+    """The file of so many tensors, all on one storage of 1,000 numbers."""
+    file, storage = io.BytesIO(), np.zeros(1000, np.float32)
+    torch_writer.save(file, {str(i): View((storage, 0, shape, strides)) for i in range(count)})
+    return file.getvalue()
+
+
+_COLLIDING = b"".join(b"\x8a\x0b" + ((2**61 - 1) * i).to_bytes(11, "little") + b"N" for i in range(1, 50_000))
+_MULTIPLYING = b"]q\x00" + b"".join(b"](" + b"h%c" % i * 10 + b"eq%c" % (i + 1) for i in range(20))
+_NAME = "long" * 200_000
+_TENSOR = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+
+HOSTILE: dict[str, Callable[[], bytes]] = {
+    "keys that all have one hash": lambda: model(b"}(" + _COLLIDING + b"u"),
+    "a list of 8 million dicts": lambda: model(b"](" + b"}" * 8_000_000 + b"e"),
+    "a long key over a large list": lambda: model(b"}" + text("π" * 200_000) + b"](" + b"N" * 190_000 + b"es"),
+    "the longest key over the largest list": lambda: model(b"}" + text("𝔁" * 480) + b"](" + b"N" * 199_000 + b"es"),
+    "equal long keys, set again and again": lambda: model(
+        text(_NAME) + b"q\0" + text(_NAME) + b"q\1}(" + b"h\0Nh\1N" * 70_000 + b"u"
+    ),
+    "long names, asked for again and again": lambda: model(text(_NAME) + b"q\0](" + b"h\0h\0\x93" * 90_000 + b"e"),
+    "names that are not data": lambda: model(b"](" + b"ca\nb\n" * 290_000 + b"e"),
+    "8 million memo entries": lambda: model(b"N" + b"\x94" * 8_000_000),
+    "far memo entries": lambda: model(b"N" + b"".join(b"r" + struct.pack("<I", i * 7919) for i in range(290_000))),
+    "8 million nested tuples": lambda: model(b")" + b"\x85" * 8_000_000),
+    "290,000 nested tuples": lambda: model(b")" + b"\x85" * 290_000),
+    "a key of 290,000 nested tuples": lambda: model(b"})" + b"\x85" * 290_000 + b"Ns"),
+    "140,000 nested lists": lambda: model(b"]" * 140_000 + b"a" * 139_999),
+    "lists that multiply": lambda: model(_MULTIPLYING),
+    "a dict in itself": lambda: model(b"}q\0" + text("y") + b"h\0s"),
+    "an integer of 8 million bytes": lambda: model(b"\x8b" + struct.pack("<i", 8_000_000) + b"\x7f" * 8_000_000),
+    "an integer of a million digits": lambda: model(b"L" + b"9" * 1_000_000 + b"L\n"),
+    "a string of 2^62 bytes": lambda: model(b"\x8d" + struct.pack("<Q", 2**62)),
+    "calls with many arguments": lambda: model(
+        b"(" + b"N" * 100_000 + b"tq\0](" + b"ctorch\nSize\nh\0R" * 60_000 + b"e"
+    ),
+    "a rebuilding of itself": lambda: model(b"ctorch._tensor\n_rebuild_from_type_v2\nq\0](h\0Neq\1h\0h\1N\x87R"),
+    "20,000 tensors that repeat one number": lambda: tensors(20_000, (500, 500), (0, 0)),
+    "a tensor of 2^60 numbers": lambda: tensors(1, (2**30, 2**30), (0, 0)),
+    "tensors of huge strides": lambda: tensors(5_000, (2,) * 64, (2**62,) * 64),
+    "tensors of many axes": lambda: tensors(1, (1,) * 10_000, (1,) * 10_000),
+    "names with escape codes": lambda: pth(b"\x80\x04}" + text("\x1b[2J\n") + b"Ns."),
+    "a million entries": lambda: archive(1_000_000),
+    "40,000 entries": lambda: archive(40_000),
+    "40,000 entries of one name": lambda: archive(35_000, b"a/data.pkl"),
+    "a directory of 4 GB": lambda: b"PK" + archive(0)[:12] + struct.pack("<2IH", 2**32 - 16, 0, 0),
+    "a million empty tensors": lambda: safetensors(_empty_tensors(1_000_000)),
+    "30,000 empty tensors": lambda: safetensors(_empty_tensors(30_000)),
+    "a header of 2^63 bytes": lambda: safetensors(b"{" + b" " * 100, 2**63),
+    "a header of nested lists": lambda: safetensors(b'{"a":' + b"[" * 2_000_000),
+    "a tensor of 0 times 2^62": lambda: safetensors(json.dumps({"a": _TENSOR | {"shape": [0, 2**62]}}).encode()),
+    "a header with escape codes": lambda: safetensors(json.dumps({"\x1b[2J\n": _TENSOR}).encode()),
+    "compressed zeros": lambda: _compressed(200),
+}  # fmt: skip
+
+
+def _empty_tensors(count: int) -> bytes:
+    tensor = json.dumps(_TENSOR).encode()
+    return b"{" + b",".join(b'"%d":%b' % (i, tensor) for i in range(count)) + b"}"
+
+
+def _compressed(megabytes: int) -> bytes:
+    file = io.BytesIO()
+    with (
+        zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as bomb,
+        bomb.open("a/data.pkl", "w") as entry,
+    ):
+        for _ in range(megabytes):
+            entry.write(bytes(1_000_000))
+    return file.getvalue()
+
+
+def serve(connection: Connection) -> None:
+    """Reads the files that it is told to; answers with what came of each, the seconds, and the peak memory in MB."""
+    from weight_convert import CheckpointError, load_torch_checkpoint
+
+    for path in iter(connection.recv, None):
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        before, start = _megabytes("VmRSS"), time.process_time()
+        try:
+            for array in load_torch_checkpoint(path).values():
+                array.tobytes()
+            outcome = "read"
+        except CheckpointError as error:
+            message = str(error)
+            outcome = "refused" if message.isprintable() and len(message) < 3000 else f"message {message[:300]!r}"
+        except BaseException as error:
+            outcome = f"{type(error).__name__}: {error}"
+        connection.send((outcome, time.process_time() - start, _megabytes("VmHWM") - before))
+
+
+def _megabytes(field: str) -> float:
+    return int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+
+class Watched:
+    """A process that reads files; it is started again whenever a file was the end of it."""
+
+    def __init__(self):
+        self._process = None
+
+    def read(self, path: Path) -> tuple[str, float, float]:
+        """What came of a file, the seconds, and the peak memory in MB."""
+        if self._process is None:
+            context = multiprocessing.get_context("spawn")
+            self._connection, there = context.Pipe()
+            self._process = context.Process(target=serve, args=(there,), daemon=True)
+            self._process.start()
+            there.close()
+        self._connection.send(str(path))
+        try:
+            if self._connection.poll(PATIENCE):
+                return self._connection.recv()
+            outcome = "no answer"
+        except EOFError:
+            outcome = "the process ended"
+        self.stop()
+        return outcome, PATIENCE, 0.0
+
+    def stop(self) -> None:
+        """Ends the process."""
+        self._process.kill()
+        self._process.join()
+        self._process = None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns the number of files that were not read or refused as they should."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--files", type=int, default=10_000, help="mutated files of each kind")
+    parser.add_argument("--seed", type=int, default=0)
+    flags = parser.parse_args(arguments)
+    watched, outcomes, bad, slowest, largest = Watched(), collections.Counter(), 0, (0.0, ""), (0.0, "")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "file"
+        handcrafted = ((name, make()) for name, make in HOSTILE.items())
+        for files in (handcrafted, mutations(Path(folder), flags.files, random.Random(flags.seed))):
+            for name, data in files:
+                path.write_bytes(data)
+                outcome, seconds, megabytes = watched.read(path)
+                beyond = megabytes - len(data) / 2**20
+                outcomes[outcome] += 1
+                slowest, largest = max(slowest, (seconds, name)), max(largest, (beyond, name))
+                if outcome not in ("read", "refused") or seconds > MOST_SECONDS or beyond > MOST_MB:
+                    bad += 1
+                    print(f"{name}: {outcome}, {seconds:.2f} s, {beyond:.0f} MB beyond its {len(data)} bytes")
+                    (Path(tempfile.gettempdir()) / f"fuzz_checkpoints_{bad}").write_bytes(data)
+    watched.stop()
+    print(f"{dict(outcomes)}; slowest {slowest[0]:.2f} s ({slowest[1]}), most {largest[0]:.0f} MB ({largest[1]})")
+    return bad
+
+
+if __name__ == "__main__":
+    sys.exit(bool(main()))

@@ -1,0 +1,9 @@
+"""The short form of the fuzzing of the reader."""
+
+from scripts import fuzz_checkpoints
+
+
+def test_every_file_is_read_or_refused_within_limits(capsys):
+    assert fuzz_checkpoints.main(["--files", "1000"]) == 0
+    printed = capsys.readouterr().out
+    assert "'refused': " in printed and "'read': " in printed
