@@ -1,6 +1,7 @@
 """What the input pipeline costs: each of its steps on one core, and images per second by number of worker processes.
 
-    python scripts/benchmark_input.py [--directory DIR] [--rounds 5] [--workers 0 1 2] [--gpu_images_per_second 1000]
+    python scripts/benchmark_input.py [--directory DIR] [--size 500 375] [--rounds 5] [--workers 0 1 2]
+                                      [--gpu_images_per_second 1000]
 
 The first table takes images one by one through Pillow decoding alone, the views of a batch, and augmentation. "of
 decoding" is the speed beside that of decoding alone. "cores" is how many a GPU needs that trains at the given speed.
@@ -8,7 +9,7 @@ The second table compares the pipeline, delivering batches of 224-pixel views, w
 with Pillow, and with as many that decode, crop, resize and flip with Pillow.
 
 Rows take turns, `--rounds` times, and the median counts, so that the ratios hold on a machine that others use too.
-DIR holds train/<class>/*.jpg; without it, JPEGs are made of noise, 500x375 pixels, with as much detail as photographs.
+DIR holds train/<class>/*.jpg; without it, JPEGs are made of noise, with about as much detail as photographs.
 """
 
 import argparse
@@ -29,10 +30,11 @@ from PIL import Image, features
 from vimd_jax.config import default_config
 from vimd_jax.data.augment import augment
 from vimd_jax.data.images import decode_image, find_images
-from vimd_jax.data.pipeline import train_batches
+from vimd_jax.data.pipeline import CropReduction, train_batches
 from vimd_jax.data.sources import load_source
 from vimd_jax.data.transforms import low_resolution_view, train_view
 
+CROP = ConfigDict({"high_resolution": 224, "crop_scale": (0.08, 1.0)})
 BATCH_SIZE = 32
 PARALLEL_IMAGES = 640  # a measurement of several processes
 PREPARED = 16  # more batches than a pipeline prepares ahead
@@ -43,14 +45,14 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, help="train/<class>/*.jpg (default: images of noise)")
     parser.add_argument("--images", type=int, default=200, help="number of images for the first table (default 200)")
     parser.add_argument("--rounds", type=int, default=5, help="how often every row is measured (default 5)")
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="numbers of worker processes")
+    parser.add_argument("--workers", type=int, nargs="*", default=[0, 1, 2], help="numbers of worker processes")
     parser.add_argument("--gpu_images_per_second", type=float, default=1000, help="speed of training (default 1000)")
-    parser.add_argument("--reduced_decoding", action="store_true", help="config.dataset.reduced_decoding")
+    parser.add_argument("--size", type=int, nargs=2, default=(500, 375), help="width and height of the images of noise")
     parser.add_argument("--json", type=Path, help="also write the tables here")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if arguments.directory is None:
-            write_photographs(Path(folder))
+            write_photographs(Path(folder), tuple(arguments.size))
         directory = arguments.directory or Path(folder)
         print(
             f"{os.cpu_count()} CPU cores, Pillow {version('pillow')}, "
@@ -58,7 +60,7 @@ def main() -> None:
         )
         tables = {
             "steps": time_steps(directory, arguments.images, arguments.rounds, arguments.gpu_images_per_second),
-            "pipeline": time_pipeline(directory, arguments.rounds, arguments.workers, arguments.reduced_decoding),
+            "pipeline": time_pipeline(directory, arguments.rounds, arguments.workers),
         }
     if arguments.json:
         arguments.json.write_text(json.dumps(tables, indent=1))
@@ -80,7 +82,8 @@ def time_steps(directory: Path, count: int, rounds: int, gpu_rate: float) -> lis
         "Pillow decoding alone": pillow_decode,
         "upright RGB": lambda file, _: decode_image(io.BytesIO(file), "image"),
         "crop to 224 px, flip": view,
-        "crop, flip, view of 56 px": lambda file, i: low_resolution_view(view(file, i), 56),
+        "the same, reduced decoding": lambda file, i: view(file, i, reduced=True),
+        "crop, flip, view of 56 px": lambda file, i: view(file, i, low=56),
         "crop, flip, RandAugment": lambda file, i: view(file, i, rand_augment),
         "crop, flip, RandAugment, erasing": lambda file, i: view(file, i, erasing),
         "crop, flip, 3-Augment, colour jitter": lambda file, i: view(file, i, three_augment),
@@ -111,17 +114,22 @@ def augmentation(**changes: object) -> ConfigDict:
     return config
 
 
-def view(file: bytes, i: int, augmentations: ConfigDict | None = None) -> Image.Image:
-    """The training view of an encoded image, as the pipeline makes it."""
-    rng = np.random.default_rng((0, 1, i))
-    image = train_view(decode_image(io.BytesIO(file), "image"), 224, rng, crop_scale=(0.08, 1.0), flip=True)
-    return augment(image, augmentations, rng) if augmentations else image
+def view(
+    file: bytes, i: int, augmentations: ConfigDict | None = None, reduced: bool = False, low: int = 0
+) -> list[np.ndarray]:
+    """The training views of an encoded image, as the pipeline makes them; the second only if it has a size."""
+    reduction = CropReduction(CROP, (0, 1, i)) if reduced else None
+    image, rng = decode_image(io.BytesIO(file), "image", reduction), np.random.default_rng((0, 1, i))
+    full_size = reduction and reduction.full_size
+    high = train_view(image, 224, rng, crop_scale=CROP.crop_scale, flip=True, full_size=full_size)
+    high = augment(high, augmentations, rng) if augmentations else high
+    return [np.asarray(high), *([np.asarray(low_resolution_view(high, low))] if low else [])]
 
 
 def one_by_one(step: Callable, files: list[bytes]) -> float:
     began = time.perf_counter()
     for i, file in enumerate(files):
-        np.asarray(step(file, i))
+        step(file, i)
     return time.perf_counter() - began
 
 
@@ -129,10 +137,10 @@ def one_by_one(step: Callable, files: list[bytes]) -> float:
 # The pipeline
 
 
-def time_pipeline(directory: Path, rounds: int, worker_counts: list[int], reduced_decoding: bool) -> list[dict]:
+def time_pipeline(directory: Path, rounds: int, worker_counts: list[int]) -> list[dict]:
     """Prints and returns the images per second of the pipeline beside those of bare processes."""
     config = default_config("classifier").dataset
-    config.update({"directory": str(directory), "validation_fraction": 0.0, "reduced_decoding": reduced_decoding})
+    config.update({"directory": str(directory), "validation_fraction": 0.0})
     source = load_source(config, "train")
     paths = [source.name(i) for i in range(len(source))]
     print(f"\n{'pipeline':<38}{'images/s':>10}{'of decoding':>13}{'of the same by Pillow':>23}")
@@ -218,20 +226,20 @@ def in_turn(rows: dict[str, Callable[[], float]], rounds: int) -> dict[str, floa
     return {name: float(np.median(values)) for name, values in results.items()}
 
 
-def write_photographs(folder: Path, classes: int = 4, each: int = 50) -> None:
+def write_photographs(folder: Path, size: tuple[int, int], classes: int = 4, each: int = 50) -> None:
     """JPEGs of noise at several scales, with about as much detail, and thus decoding cost, as photographs."""
     rng = np.random.default_rng(0)
     for split in ("train", "test"):
         for label in range(classes):
             (folder / split / str(label)).mkdir(parents=True)
             for i in range(each if split == "train" else 1):
-                pixels = sum(np.asarray(noise(side, rng)) for side in (2, 12, 70))
+                pixels = sum(np.asarray(noise(side, size, rng)) for side in (2, 12, 70))
                 Image.fromarray(pixels).save(folder / split / str(label) / f"{i}.jpg", quality=90)
 
 
-def noise(side: int, rng: np.random.Generator) -> Image.Image:
-    """A grid of random colours, `side` cells high, as a 500x375 image."""
-    return Image.fromarray(rng.integers(0, 70, (side * 3, side * 4, 3), np.uint8)).resize((500, 375))
+def noise(side: int, size: tuple[int, int], rng: np.random.Generator) -> Image.Image:
+    """A grid of random colours, `side` cells high, as an image of this size."""
+    return Image.fromarray(rng.integers(0, 70, (side * 3, side * 4, 3), np.uint8)).resize(size)
 
 
 if __name__ == "__main__":
