@@ -1,104 +1,245 @@
-"""Images per second that the input pipeline delivers, by kind of data and number of worker processes.
+"""What the input pipeline costs: each of its steps on one core, and images per second by number of worker processes.
 
-    python scripts/benchmark_input.py [--seconds 5] [--workers 0 1 2] [--json FILE]
+    python scripts/benchmark_input.py [--directory DIR] [--size 500 375] [--rounds 5] [--workers 0 1 2]
+                                      [--gpu_images_per_second 1000]
 
-The settings are those of the experiments: the ViMD datasets (500x375 JPEGs, 224 and 56 pixel views, batches of 16) and
-the quickstart (synthetic birds, 64 and 16 pixel views, batches of 32, after the first epoch, in which they are drawn).
-A training step waits for its images only if it takes less than batch_size / rate seconds.
+The first table takes images one by one through Pillow decoding alone, the views of a batch, and augmentation. "of
+decoding" is the speed beside that of decoding alone. "cores" is how many a GPU needs that trains at the given speed.
+The second table compares the pipeline, delivering batches of 224-pixel views, with as many processes that only decode
+with Pillow, and with as many that decode, crop, resize and flip with Pillow.
+
+Rows take turns, `--rounds` times, and the median counts, so that the ratios hold on a machine that others use too.
+DIR holds train/<class>/*.jpg; without it, JPEGs are made of noise, with about as much detail as photographs.
 """
 
 import argparse
+import io
 import json
+import multiprocessing
 import os
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 from ml_collections import ConfigDict
-from PIL import Image
+from PIL import Image, features
 
-from vimd_jax.data.pipeline import train_batches
+from vimd_jax.config import default_config
+from vimd_jax.data.augment import augment
+from vimd_jax.data.images import decode_image, find_images
+from vimd_jax.data.pipeline import CropReduction, train_batches
 from vimd_jax.data.sources import load_source
+from vimd_jax.data.transforms import low_resolution_view, train_view
+
+CROP = ConfigDict({"high_resolution": 224, "crop_scale": (0.08, 1.0)})
+BATCH_SIZE = 32
+PARALLEL_IMAGES = 640  # a measurement of several processes
+PREPARED = 16  # more batches than a pipeline prepares ahead
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=5, help="measuring time per row, after a warm-up (default 5)")
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="numbers of worker processes")
-    parser.add_argument("--json", type=Path, help="also write the table here")
+    parser.add_argument("--directory", type=Path, help="train/<class>/*.jpg (default: images of noise)")
+    parser.add_argument("--images", type=int, default=200, help="number of images for the first table (default 200)")
+    parser.add_argument("--rounds", type=int, default=5, help="how often every row is measured (default 5)")
+    parser.add_argument("--workers", type=int, nargs="*", default=[0, 1, 2], help="numbers of worker processes")
+    parser.add_argument("--gpu_images_per_second", type=float, default=1000, help="speed of training (default 1000)")
+    parser.add_argument("--size", type=int, nargs=2, default=(500, 375), help="width and height of the images of noise")
+    parser.add_argument("--json", type=Path, help="also write the tables here")
     arguments = parser.parse_args()
-    rows = []
     with tempfile.TemporaryDirectory() as folder:
-        write_photographs(Path(folder))
-        settings = {
-            "folder of JPEGs, 224/56 px": (dataset_config(name="folder", directory=folder), 16),
-            "synthetic birds, 64/16 px": (dataset_config(name="synthetic", high=64, low=16), 32),
+        if arguments.directory is None:
+            write_photographs(Path(folder), tuple(arguments.size))
+        directory = arguments.directory or Path(folder)
+        print(
+            f"{os.cpu_count()} CPU cores, Pillow {version('pillow')}, "
+            f"libjpeg-turbo {features.version('libjpeg_turbo')}, Grain {version('grain')}, NumPy {version('numpy')}"
+        )
+        tables = {
+            "steps": time_steps(directory, arguments.images, arguments.rounds, arguments.gpu_images_per_second),
+            "pipeline": time_pipeline(directory, arguments.rounds, arguments.workers),
         }
-        print(f"{os.cpu_count()} CPU cores\n{'data':<28}{'workers':>8}{'images/s':>12}{'ms/batch':>10}{'start s':>9}")
-        for name, (config, batch_size) in settings.items():
-            for workers in arguments.workers:
-                config.num_workers = workers
-                rate, start = measure(config, batch_size, arguments.seconds)
-                print(f"{name:<28}{workers:>8}{rate:>12.0f}{1000 * batch_size / rate:>10.1f}{start:>9.2f}", flush=True)
-                rows.append({"data": name, "workers": workers, "images_per_second": rate, "start_seconds": start})
     if arguments.json:
-        arguments.json.write_text(json.dumps({"cpu_cores": os.cpu_count(), "rows": rows}, indent=1))
+        arguments.json.write_text(json.dumps(tables, indent=1))
 
 
-def measure(config: ConfigDict, batch_size: int, seconds: float) -> tuple[float, float]:
-    """Images per second when batches are taken as fast as they come, and the seconds until the first batch."""
-    source = load_source(config, "train")
+# ---------------------------------------------------------------------------------------------------------------------
+# One image after the other
+
+
+def time_steps(directory: Path, count: int, rounds: int, gpu_rate: float) -> list[dict]:
+    """Prints and returns the images per second of one core that does more and more with an image."""
+    paths = find_images([directory / "train"])
+    chosen = np.linspace(0, len(paths) - 1, min(count, len(paths))).astype(int)
+    files = [paths[i].read_bytes() for i in chosen]
+    rand_augment = augmentation(rand_augment="rand-m9-mstd0.5-inc1")
+    erasing = augmentation(rand_augment="rand-m9-mstd0.5-inc1", erasing_probability=0.25)
+    three_augment = augmentation(three_augment=True, color_jitter=0.3)
+    rows = {
+        "Pillow decoding alone": pillow_decode,
+        "upright RGB": lambda file, _: decode_image(io.BytesIO(file), "image"),
+        "crop to 224 px, flip": view,
+        "the same, reduced decoding": lambda file, i: view(file, i, reduced=True),
+        "crop, flip, view of 56 px": lambda file, i: view(file, i, low=56),
+        "crop, flip, RandAugment": lambda file, i: view(file, i, rand_augment),
+        "crop, flip, RandAugment, erasing": lambda file, i: view(file, i, erasing),
+        "crop, flip, 3-Augment, colour jitter": lambda file, i: view(file, i, three_augment),
+    }
+    seconds = in_turn({name: lambda step=step: one_by_one(step, files) for name, step in rows.items()}, rounds)
+    width, height = np.mean([Image.open(io.BytesIO(file)).size for file in files], axis=0)
+    kilobytes = np.mean([len(file) for file in files]) / 1000
+    print(f"\n{len(files)} JPEGs of {width:.0f}x{height:.0f} pixels, {kilobytes:.0f} kB")
+    print(f"{'one core':<38}{'images/s':>10}{'of decoding':>13}{f'cores for {gpu_rate:.0f}/s':>18}")
+    table = []
+    for name, taken in seconds.items():
+        rate, share = len(files) / taken, seconds["Pillow decoding alone"] / taken
+        print(f"{name:<38}{rate:>10.0f}{share:>12.0%}{gpu_rate / rate:>18.1f}")
+        table.append({"step": name, "images_per_second": rate, "of_decoding": share, "cores": gpu_rate / rate})
+    return table
+
+
+def pillow_decode(file: bytes, _: int = 0) -> Image.Image:
+    image = Image.open(io.BytesIO(file))
+    image.load()
+    return image
+
+
+def augmentation(**changes: object) -> ConfigDict:
+    """`config.dataset.augment` with these changes."""
+    config = default_config("classifier").dataset.augment
+    config.update(changes)
+    return config
+
+
+def view(
+    file: bytes, i: int, augmentations: ConfigDict | None = None, reduced: bool = False, low: int = 0
+) -> list[np.ndarray]:
+    """The training views of an encoded image, as the pipeline makes them; the second only if it has a size."""
+    reduction = CropReduction(CROP, (0, 1, i)) if reduced else None
+    image, rng = decode_image(io.BytesIO(file), "image", reduction), np.random.default_rng((0, 1, i))
+    full_size = reduction and reduction.full_size
+    high = train_view(image, 224, rng, crop_scale=CROP.crop_scale, flip=True, full_size=full_size)
+    high = augment(high, augmentations, rng) if augmentations else high
+    return [np.asarray(high), *([np.asarray(low_resolution_view(high, low))] if low else [])]
+
+
+def one_by_one(step: Callable, files: list[bytes]) -> float:
     began = time.perf_counter()
-    batches = train_batches(source, config, batch_size=batch_size, seed=0)
-    next(batches)
-    start = time.perf_counter() - began
-    for _ in range(len(source) // batch_size):
-        next(batches)
-    began, count = time.perf_counter(), 0
-    while time.perf_counter() - began < seconds:
-        count += len(next(batches)["label"])
-    rate = count / (time.perf_counter() - began)
-    batches.close()
-    return rate, start
+    for i, file in enumerate(files):
+        step(file, i)
+    return time.perf_counter() - began
 
 
-def dataset_config(name: str, directory: str = "", high: int = 224, low: int = 56) -> ConfigDict:
-    """The fields of `config.dataset` that the pipeline reads."""
-    return ConfigDict(
-        {
-            "name": name,
-            "directory": directory,
-            "num_classes": 0,
-            "high_resolution": high,
-            "low_resolution": low,
-            "validation_fraction": 0.0,
-            "crop_scale": (0.08, 1.0),
-            "flip": True,
-            "repeats": 1,
-            "on_error": "stop",
-            "num_workers": 0,
-            "synthetic_classes": 8,
-            "synthetic_train_size": 500,
-            "synthetic_test_size": 10,
-        }
-    )
+# ---------------------------------------------------------------------------------------------------------------------
+# The pipeline
 
 
-def write_photographs(folder: Path, classes: int = 4, each: int = 50) -> None:
+def time_pipeline(directory: Path, rounds: int, worker_counts: list[int]) -> list[dict]:
+    """Prints and returns the images per second of the pipeline beside those of bare processes."""
+    config = default_config("classifier").dataset
+    config.update({"directory": str(directory), "validation_fraction": 0.0})
+    source = load_source(config, "train")
+    paths = [source.name(i) for i in range(len(source))]
+    print(f"\n{'pipeline':<38}{'images/s':>10}{'of decoding':>13}{'of the same by Pillow':>23}")
+    table = []
+    for workers in worker_counts:
+        processes = max(1, workers)
+        with multiprocessing.get_context("spawn").Pool(processes) as pool, Pipeline(source, config, workers) as take:
+            seconds = in_turn(
+                {
+                    "decoding": lambda: by_pool(pool, processes, decode_paths, paths),  # noqa: B023
+                    "same": lambda: by_pool(pool, processes, view_paths, paths),  # noqa: B023
+                    "pipeline": take,
+                },
+                rounds,
+            )
+        row = {"workers": workers, "images_per_second": PARALLEL_IMAGES / seconds["pipeline"]}
+        row |= {f"of_{name}": seconds[name] / seconds["pipeline"] for name in ("decoding", "same")}
+        name = f"{workers} worker process{'' if workers == 1 else 'es'}"
+        print(
+            f"{name:<38}{row['images_per_second']:>10.0f}{row['of_decoding']:>12.0%}{row['of_same']:>23.0%}", flush=True
+        )
+        table.append(row)
+    return table
+
+
+class Pipeline:
+    """A running pipeline; calling it takes `PARALLEL_IMAGES` images and returns the seconds."""
+
+    def __init__(self, source: object, config: ConfigDict, workers: int):
+        config = config.copy_and_resolve_references()
+        config.num_workers = workers
+        self._batches: Iterator = train_batches(source, config, batch_size=BATCH_SIZE, seed=0, views=("high",))
+
+    def __enter__(self) -> Callable[[], float]:
+        self()
+        return self
+
+    def __call__(self) -> float:
+        for _ in range(PREPARED):  # while other rows were measured
+            next(self._batches)
+        began = time.perf_counter()
+        for _ in range(PARALLEL_IMAGES // BATCH_SIZE):
+            next(self._batches)
+        return time.perf_counter() - began
+
+    def __exit__(self, *_: object) -> None:
+        self._batches.close()
+
+
+def by_pool(pool: multiprocessing.pool.Pool, processes: int, work: Callable, paths: list[str]) -> float:
+    """Seconds for PARALLEL_IMAGES images by a pool of processes."""
+    chosen = [paths[i % len(paths)] for i in np.random.default_rng(0).permutation(PARALLEL_IMAGES)]
+    shares = [chosen[i::processes] for i in range(processes)]
+    began = time.perf_counter()
+    pool.map(work, shares, chunksize=1)
+    return time.perf_counter() - began
+
+
+def decode_paths(paths: list[str]) -> None:
+    for path in paths:
+        with open(path, "rb") as file:
+            Image.open(file).load()
+
+
+def view_paths(paths: list[str]) -> None:
+    """Decodes, crops, resizes and flips by Pillow alone, with crops like those of training."""
+    for i, path in enumerate(paths):
+        with open(path, "rb") as file:
+            image = Image.open(file)
+            image.load()
+        rng = np.random.default_rng(i)
+        np.asarray(train_view(image, 224, rng, crop_scale=(0.08, 1.0), flip=True))
+
+
+def in_turn(rows: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:
+    """Calls every row once a round, after a warm-up; the median of what each returns."""
+    results = {name: [] for name in rows}
+    for number in range(rounds + 1):
+        for name, row in rows.items():
+            seconds = row()
+            if number:
+                results[name].append(seconds)
+    return {name: float(np.median(values)) for name, values in results.items()}
+
+
+def write_photographs(folder: Path, size: tuple[int, int], classes: int = 4, each: int = 50) -> None:
     """JPEGs of noise at several scales, with about as much detail, and thus decoding cost, as photographs."""
     rng = np.random.default_rng(0)
     for split in ("train", "test"):
         for label in range(classes):
             (folder / split / str(label)).mkdir(parents=True)
             for i in range(each if split == "train" else 1):
-                pixels = sum(np.asarray(noise(side, rng)) for side in (2, 12, 70))
+                pixels = sum(np.asarray(noise(side, size, rng)) for side in (2, 12, 70))
                 Image.fromarray(pixels).save(folder / split / str(label) / f"{i}.jpg", quality=90)
 
 
-def noise(side: int, rng: np.random.Generator) -> Image.Image:
-    """A grid of random colours, `side` cells high, as a 500x375 image."""
-    return Image.fromarray(rng.integers(0, 70, (side * 3, side * 4, 3), np.uint8)).resize((500, 375))
+def noise(side: int, size: tuple[int, int], rng: np.random.Generator) -> Image.Image:
+    """A grid of random colours, `side` cells high, as an image of this size."""
+    return Image.fromarray(rng.integers(0, 70, (side * 3, side * 4, 3), np.uint8)).resize(size)
 
 
 if __name__ == "__main__":

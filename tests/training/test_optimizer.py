@@ -185,6 +185,10 @@ def test_decay_is_decoupled_and_skips_exempt_parameters():
 # Published recipes
 
 
+def name_of(value) -> str:
+    return getattr(value, "__name__", str(value))
+
+
 def rates_of(config, steps_per_epoch):
     schedule = create_schedule(scaled_schedule(config), steps_per_epoch)
     return lambda epoch, step=0: float(schedule(jnp.asarray(epoch * steps_per_epoch + step)))
@@ -207,7 +211,7 @@ def test_fine_tuning_at_stride_8_keeps_its_learning_rate():
 @pytest.mark.parametrize(
     ("config", "peak"),
     [(local_vim_tiny_imagenet, 1e-3), (efficient_vmamba_tiny_imagenet, 2e-3)],
-    ids=lambda value: getattr(value, "__name__", str(value)),
+    ids=name_of,
 )
 def test_local_mamba_learning_rates(config, peak):
     """Warm-up: lr(e) = 1e-7 + (peak - 1e-7) e / 20; then a cosine over the steps that are left."""
@@ -234,7 +238,7 @@ def test_local_mamba_learning_rates(config, peak):
         (efficient_vmamba_tiny_imagenet, 2048, 2e-3, 0.04, 0.1, 1.0, 0.9999),
         (efficient_vmamba_base_imagenet, 1024, 2e-3, 0.04, 0.1, 1.0, 0.9999),
     ],
-    ids=lambda value: getattr(value, "__name__", str(value)),
+    ids=name_of,
 )
 def test_recipes(config, batch, peak, weight_decay, drop_path, clip, average):
     config = config.get_config()

@@ -107,7 +107,7 @@ def samples_per_epoch(size: int, repeats: int) -> int:
 def _train_example(source: Source, config: ConfigDict, seed: int, views: Sequence[str], i: int) -> Batch:
     epoch, position = divmod(i, samples_per_epoch(len(source), config.repeats))
     scheduled = int(_epoch_order(seed, epoch, len(source))[position // config.repeats])
-    reduction = _Reduction(config, (seed, 1, i)) if config.reduced_decoding else None
+    reduction = CropReduction(config, (seed, 1, i)) if config.reduced_decoding else None
     index, image = _next_readable(source, scheduled, config.on_error, reduction)
     rng = np.random.default_rng((seed, 1, i))
     high = train_view(
@@ -118,7 +118,7 @@ def _train_example(source: Source, config: ConfigDict, seed: int, views: Sequenc
     return _example(high, config, source.labels[index], index, views=views, skipped=index != scheduled)
 
 
-class _Reduction:
+class CropReduction:
     """How much smaller an image may be for the crop that a seed draws, to be no smaller than the view made of it."""
 
     def __init__(self, config: ConfigDict, seed: tuple[int, ...]):
