@@ -4,6 +4,7 @@ import json
 import runpy
 from pathlib import Path
 
+import jax
 import pytest
 from ml_collections import ConfigDict
 
@@ -19,7 +20,7 @@ FILES = [path.stem for path in sorted(CONFIGS.glob("*.py")) if path.stem not in 
 OTHERS = ["student_cub:released", "teacher_cub:logged", "quickstart:baseline", "small_classifier:local_vim_search"]
 
 SMALL = {"embed_dim": 16, "depth": 2, "patch_size": 16, "stride": 16, "channels": 4, "num_blocks": 1}
-SMALL_STAGES = {"dims": (32, 32), "depths": (1, 1)}
+ONE_STAGE = {"dims": (32,), "depths": (1,)}
 
 
 def shrink(config: ConfigDict) -> None:
@@ -29,8 +30,8 @@ def shrink(config: ConfigDict) -> None:
         if section.name == "bicubic":
             continue
         options = model_options(section.name)
-        section.update({name: value for name, value in (SMALL | SMALL_STAGES).items() if name in options})
-        if section.directions is not None or section.name.startswith("local_v") and "search" not in section.name:
+        section.update({name: value for name, value in (SMALL | ONE_STAGE).items() if name in options})
+        if section.get("directions") or (section.name.startswith("local_v") and "search" not in section.name):
             section.directions = (("h", "h_flip", "w2", "w2_flip"),)
     config.update({"batch_size": 4, "eval_batch_size": 8})
     config.dataset.update({"name": "synthetic", "directory": "", "num_classes": 0, "validation_fraction": 0.3})
@@ -43,6 +44,7 @@ def shrink(config: ConfigDict) -> None:
 def trained(tmp_path_factory):
     """Trains a small config in a folder of its own, or finds it there: many are the same when small."""
     folder, known = tmp_path_factory.mktemp("configs"), {}
+    jax.config.update("jax_disable_most_optimizations", True)  # two steps are quicker to run than to compile well
 
     def run(config):
         key = json.dumps(json.loads(config.to_json()), sort_keys=True)
@@ -51,7 +53,8 @@ def trained(tmp_path_factory):
             train.train(config, known[key])
         return known[key]
 
-    return run
+    yield run
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.mark.parametrize("run", FILES + OTHERS)

@@ -261,7 +261,7 @@ def test_drop_path_rates_grow_linearly():
         ("local_vim_search", ["direction_weights", "A_log", "patch_embed/kernel"], ["position_embedding", "head/bias"]),
         ("local_vmamba_tiny", ["dt_proj_bias", "A_log", "reduction/kernel"], ["norm/scale", "D"]),
         ("efficient_vmamba_tiny", ["dt_proj_bias", "A_log", "conv/kernel"], ["conv/bias", "depthwise_norm/scale"]),
-        ("v2m_tiny", ["A_log", "head/kernel"], ["class_token", "D"]),
+        ("v2m_tiny", ["A_log", "head/kernel"], ["position_embedding", "D"]),
     ],
 )
 def test_what_each_family_decays(name, decayed, spared):
