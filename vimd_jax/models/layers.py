@@ -122,6 +122,32 @@ def drop_path(module: nn.Module, update: jax.Array, rate: jax.Array | float) -> 
     return jnp.where(keep, update / (1 - rate), 0)
 
 
+class Conv(nn.Module):
+    """A square convolution that keeps the resolution, started as PyTorch does.
+
+    Attributes:
+      features: output channels.
+      size: side of a filter.
+      use_bias: add a bias per channel.
+    """
+
+    features: int
+    size: int
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array, change: Callable = lambda kernel, bias: (kernel, bias)) -> jax.Array:
+        """Maps x (batch, height, width, inputs) to (batch, height, width, features); zeros lie around the borders.
+
+        `change` maps the kernel (size, size, inputs, features) and the bias, 0 where there is none, to those used.
+        """
+        inputs = x.shape[-1]
+        kernel = self.param("kernel", uniform_fan_in, (self.size, self.size, inputs, self.features))
+        bias = self.param("bias", uniform((inputs * self.size**2) ** -0.5), (self.features,)) if self.use_bias else 0.0
+        kernel, bias = change(kernel, bias)
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")) + bias
+
+
 class BatchNorm(nn.Module):
     """Batch normalisation with PyTorch's running averages: they take 1/10 of each batch, and its unbiased variance.
 
@@ -136,21 +162,28 @@ class BatchNorm(nn.Module):
     axis_name: str | None
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalises x (batch, height, width, channels) over all but the channels."""
-        channels = x.shape[-1]
+    def __call__(self, x: jax.Array, conv: "Conv | None" = None) -> jax.Array:
+        """Normalises x (batch, height, width, channels), or what `conv` makes of it, over all but the channels.
+
+        Normalising by the running averages is part of the filters of `conv`, if there is one.
+        """
+        channels = conv.features if conv else x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
         running_var = self.variable("batch_stats", "var", jnp.ones, (channels,))
         mean, var = running_mean.value, running_var.value
         if self.train and not self.is_initializing():
+            x, conv = conv(x) if conv else x, None
             mean = self._mean(x)
             var = self._mean(jnp.square(x - mean))
             count = x.size // channels * (jax.lax.axis_size(self.axis_name) if self.axis_name else 1)
             running_mean.value += 0.1 * (mean - running_mean.value)
             running_var.value += 0.1 * (var * count / (count - 1) - running_var.value)
-        return (x - mean) * (scale * jax.lax.rsqrt(var + 1e-5)) + bias
+        factor = scale * jax.lax.rsqrt(var + 1e-5)
+        if conv:
+            return conv(x, lambda kernel, offset: (kernel * factor, (offset - mean) * factor + bias))
+        return (x - mean) * factor + bias
 
     def _mean(self, x):
         mean = x.mean(axis=(0, 1, 2))

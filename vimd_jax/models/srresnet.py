@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from vimd_jax.models.layers import BatchNorm, check_images, uniform, uniform_fan_in
+from vimd_jax.models.layers import BatchNorm, Conv, check_images
 from vimd_jax.models.network import Network
 
 
@@ -48,7 +48,7 @@ class SRResNet(Network):
           ValueError: images are not (batch, height, width, 3) floats.
         """
         check_images(images)
-        shallow = PReLU(name="prelu_in")(_conv(self.channels, 9, images.shape[3], name="conv_in")(images))
+        shallow = PReLU(name="prelu_in")(Conv(self.channels, 9, name="conv_in")(images))
 
         blocks = nn.scan(
             ResidualBlock,
@@ -59,12 +59,12 @@ class SRResNet(Network):
             unroll=self.num_blocks,
         )
         x, _ = blocks(self.channels, train, self.bn_axis_name, name="blocks")(shallow)
-        x = _conv(self.channels, 3, use_bias=False, name="conv_mid")(x)
-        x = shallow + BatchNorm(train, self.bn_axis_name, name="norm_mid")(x)
+        conv_mid = Conv(self.channels, 3, use_bias=False, name="conv_mid")
+        x = shallow + BatchNorm(train, self.bn_axis_name, name="norm_mid")(x, conv_mid)
 
         for i in range(self.scale.bit_length() - 1):
             x = Doubling(self.channels, name=f"upsample_{i}")(x)
-        x = _conv(3, 9, self.channels, name="conv_out")(x)
+        x = Conv(3, 9, name="conv_out")(x)
         return jnp.clip(x, 0.0, 1.0)
 
 
@@ -78,11 +78,10 @@ class ResidualBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:
         """Maps x (batch, height, width, channels) to (the same shape, None)."""
-        y = _conv(self.channels, 3, use_bias=False, name="conv1")(x)
-        y = BatchNorm(self.train, self.bn_axis_name, name="norm1")(y)
+        conv1, conv2 = (Conv(self.channels, 3, use_bias=False, name=name) for name in ("conv1", "conv2"))
+        y = BatchNorm(self.train, self.bn_axis_name, name="norm1")(x, conv1)
         y = PReLU(name="prelu")(y)
-        y = _conv(self.channels, 3, use_bias=False, name="conv2")(y)
-        return x + BatchNorm(self.train, self.bn_axis_name, name="norm2")(y), None
+        return x + BatchNorm(self.train, self.bn_axis_name, name="norm2")(y, conv2), None
 
 
 class Doubling(nn.Module):
@@ -92,15 +91,21 @@ class Doubling(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = _conv(4 * self.channels, 3, self.channels, name="conv")(x)
-        return PReLU(name="prelu")(pixel_shuffle(x))
+        # Feature 4k + 2i + j is channel k, row i, column j, as in PyTorch. Sorted by the pixel, not the channel, channels
+        # move as a whole: the weights are cheaper to sort than what they make.
+        x = Conv(4 * self.channels, 3, name="conv")(x, lambda kernel, bias: (_pixel_first(kernel), _pixel_first(bias)))
+        return pixel_shuffle(PReLU(name="prelu")(x))
+
+
+def _pixel_first(features: jax.Array) -> jax.Array:
+    return features.reshape(*features.shape[:-1], -1, 4).swapaxes(-1, -2).reshape(features.shape)
 
 
 def pixel_shuffle(x: jax.Array) -> jax.Array:
-    """(batch, h, w, 4c) to (batch, 2h, 2w, c): channel 4k + 2i + j is channel k, row i, column j, as in PyTorch."""
-    batch, height, width, channels = x.shape
-    x = x.reshape(batch, height, width, channels // 4, 2, 2)
-    return x.transpose(0, 1, 4, 2, 5, 3).reshape(batch, 2 * height, 2 * width, channels // 4)
+    """(batch, h, w, 4c) to (batch, 2h, 2w, c): feature (2i + j) c + k is channel k, row i, column j."""
+    batch, height, width, features = x.shape
+    x = x.reshape(batch, height, width, 2, 2, features // 4).swapaxes(2, 3)
+    return x.reshape(batch, 2 * height, 2 * width, features // 4)
 
 
 class PReLU(nn.Module):
@@ -110,14 +115,6 @@ class PReLU(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         alpha = self.param("alpha", nn.initializers.constant(0.25), (1,))
         return jnp.where(x > 0, x, alpha * x)
-
-
-def _conv(features: int, size: int, inputs: int = 0, use_bias: bool = True, name: str | None = None) -> nn.Conv:
-    """A square convolution that keeps the resolution; `inputs`, its input channels, is read for the bias' start."""
-    bound = (inputs * size**2) ** -0.5 if use_bias else 0.0
-    return nn.Conv(
-        features, (size, size), use_bias=use_bias, kernel_init=uniform_fan_in, bias_init=uniform(bound), name=name
-    )
 
 
 MODELS = {f"srresnet_x{scale}": partial(SRResNet, scale=scale) for scale in (2, 4, 8)}
