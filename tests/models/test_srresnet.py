@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from vimd_jax.models.layers import Conv
-from vimd_jax.models.srresnet import BatchNorm, SRResNet, pixel_shuffle
+from vimd_jax.models.layers import Conv, convolve
+from vimd_jax.models.srresnet import BatchNorm, SRResNet, pixel_shuffle, winograd
 from weight_convert import convert_state_dict
 
 
@@ -122,3 +122,10 @@ def test_bad_input_is_named():
         SRResNet().init(jax.random.key(0), jnp.zeros((8, 8, 3)))
     with pytest.raises(ValueError, match=r"^images: .*uint8"):
         SRResNet().init(jax.random.key(0), jnp.zeros((1, 8, 8, 3), jnp.uint8))
+
+
+@pytest.mark.parametrize("size", [(6, 8), (5, 7), (1, 2)])
+def test_winograd_is_a_convolution(size):
+    keys = jax.random.split(jax.random.key(0), 2)
+    x, kernel = jax.random.normal(keys[0], (2, *size, 3)), jax.random.normal(keys[1], (3, 3, 3, 4))
+    np.testing.assert_allclose(winograd(x, kernel), convolve(x, kernel), rtol=1e-4, atol=1e-5)

@@ -122,6 +122,11 @@ def drop_path(module: nn.Module, update: jax.Array, rate: jax.Array | float) -> 
     return jnp.where(keep, update / (1 - rate), 0)
 
 
+def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x (batch, height, width, inputs) by a kernel (size, size, inputs, features), with zeros around the borders."""
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
 class Conv(nn.Module):
     """A square convolution that keeps the resolution, started as PyTorch does.
 
@@ -129,11 +134,13 @@ class Conv(nn.Module):
       features: output channels.
       size: side of a filter.
       use_bias: add a bias per channel.
+      convolve: how to compute it.
     """
 
     features: int
     size: int
     use_bias: bool = True
+    convolve: Callable[[jax.Array, jax.Array], jax.Array] = convolve
 
     @nn.compact
     def __call__(self, x: jax.Array, change: Callable = lambda kernel, bias: (kernel, bias)) -> jax.Array:
@@ -145,7 +152,7 @@ class Conv(nn.Module):
         kernel = self.param("kernel", uniform_fan_in, (self.size, self.size, inputs, self.features))
         bias = self.param("bias", uniform((inputs * self.size**2) ** -0.5), (self.features,)) if self.use_bias else 0.0
         kernel, bias = change(kernel, bias)
-        return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")) + bias
+        return self.convolve(x, kernel) + bias
 
 
 class BatchNorm(nn.Module):
