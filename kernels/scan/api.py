@@ -82,7 +82,7 @@ def selective_scan(
     inputs = ScanInputs(*(None if x is None else jnp.asarray(x) for x in arrays))
     check(inputs)
     dtype, inputs = inputs.u.dtype, canonical(inputs)
-    scan = IMPLEMENTATIONS.pick(implementation, inputs).scan
-    y, last_state = scan(inputs, ScanOptions(bool(delta_softplus), bool(reverse)))
+    options = ScanOptions(bool(delta_softplus), bool(reverse))
+    y, last_state = IMPLEMENTATIONS.call("scan", implementation, inputs, options)
     y = y.astype(dtype)
     return (y, last_state) if return_last_state else y

@@ -19,8 +19,10 @@
 #include <initializer_list>
 #include <memory>
 #include <mutex>
+#include <string>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #if defined(__AVX__)
 #include <immintrin.h>
@@ -47,12 +49,17 @@ constexpr int kMaxStates = 8;
 #define ODD_LANES 1, 3, 5, 7, 9, 11, 13, 15
 #else
 constexpr int kLanes = 4;
+#if defined(__aarch64__)
+constexpr int kMaxStates = 16;
+#else
 constexpr int kMaxStates = 8;
+#endif
 #define EVEN_LANES 0, 2, 4, 6
 #define ODD_LANES 1, 3, 5, 7
 #endif
 #define UNROLL _Pragma("GCC unroll 16")  // so that arrays of vectors are registers
 
+constexpr int kCacheLine = 64;
 constexpr int kChunk = CHUNK;  // steps between two kept states, a macro that native.py sets
 
 typedef float Vec __attribute__((vector_size(kLanes * 4)));
@@ -60,6 +67,7 @@ typedef float MemoryVec __attribute__((vector_size(kLanes * 4), aligned(4), may_
 typedef int32_t Int __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t Bits __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
+typedef uint16_t MemoryHalves __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
 
 inline Vec Splat(float x) { return x - Vec{}; }
 
@@ -80,25 +88,32 @@ constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
 // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits, here with the exponent's bias.
 constexpr float kShift = 12582912.0f + 127.0f;
 
-// 2^(n + f) for f in [-1/2, 1/2] and n = shifted - kShift in [-127, 128]: n as the exponent field, times 1 + f q(f)
-// with a minimax polynomial q. Relative error 1.5e-7, exact at f = 0; zero at n = -127, infinite at n = 128.
-inline Vec Power(Vec f, Vec shifted) {
+// 2^f for f in [-1/2, 1/2]: 1 + f q(f) with a minimax polynomial q. Relative error 1.5e-7, exact at f = 0.
+inline Vec Mantissa(Vec f) {
   Vec q = 0.0013264727f * f + 0.0096715128f;
   q = q * f + 0.0555073374f;
   q = q * f + 0.2402224208f;
   q = q * f + 0.6931469776f;
-  return (q * f + 1.0f) * (Vec)((Bits)shifted << 23);
+  return q * f + 1.0f;
 }
 
+// 2^(n + f) for n = shifted - kShift in [-127, 128], which becomes the exponent field: zero at -127, infinite at 128.
+inline Vec Power(Vec f, Vec shifted) { return Mantissa(f) * (Vec)((Bits)shifted << 23); }
+
 inline Vec Exp2(Vec x) {
+#if defined(__AVX512DQ__)
+  const Vec f = (Vec)_mm512_reduce_ps((__m512)x, 0);  // x less the nearest integer, zero if x is infinite
+  return (Vec)_mm512_scalef_ps((__m512)Mantissa(f), (__m512)(x - f));
+#else
   x = AtMost(AtLeast(x, -127.0f), 128.0f);
   const Vec shifted = x + kShift;
   return Power(x - (shifted - kShift), shifted);
+#endif
 }
 
-// e^x where it is needed once per position and channel; n log(2) is subtracted in two parts, to be exact for large |x|.
+// e^x for x <= 0, once per position and channel; n log(2) is subtracted in two parts, to be exact for large |x|.
 inline Vec Exp(Vec x) {
-  x = AtMost(AtLeast(x, -88.0f), 88.8f);
+  x = AtLeast(x, -88.0f);
   const Vec shifted = x * kLog2e + kShift, n = shifted - kShift;
   return Power(((x - n * 0.693359375f) + n * 2.12194440e-4f) * kLog2e, shifted);
 }
@@ -143,20 +158,6 @@ inline Vec LaneSums(const Vec* from) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Memory. `lanes` is how many channels of a block exist; the others read as zero and are not written.
 
-inline Vec Load(const float* from, int lanes = kLanes) {
-  if (lanes == kLanes) return *reinterpret_cast<const MemoryVec*>(from);
-  Vec v{};
-  std::memcpy(&v, from, lanes * sizeof(float));
-  return v;
-}
-
-inline void Store(float* to, Vec v, int lanes = kLanes) {
-  if (lanes == kLanes)
-    *reinterpret_cast<MemoryVec*>(to) = v;
-  else
-    std::memcpy(to, &v, lanes * sizeof(float));
-}
-
 inline Vec FromBfloat16(Bits x) { return (Vec)(x << 16); }
 
 inline Bits ToBfloat16(Vec v) {
@@ -184,31 +185,48 @@ inline Bits ToFloat16(Vec v) {
   return half | sign >> 16;
 }
 
-// A (batch, length, channels) array of one of the three types; `data` is null for an argument that was not given.
-struct Stream {
-  void* data;
-  ffi::DataType type;
-
-  Vec Get(int64_t at, int lanes) const {
-    if (type == ffi::DataType::F32) return Load(static_cast<const float*>(data) + at, lanes);
-    Halves halves{};
-    std::memcpy(&halves, static_cast<const uint16_t*>(data) + at, lanes * sizeof(uint16_t));
-    const Bits bits = __builtin_convertvector(halves, Bits);
-    return type == ffi::DataType::BF16 ? FromBfloat16(bits) : FromFloat16(bits);
-  }
-
-  void Prefetch(int64_t at) const {
-    const int64_t size = type == ffi::DataType::F32 ? sizeof(float) : sizeof(uint16_t);
-    if (data) __builtin_prefetch(static_cast<const char*>(data) + at * size, 0, 2);
-  }
-
-  void Put(int64_t at, Vec v, int lanes) const {
-    if (type == ffi::DataType::F32) return Store(static_cast<float*>(data) + at, v, lanes);
-    const Bits bits = type == ffi::DataType::BF16 ? ToBfloat16(v) : ToFloat16(v);
-    const Halves halves = __builtin_convertvector(bits, Halves);
-    std::memcpy(static_cast<uint16_t*>(data) + at, &halves, lanes * sizeof(uint16_t));
-  }
+struct Bfloat16 {
+  uint16_t bits;
 };
+struct Float16 {
+  uint16_t bits;
+};
+
+inline Vec Load(const float* from, int lanes = kLanes) {
+  if (lanes == kLanes) return *reinterpret_cast<const MemoryVec*>(from);
+  Vec v{};
+  std::memcpy(&v, from, lanes * sizeof(float));
+  return v;
+}
+
+inline void Store(float* to, Vec v, int lanes = kLanes) {
+  if (lanes == kLanes)
+    *reinterpret_cast<MemoryVec*>(to) = v;
+  else
+    std::memcpy(to, &v, lanes * sizeof(float));
+}
+
+inline Bits LoadHalves(const void* from, int lanes) {
+  Halves halves{};
+  if (lanes == kLanes)
+    halves = *static_cast<const MemoryHalves*>(from);
+  else
+    std::memcpy(&halves, from, lanes * sizeof(uint16_t));
+  return __builtin_convertvector(halves, Bits);
+}
+
+inline void StoreHalves(void* to, Bits bits, int lanes) {
+  const Halves halves = __builtin_convertvector(bits, Halves);
+  if (lanes == kLanes)
+    *static_cast<MemoryHalves*>(to) = halves;
+  else
+    std::memcpy(to, &halves, lanes * sizeof(uint16_t));
+}
+
+inline Vec Load(const Bfloat16* from, int lanes) { return FromBfloat16(LoadHalves(from, lanes)); }
+inline Vec Load(const Float16* from, int lanes) { return FromFloat16(LoadHalves(from, lanes)); }
+inline void Store(Bfloat16* to, Vec v, int lanes) { StoreHalves(to, ToBfloat16(v), lanes); }
+inline void Store(Float16* to, Vec v, int lanes) { StoreHalves(to, ToFloat16(v), lanes); }
 
 // Working memory of one thread.
 class Arena {
@@ -331,7 +349,7 @@ void ForStates(int64_t states, F&& f) {
 struct Scan {
   // `rows` sequences, of which each `batch` share the parameters A, D and so on; under vmap there are several batches.
   int64_t rows, batch, length, channels, state, groups, ranges;
-  Stream u, delta, z;
+  const void *u, *delta, *z;  // of one element type, T below
   const float *A, *B, *C, *D, *delta_bias, *initial_state;
   bool constant_B, constant_C, softplus, reverse;
 
@@ -385,12 +403,10 @@ struct Task {
   Vec* Gather(const float* from, int64_t index, Arena& arena) const {
     Vec* to = arena.Zeros(blocks * scan.state);
     for (int64_t block = 0; block < blocks; ++block) {
-      for (int64_t n = 0; n < scan.state; ++n) {
-        Vec v{};
-        for (int lane = 0; from && lane < Lanes(block); ++lane)
-          v[lane] = from[(index * scan.channels + Channel(block) + lane) * scan.state + n];
-        to[block * scan.state + n] = v;
-      }
+      float* lanes = reinterpret_cast<float*>(to + block * scan.state);
+      for (int lane = 0; from && lane < Lanes(block); ++lane)
+        for (int64_t n = 0; n < scan.state; ++n)
+          lanes[n * kLanes + lane] = from[(index * scan.channels + Channel(block) + lane) * scan.state + n];
     }
     return to;
   }
@@ -478,41 +494,46 @@ class MatrixGradient {
 
 // Reads a block's inputs for a chunk, for the backward pass also the slopes of softplus and silu. Meanwhile fetches the
 // `streams` of the chunk that comes next, whose rows are too far apart for the processor to foresee them.
-template <bool kBackward>
-void Read(const Task& task, int64_t first_step, int count, int64_t block, std::initializer_list<Stream> streams,
+template <class T, bool kBackward>
+void Read(const Task& task, int64_t first_step, int count, int64_t block, std::initializer_list<const void*> streams,
           Steps& steps, Gradients* grads = nullptr) {
   const Scan& scan = task.scan;
+  const auto u = static_cast<const T*>(scan.u), delta = static_cast<const T*>(scan.delta);
+  const auto z = static_cast<const T*>(scan.z);
   const int64_t next = first_step + (kBackward ? -kChunk : kChunk);
   const int lanes = task.Lanes(block);
+  const bool fetch = next >= 0 && block * kLanes * sizeof(T) % kCacheLine == 0;
   const Vec bias = task.Parameter(scan.delta_bias, block), D = task.Parameter(scan.D, block);
   for (int k = 0; k < count; ++k) {
-    if (next >= 0 && next + k < scan.length)
-      for (const Stream& stream : streams) stream.Prefetch(task.At(next + k, block));
     const int64_t at = task.At(first_step + k, block);
-    const Vec u = scan.u.Get(at, lanes);
-    Vec delta = scan.delta.Get(at, lanes) + bias;
+    if (fetch && next + k < scan.length)
+      for (const void* stream : streams)
+        if (stream) __builtin_prefetch(static_cast<const T*>(stream) + task.At(next + k, block), 0, 2);
+    const Vec input = Load(u + at, lanes);
+    Vec step = Load(delta + at, lanes) + bias;
     if (scan.softplus) {
-      const Vec w = Exp(MinusAbs(delta));
-      if constexpr (kBackward) grads->delta_slope[k] = Sigmoid(delta, w);
-      delta = Softplus(delta, w);
+      const Vec w = Exp(MinusAbs(step));
+      if constexpr (kBackward) grads->delta_slope[k] = Sigmoid(step, w);
+      step = Softplus(step, w);
     }
-    steps.u[k] = u;
-    steps.delta[k] = delta;
-    steps.input[k] = delta * u;
-    steps.y[k] = D * u;
-    if (scan.z.data) {
-      const Vec z = scan.z.Get(at, lanes), sigmoid = Sigmoid(z, Exp(MinusAbs(z)));
-      if constexpr (kBackward) grads->gate_slope[k] = sigmoid * (1.0f + z * (1.0f - sigmoid));
-      steps.gate[k] = z * sigmoid;
+    if constexpr (kBackward) steps.u[k] = input;
+    steps.delta[k] = step;
+    steps.input[k] = step * input;
+    steps.y[k] = D * input;
+    if (z) {
+      const Vec gate = Load(z + at, lanes), sigmoid = Sigmoid(gate, Exp(MinusAbs(gate)));
+      if constexpr (kBackward) grads->gate_slope[k] = sigmoid * (1.0f + gate * (1.0f - sigmoid));
+      steps.gate[k] = gate * sigmoid;
     }
   }
 }
 
 struct ForwardResults {
-  Stream y;
+  void* y;
   float *last_state, *starts;
 };
 
+template <class T>
 void ForwardTask(const Scan& scan, const ForwardResults& results, int64_t index, Arena arena) {
   const Task task(scan, index);
   const Vec* A = task.Exponents(arena);
@@ -529,31 +550,37 @@ void ForwardTask(const Scan& scan, const ForwardResults& results, int64_t index,
       Vec* h = state + block * scan.state;
       for (int64_t n = 0; results.starts && n < scan.state; ++n)
         Store(results.starts + task.StartAt(chunk, n, block), h[n], lanes);
-      Read<false>(task, first_step, count, block, {scan.u, scan.delta, scan.z, results.y}, steps);
+      Read<T, false>(task, first_step, count, block, {scan.u, scan.delta, scan.z, results.y}, steps);
       ForStates<kMaxStates>(scan.state, [&](auto states, int64_t first) {
         constexpr int kStates = decltype(states)::value;
         const auto forward = scan.splat() ? Forward<kStates, true> : Forward<kStates, false>;
         forward(count, steps, B.Get(block, first), C.Get(block, first), A + block * scan.state + first, h + first);
       });
-      for (int k = 0; k < count; ++k)
-        results.y.Put(task.At(first_step + k, block), scan.z.data ? steps.y[k] * steps.gate[k] : steps.y[k], lanes);
+      for (int k = 0; k < count; ++k) {
+        const Vec y = scan.z ? steps.y[k] * steps.gate[k] : steps.y[k];
+        Store(static_cast<T*>(results.y) + task.At(first_step + k, block), y, lanes);
+      }
     }
   }
   task.Scatter(state, results.last_state, task.row);
 }
 
 struct Incoming {
-  Stream y;
+  const void* y;
   const float *last_state, *starts;
 };
 
 struct BackwardResults {
-  Stream u, delta, z;
+  void *u, *delta, *z;
   float *A, *B, *C, *D, *delta_bias, *initial_state;
 };
 
+template <class T>
 void BackwardTask(const Scan& scan, const Incoming& incoming, const BackwardResults& results, int64_t index,
                   Arena arena) {
+  const auto dy = static_cast<const T*>(incoming.y);
+  const auto du = static_cast<T*>(results.u), d_delta = static_cast<T*>(results.delta);
+  const auto dz = static_cast<T*>(results.z);
   const Task task(scan, index);
   const Vec* A = task.Exponents(arena);
   Vec* d_state = task.Gather(incoming.last_state, task.row, arena);
@@ -575,11 +602,10 @@ void BackwardTask(const Scan& scan, const Incoming& incoming, const BackwardResu
     for (int64_t block = 0; block < task.blocks; ++block) {
       const int lanes = task.Lanes(block);
       const Vec D = task.Parameter(scan.D, block);
-      Read<true>(task, first_step, count, block,
-                 {scan.u, scan.delta, scan.z, incoming.y, results.u, results.delta, results.z}, steps, &grads);
+      Read<T, true>(task, first_step, count, block, {scan.u, scan.delta, scan.z, dy, du, d_delta, dz}, steps, &grads);
       for (int k = 0; k < count; ++k) {
-        grads.y[k] = incoming.y.Get(task.At(first_step + k, block), lanes);
-        grads.core[k] = scan.z.data ? grads.y[k] * steps.gate[k] : grads.y[k];
+        grads.y[k] = Load(dy + task.At(first_step + k, block), lanes);
+        grads.core[k] = scan.z ? grads.y[k] * steps.gate[k] : grads.y[k];
         grads.u[k] = D * grads.core[k];
         grads.delta[k] = Vec{};
       }
@@ -597,12 +623,12 @@ void BackwardTask(const Scan& scan, const Incoming& incoming, const BackwardResu
       });
       for (int k = count - 1; k >= 0; --k) {
         const int64_t at = task.At(first_step + k, block);
-        const Vec d_delta = scan.softplus ? grads.delta[k] * grads.delta_slope[k] : grads.delta[k];
+        const Vec d_step = scan.softplus ? grads.delta[k] * grads.delta_slope[k] : grads.delta[k];
         dD[block] += grads.core[k] * steps.u[k];
-        d_bias[block] += d_delta;
-        results.u.Put(at, grads.u[k], lanes);
-        results.delta.Put(at, d_delta, lanes);
-        if (scan.z.data) results.z.Put(at, grads.y[k] * steps.y[k] * grads.gate_slope[k], lanes);
+        d_bias[block] += d_step;
+        Store(du + at, grads.u[k], lanes);
+        Store(d_delta + at, d_step, lanes);
+        if (dz) Store(dz + at, grads.y[k] * steps.y[k] * grads.gate_slope[k], lanes);
       }
     }
     dB.EndChunk(first_step, count);
@@ -673,20 +699,53 @@ ffi::Error ForEachTask(ffi::ThreadPool& pool, const Scan& scan, Run run) {
 // ---------------------------------------------------------------------------------------------------------------------
 // The door to XLA. Arrays may have further leading dimensions, from vmap. An argument that is absent has no elements.
 
-template <class Buffer>
-Stream AsStream(Buffer&& buffer) {
-  return {buffer.element_count() ? buffer.untyped_data() : nullptr, buffer.element_type()};
-}
+// The arrays of a call, taken out one by one, with a look at whether each has the type and shape that we rely on.
+class Arrays {
+ public:
+  Arrays(const ffi::RemainingArgs& args, const ffi::RemainingRets& rets, size_t arguments, size_t results)
+      : args_(args), rets_(rets) {
+    if (args.size() != arguments || rets.size() != results || Argument(0).dimensions().size() < 3 ||
+        Argument(0).element_count() == 0 || Argument(2).element_count() == 0) {
+      Refuse("the number of arrays is wrong, or u or A is empty");
+      return;
+    }
+    const auto u = Argument(0).dimensions();
+    lead_.assign(u.begin(), u.end() - 3);
+  }
+  const std::string& refused() const { return refused_; }
 
-template <class Buffer>
-float* AsFloats(Buffer&& buffer) {
-  return buffer.element_count() ? static_cast<float*>(buffer.untyped_data()) : nullptr;
-}
+  ffi::AnyBuffer Argument(size_t i) const { return *args_.get<ffi::AnyBuffer>(i); }
+  ffi::AnyBuffer Result(size_t i) const { return **rets_.get<ffi::AnyBuffer>(i); }
+
+  void* Take(const char* name, const ffi::AnyBuffer& array, ffi::DataType type, std::vector<int64_t> shape) {
+    shape.insert(shape.begin(), lead_.begin(), lead_.end());
+    const auto actual = array.dimensions();
+    if (array.element_type() != type || !std::equal(shape.begin(), shape.end(), actual.begin(), actual.end()))
+      Refuse(std::string("shape or type of ") + name);
+    return array.untyped_data();
+  }
+  float* Floats(const char* name, const ffi::AnyBuffer& array, std::vector<int64_t> shape) {
+    return static_cast<float*>(Take(name, array, ffi::DataType::F32, std::move(shape)));
+  }
+  float* MaybeFloats(const char* name, const ffi::AnyBuffer& array, std::vector<int64_t> shape) {
+    return array.element_count() ? Floats(name, array, std::move(shape)) : nullptr;
+  }
+
+ private:
+  void Refuse(const std::string& why) {
+    if (refused_.empty()) refused_ = "selective scan: " + why;
+  }
+
+  const ffi::RemainingArgs& args_;
+  const ffi::RemainingRets& rets_;
+  std::vector<int64_t> lead_;
+  std::string refused_;
+};
 
 // u, delta, A, B, C, D, z and delta_bias come first in both calls.
-Scan MakeScan(const ffi::RemainingArgs& args, int64_t ranges, bool softplus, bool reverse) {
-  const auto get = [&](size_t i) { return *args.get<ffi::AnyBuffer>(i); };
-  const ffi::AnyBuffer u = get(0), A = get(2), B = get(3), C = get(4);
+Scan MakeScan(Arrays& arrays, int64_t ranges, bool softplus, bool reverse) {
+  const auto get = [&](size_t i) { return arrays.Argument(i); };
+  const ffi::AnyBuffer u = get(0), A = get(2), B = get(3), C = get(4), z = get(6);
   const auto shape = u.dimensions();
   const size_t rank = shape.size();
   Scan scan{};
@@ -699,46 +758,79 @@ Scan MakeScan(const ffi::RemainingArgs& args, int64_t ranges, bool softplus, boo
   scan.constant_C = C.dimensions().size() < rank;
   scan.groups = !scan.constant_B ? B.dimensions()[rank - 1] : !scan.constant_C ? C.dimensions()[rank - 1] : 1;
   scan.ranges = ranges;
-  scan.u = AsStream(u);
-  scan.delta = AsStream(get(1));
-  scan.A = AsFloats(A);
-  scan.B = AsFloats(B);
-  scan.C = AsFloats(C);
-  scan.D = AsFloats(get(5));
-  scan.z = AsStream(get(6));
-  scan.delta_bias = AsFloats(get(7));
+  const std::vector<int64_t> sequence{scan.batch, scan.length, scan.channels}, matrix{scan.channels, scan.state};
+  const std::vector<int64_t> varying{scan.batch, scan.length, scan.groups, scan.state};
+  scan.u = arrays.Take("u", u, u.element_type(), sequence);
+  scan.delta = arrays.Take("delta", get(1), u.element_type(), sequence);
+  scan.A = arrays.Floats("A", A, matrix);
+  scan.B = arrays.Floats("B", B, scan.constant_B ? matrix : varying);
+  scan.C = arrays.Floats("C", C, scan.constant_C ? matrix : varying);
+  scan.D = arrays.MaybeFloats("D", get(5), {scan.channels});
+  scan.z = z.element_count() ? arrays.Take("z", z, u.element_type(), sequence) : nullptr;
+  scan.delta_bias = arrays.MaybeFloats("delta_bias", get(7), {scan.channels});
   scan.softplus = softplus;
   scan.reverse = reverse;
   return scan;
 }
 
+// Calls run(an element, task, its memory) for every task, the element being of the type of u, unless something is wrong.
+template <class Run>
+ffi::Error Perform(ffi::ThreadPool& pool, const Scan& scan, const Arrays& arrays, Run run) {
+  if (!arrays.refused().empty()) return ffi::Error::InvalidArgument(arrays.refused());
+  const auto with = [&](auto element) {
+    return ForEachTask(pool, scan, [&](int64_t task, Arena arena) { run(element, task, arena); });
+  };
+  switch (arrays.Argument(0).element_type()) {
+    case ffi::DataType::F32: return with(float{});
+    case ffi::DataType::BF16: return with(Bfloat16{});
+    case ffi::DataType::F16: return with(Float16{});
+    default: return ffi::Error::InvalidArgument("selective scan: type of u");
+  }
+}
+
 ffi::Error ForwardCall(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets, int64_t ranges,
                        bool softplus, bool reverse) {
-  const auto result = [&](size_t i) { return **rets.get<ffi::AnyBuffer>(i); };
-  Scan scan = MakeScan(args, ranges, softplus, reverse);
-  scan.initial_state = AsFloats(*args.get<ffi::AnyBuffer>(8));
-  const ForwardResults results{AsStream(result(0)), AsFloats(result(1)), AsFloats(result(2))};
-  return ForEachTask(pool, scan, [&](int64_t task, Arena arena) { ForwardTask(scan, results, task, arena); });
+  Arrays arrays(args, rets, 9, 3);
+  if (!arrays.refused().empty()) return ffi::Error::InvalidArgument(arrays.refused());
+  Scan scan = MakeScan(arrays, ranges, softplus, reverse);
+  const std::vector<int64_t> state{scan.batch, scan.channels, scan.state};
+  scan.initial_state = arrays.MaybeFloats("initial_state", arrays.Argument(8), state);
+  ForwardResults results;
+  results.y = arrays.Take("y", arrays.Result(0), arrays.Argument(0).element_type(),
+                          {scan.batch, scan.length, scan.channels});
+  results.last_state = arrays.Floats("last_state", arrays.Result(1), state);
+  results.starts = arrays.MaybeFloats("starts", arrays.Result(2), {scan.batch, scan.chunks(), scan.state, scan.channels});
+  return Perform(pool, scan, arrays, [&](auto element, int64_t task, Arena arena) {
+    ForwardTask<decltype(element)>(scan, results, task, arena);
+  });
 }
 
 ffi::Error BackwardCall(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets, int64_t ranges,
                         bool softplus, bool reverse) {
-  const auto argument = [&](size_t i) { return *args.get<ffi::AnyBuffer>(i); };
-  const auto result = [&](size_t i) { return **rets.get<ffi::AnyBuffer>(i); };
-  const Scan scan = MakeScan(args, ranges, softplus, reverse);
-  const Incoming incoming{AsStream(argument(8)), AsFloats(argument(9)), AsFloats(argument(10))};
+  Arrays arrays(args, rets, 11, 9);
+  if (!arrays.refused().empty()) return ffi::Error::InvalidArgument(arrays.refused());
+  const Scan scan = MakeScan(arrays, ranges, softplus, reverse);
+  const auto type = arrays.Argument(0).element_type();
+  const std::vector<int64_t> sequence{scan.batch, scan.length, scan.channels};
+  const std::vector<int64_t> state{scan.batch, scan.channels, scan.state}, channels{scan.batch, scan.channels};
+  const std::vector<int64_t> varying{scan.batch, ranges, scan.length, scan.groups, scan.state};
+  Incoming incoming;
+  incoming.y = arrays.Take("dy", arrays.Argument(8), type, sequence);
+  incoming.last_state = arrays.Floats("d_last_state", arrays.Argument(9), state);
+  incoming.starts = arrays.Floats("starts", arrays.Argument(10), {scan.batch, scan.chunks(), scan.state, scan.channels});
   BackwardResults results;
-  results.u = AsStream(result(0));
-  results.delta = AsStream(result(1));
-  results.A = AsFloats(result(2));
-  results.B = AsFloats(result(3));
-  results.C = AsFloats(result(4));
-  results.D = AsFloats(result(5));
-  results.z = AsStream(result(6));
-  results.delta_bias = AsFloats(result(7));
-  results.initial_state = AsFloats(result(8));
-  return ForEachTask(pool, scan,
-                     [&](int64_t task, Arena arena) { BackwardTask(scan, incoming, results, task, arena); });
+  results.u = arrays.Take("du", arrays.Result(0), type, sequence);
+  results.delta = arrays.Take("d_delta", arrays.Result(1), type, sequence);
+  results.A = arrays.Floats("dA", arrays.Result(2), state);
+  results.B = arrays.Floats("dB", arrays.Result(3), scan.constant_B ? state : varying);
+  results.C = arrays.Floats("dC", arrays.Result(4), scan.constant_C ? state : varying);
+  results.D = scan.D ? arrays.Floats("dD", arrays.Result(5), channels) : nullptr;
+  results.z = scan.z ? arrays.Take("dz", arrays.Result(6), type, sequence) : nullptr;
+  results.delta_bias = scan.delta_bias ? arrays.Floats("d_delta_bias", arrays.Result(7), channels) : nullptr;
+  results.initial_state = arrays.Floats("d_initial_state", arrays.Result(8), state);
+  return Perform(pool, scan, arrays, [&](auto element, int64_t task, Arena arena) {
+    BackwardTask<decltype(element)>(scan, incoming, results, task, arena);
+  });
 }
 
 const auto Binding = [] {

@@ -1,7 +1,9 @@
 """Building C++ kernels: the cache, and what happens without a compiler that works."""
 
 import concurrent.futures
+import os
 import stat
+import time
 
 import pytest
 
@@ -118,3 +120,75 @@ def test_without_a_writable_cache_it_builds_in_a_private_folder(source, tmp_path
     library = build._build(source)
     assert library.read_text() == "library\n" and stat.S_IMODE(library.parent.stat().st_mode) == 0o700
     build._private_folder.cache_clear()
+
+
+@pytest.mark.parametrize("writable_by_others", ["file", "folder"])
+def test_a_library_that_another_user_could_have_written_is_not_loaded(
+    writable_by_others, source, empty_cache, tmp_path, monkeypatch
+):
+    fake_compiler(tmp_path, monkeypatch, 'echo library > "$out"')
+    library = build._build(source)
+    library.write_text("somebody else's")
+    (library if writable_by_others == "file" else empty_cache).chmod(0o777)
+    if writable_by_others == "folder":  # a folder of our own is closed again, another's is not used
+        monkeypatch.setattr(build.Path, "chmod", lambda *_: (_ for _ in ()).throw(PermissionError()))
+        monkeypatch.setattr(build, "_compile", lambda source, macros, library: library)
+        assert build._build(source).parent != empty_cache
+    else:
+        assert build._build(source).read_text() == "library\n"
+
+
+def test_a_library_of_another_user_is_not_loaded(source, empty_cache, tmp_path, monkeypatch):
+    fake_compiler(tmp_path, monkeypatch, 'echo library > "$out"')
+    library = build._build(source)
+    if os.getuid() == 0:
+        os.chown(library, 12345, -1)
+    else:
+        monkeypatch.setattr(os, "getuid", lambda: 12345)
+    assert not build._trusted(library)
+
+
+@needs_compiler
+def test_a_damaged_library_that_cannot_be_removed_is_built_elsewhere(source, empty_cache, monkeypatch):
+    build._build(source, ("-DANSWER=42",)).write_text("")
+
+    def refuse(*_, **__):
+        raise PermissionError
+
+    monkeypatch.setattr(build.Path, "unlink", refuse)
+    assert build._load(source, ("-DANSWER=42",)).answer() == 42
+
+
+def test_a_library_may_be_written_by_nobody_else_whatever_the_umask(source, empty_cache, tmp_path, monkeypatch):
+    fake_compiler(tmp_path, monkeypatch, 'echo library > "$out"')
+    before = os.umask(0)
+    try:
+        library = build._build(source)
+    finally:
+        os.umask(before)
+    assert build._trusted(library) and build._trusted(empty_cache) and build._build(source) == library
+
+
+def test_a_compiler_that_hangs_is_stopped_with_all_it_started(source, empty_cache, tmp_path, monkeypatch):
+    fake_compiler(tmp_path, monkeypatch, "sleep 60 | cat")
+    monkeypatch.setattr(build, "COMPILE_SECONDS", 0.5)
+    began = time.monotonic()
+    assert "took over 0.5 seconds and was stopped" in build.register(source, ("answer",))
+    assert time.monotonic() - began < 30
+
+
+def test_libraries_used_long_ago_are_removed(source, empty_cache, tmp_path, monkeypatch):
+    fake_compiler(tmp_path, monkeypatch, 'echo library > "$out"')
+    first = build._build(source, ("-D0",))
+    for i in range(1, build.KEPT):
+        os.utime(build._build(source, (f"-D{i}",)), (i, i))
+    build._build(source, ("-D0",))  # used again
+    build._build(source, ("-Dlast",))
+    assert len(list(empty_cache.iterdir())) == build.KEPT and first.exists()
+
+
+def test_the_c_library_is_part_of_the_name(source, empty_cache, tmp_path, monkeypatch):
+    fake_compiler(tmp_path, monkeypatch, 'echo library > "$out"')
+    library = build._build(source)
+    monkeypatch.setattr(build.platform, "libc_ver", lambda: ("musl", "1.2"))
+    assert build._build(source) != library

@@ -6,9 +6,12 @@ import sys
 import types
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
+from kernels import choice, selective_scan
 from kernels.choice import Implementations, current_platform
 
 FASTEST_FIRST = dict.fromkeys(("cpu", "gpu"), ("quick", "simple"))
@@ -62,3 +65,26 @@ def test_the_platform_is_the_meshs_or_the_default_devices():
     seen = []
     jax.pmap(lambda x: seen.append(current_platform()) or x, devices=jax.devices("cpu")[:1])(jax.numpy.ones(1))
     assert set(seen) == {"cpu"}
+
+
+def scan_of(u):
+    """A small scan of u; the implementation is chosen."""
+    return selective_scan(u, u, -jnp.ones((4, 2)), jnp.ones((4, 2)), jnp.ones((4, 2)), delta_softplus=True)
+
+
+def test_beside_an_accelerator_the_device_decides_for_which_it_is_lowered(monkeypatch):
+    u = jax.random.normal(jax.random.key(0), (1, 5, 4))
+    expected = jax.jit(jax.value_and_grad(lambda u: scan_of(u).sum()))(u)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # what runs below is still placed on a CPU
+    placed = jax.jit(jax.value_and_grad(lambda u: scan_of(u).sum()))(u)
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y), placed, expected)
+    text = jax.jit(scan_of).trace(u).lower(lowering_platforms=("cpu",)).as_text()
+    assert "triton" not in text
+
+
+def test_what_is_in_use_can_be_compared_between_processes(monkeypatch):
+    monkeypatch.setattr(choice, "_in_use", set())
+    with jax.default_device("cpu"):
+        PICKY.pick(None, 1)
+        PICKY.pick("quick", 2)
+    assert choice.implementation_in_use() == "test: quick on cpu, test: simple on cpu"

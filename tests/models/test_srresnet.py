@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
-from vimd_jax.models.srresnet import BatchNorm, SRResNet, pixel_shuffle
+from vimd_jax.models.layers import Conv, convolve
+from vimd_jax.models.srresnet import BatchNorm, SRResNet, pixel_shuffle, winograd
 from weight_convert import convert_state_dict
 
 
@@ -71,9 +73,9 @@ def test_running_variance_is_unbiased():
 
 
 def test_pixel_shuffle_order():
-    x = jnp.arange(8.0).reshape(1, 1, 1, 8)  # two output channels, four pixels each
-    assert pixel_shuffle(x)[0, :, :, 0].tolist() == [[0, 1], [2, 3]]
-    assert pixel_shuffle(x)[0, :, :, 1].tolist() == [[4, 5], [6, 7]]
+    x = jnp.arange(8.0).reshape(1, 1, 1, 8)  # four pixels of two output channels each
+    assert pixel_shuffle(x)[0, :, :, 0].tolist() == [[0, 2], [4, 6]]
+    assert pixel_shuffle(x)[0, :, :, 1].tolist() == [[1, 3], [5, 7]]
 
 
 def test_convolutions_start_as_pytorch_s():
@@ -89,6 +91,30 @@ def test_convolutions_start_as_pytorch_s():
     assert np.all(params["blocks"]["prelu"]["alpha"] == 0.25)
 
 
+def test_running_averages_become_part_of_the_filters():
+    """What is applied equals a convolution that is normalised afterwards, and no pass over its output is left."""
+    keys = jax.random.split(jax.random.key(0), 6)
+    x = jax.random.normal(keys[0], (2, 6, 5, 3))
+    conv, norm = Conv(4, 3, use_bias=False), BatchNorm(False, None)
+    filters = conv.init(keys[1], x)
+    draw = [1 + jax.random.uniform(key, (4,)) for key in keys[2:]]
+    variables = {"params": dict(zip(("scale", "bias"), draw)), "batch_stats": dict(zip(("mean", "var"), draw[2:]))}
+
+    class Folded(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return BatchNorm(False, None, name="norm")(x, Conv(4, 3, use_bias=False, name="conv"))
+
+    both = {
+        "params": {"norm": variables["params"], "conv": filters["params"]},
+        "batch_stats": {"norm": variables["batch_stats"]},
+    }
+    expected = norm.apply(variables, conv.apply(filters, x))
+    np.testing.assert_allclose(Folded().apply(both, x), expected, rtol=1e-5, atol=1e-5)
+    after = str(jax.make_jaxpr(Folded().apply)(both, x)).split("conv_general_dilated")[1]
+    assert " mul " not in after and " sub " not in after
+
+
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match=r"^scale: 3"):
         SRResNet(scale=3)
@@ -96,3 +122,10 @@ def test_bad_input_is_named():
         SRResNet().init(jax.random.key(0), jnp.zeros((8, 8, 3)))
     with pytest.raises(ValueError, match=r"^images: .*uint8"):
         SRResNet().init(jax.random.key(0), jnp.zeros((1, 8, 8, 3), jnp.uint8))
+
+
+@pytest.mark.parametrize("size", [(6, 8), (5, 7), (1, 2)])
+def test_winograd_is_a_convolution(size):
+    keys = jax.random.split(jax.random.key(0), 2)
+    x, kernel = jax.random.normal(keys[0], (2, *size, 3)), jax.random.normal(keys[1], (3, 3, 3, 4))
+    np.testing.assert_allclose(winograd(x, kernel), convolve(x, kernel), rtol=1e-4, atol=1e-5)

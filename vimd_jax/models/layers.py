@@ -49,6 +49,22 @@ def patch_embedding(
     return nn.Conv(dim, (size, size), strides=stride, padding="VALID", kernel_init=kernel_init, dtype=dtype, **options)
 
 
+def apart(weights: jax.Array) -> jax.Array:
+    """The same weights, on a CPU in memory of their own.
+
+    Inside nn.scan they are a slice of all layers' weights. XLA fuses that slice into the loop that reads it (on a CPU,
+    JAX 0.10 to 0.12), and where this is the sum of a convolution the loop then takes five times as long. Nothing is
+    fused into a product of matrices; here one of them is the identity, so that every bit stays.
+    """
+
+    def product(weights):
+        rows = weights.reshape(-1, weights.shape[-1])
+        identity = jnp.eye(len(rows), dtype=rows.dtype)
+        return jnp.dot(identity, rows, precision="highest").reshape(weights.shape)
+
+    return jax.lax.platform_dependent(weights, cpu=product, default=lambda weights: weights)
+
+
 class DepthwiseConv(nn.Module):
     """Convolution of each channel with a 3×3 filter of its own; starts like PyTorch's, uniform in ±1/3.
 
@@ -65,15 +81,16 @@ class DepthwiseConv(nn.Module):
         """Maps x (batch, height, width, channels) to the same shape and dtype; zeros lie around the borders."""
         channels = x.shape[-1]
         kernel = self.param("kernel", uniform_fan_in, (3, 3, 1, channels))
-        bias = self.param("bias", uniform(1 / 3), (channels,)) if self.use_bias else 0.0
+        bias = self.param("bias", uniform(1 / 3), (channels,)) if self.use_bias else jnp.zeros(channels)
         # Computed again in the backward pass, which would otherwise keep every shifted copy of x.
         return jax.checkpoint(self._convolve, prevent_cse=False)(x, kernel, bias)
 
     def _convolve(self, x, kernel, bias):
         # A sum of shifted copies: on a CPU 10 to 30 times faster than XLA's grouped convolution.
         height, width = x.shape[1:3]
+        *taps, bias = apart(jnp.concatenate([kernel.reshape(9, -1), bias[None]]))
         padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-        shifted = (padded[:, i : i + height, j : j + width] * kernel[i, j, 0] for i in range(3) for j in range(3))
+        shifted = (padded[:, k // 3 : k // 3 + height, k % 3 : k % 3 + width] * taps[k] for k in range(9))
         return self.activation(sum(shifted) + bias).astype(x.dtype)
 
 
@@ -112,6 +129,39 @@ def drop_path(module: nn.Module, update: jax.Array, rate: jax.Array | float) -> 
     return jnp.where(jax.lax.dynamic_slice_in_dim(keep, first, count), update / (1 - rate), 0)
 
 
+def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x (batch, height, width, inputs) by a kernel (size, size, inputs, features), with zeros around the borders."""
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+class Conv(nn.Module):
+    """A square convolution that keeps the resolution, started as PyTorch does.
+
+    Attributes:
+      features: output channels.
+      size: side of a filter.
+      use_bias: add a bias per channel.
+      convolve: how to compute it.
+    """
+
+    features: int
+    size: int
+    use_bias: bool = True
+    convolve: Callable[[jax.Array, jax.Array], jax.Array] = convolve
+
+    @nn.compact
+    def __call__(self, x: jax.Array, change: Callable = lambda kernel, bias: (kernel, bias)) -> jax.Array:
+        """Maps x (batch, height, width, inputs) to (batch, height, width, features); zeros lie around the borders.
+
+        `change` maps the kernel (size, size, inputs, features) and the bias, 0 where there is none, to those used.
+        """
+        inputs = x.shape[-1]
+        kernel = self.param("kernel", uniform_fan_in, (self.size, self.size, inputs, self.features))
+        bias = self.param("bias", uniform((inputs * self.size**2) ** -0.5), (self.features,)) if self.use_bias else 0.0
+        kernel, bias = change(kernel, bias)
+        return self.convolve(x, kernel) + bias
+
+
 class BatchNorm(nn.Module):
     """Batch normalisation with PyTorch's running averages: they take 1/10 of each batch, and its unbiased variance.
 
@@ -126,21 +176,28 @@ class BatchNorm(nn.Module):
     axis_name: str | None
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalises x (batch, height, width, channels) over all but the channels."""
-        channels = x.shape[-1]
+    def __call__(self, x: jax.Array, conv: "Conv | None" = None) -> jax.Array:
+        """Normalises x (batch, height, width, channels), or what `conv` makes of it, over all but the channels.
+
+        Normalising by the running averages is part of the filters of `conv`, if there is one.
+        """
+        channels = conv.features if conv else x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
         running_var = self.variable("batch_stats", "var", jnp.ones, (channels,))
         mean, var = running_mean.value, running_var.value
         if self.train and not self.is_initializing():
+            x, conv = conv(x) if conv else x, None
             mean = self._mean(x)
             var = self._mean(jnp.square(x - mean))
             count = x.size // channels * (jax.lax.axis_size(self.axis_name) if self.axis_name else 1)
             running_mean.value += 0.1 * (mean - running_mean.value)
             running_var.value += 0.1 * (var * count / (count - 1) - running_var.value)
-        return (x - mean) * (scale * jax.lax.rsqrt(var + 1e-5)) + bias
+        factor = scale * jax.lax.rsqrt(var + 1e-5)
+        if conv:
+            return conv(x, lambda kernel, offset: (kernel * factor, (offset - mean) * factor + bias))
+        return (x - mean) * factor + bias
 
     def _mean(self, x):
         mean = x.mean(axis=(0, 1, 2))

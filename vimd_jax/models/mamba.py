@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from kernels import selective_scan
-from vimd_jax.models.layers import uniform, uniform_fan_in
+from vimd_jax.models.layers import apart, uniform, uniform_fan_in
 
 CONV_WIDTH = 4
 EXPAND = 2  # channels of a mixer over those of a token
@@ -160,7 +160,8 @@ def _silu_of_conv(x, kernel, bias, reverse):
     # A sum of shifted copies: on a CPU over ten times faster than XLA's grouped convolution, on a GPU one fused loop.
     length, past = x.shape[1], CONV_WIDTH - 1
     padded = jnp.pad(x, ((0, 0), (0, past) if reverse else (past, 0), (0, 0)))
-    taps = kernel[::-1, 0] if reverse else kernel[:, 0]  # the last tap meets the current token
+    weights = apart(jnp.concatenate([kernel[::-1, 0] if reverse else kernel[:, 0], bias[None]]))
+    taps, bias = weights[:-1], weights[-1]  # the last tap meets the current token
     y = sum(padded[:, k : k + length] * taps[k] for k in range(CONV_WIDTH)) + bias
     return jax.nn.silu(y).astype(x.dtype)
 

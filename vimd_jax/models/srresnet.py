@@ -5,6 +5,7 @@ Residual blocks at the low resolution, then one doubling of the resolution after
 Convolutions start from PyTorch's default (uniform in ±1/√fan_in), which the original network was built with.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from vimd_jax.models.layers import BatchNorm, check_images, uniform, uniform_fan_in
+from vimd_jax.models.layers import BatchNorm, Conv, check_images, convolve
 from vimd_jax.models.network import Network
 
 
@@ -48,7 +49,7 @@ class SRResNet(Network):
           ValueError: images are not (batch, height, width, 3) floats.
         """
         check_images(images)
-        shallow = PReLU(name="prelu_in")(_conv(self.channels, 9, images.shape[3], name="conv_in")(images))
+        shallow = PReLU(name="prelu_in")(Conv(self.channels, 9, name="conv_in")(images))
 
         blocks = nn.scan(
             ResidualBlock,
@@ -59,12 +60,12 @@ class SRResNet(Network):
             unroll=self.num_blocks,
         )
         x, _ = blocks(self.channels, train, self.bn_axis_name, name="blocks")(shallow)
-        x = _conv(self.channels, 3, use_bias=False, name="conv_mid")(x)
-        x = shallow + BatchNorm(train, self.bn_axis_name, name="norm_mid")(x)
+        conv_mid = Conv(self.channels, 3, use_bias=False, convolve=trunk_convolve(train), name="conv_mid")
+        x = shallow + BatchNorm(train, self.bn_axis_name, name="norm_mid")(x, conv_mid)
 
         for i in range(self.scale.bit_length() - 1):
             x = Doubling(self.channels, name=f"upsample_{i}")(x)
-        x = _conv(3, 9, self.channels, name="conv_out")(x)
+        x = Conv(3, 9, name="conv_out")(x)
         return jnp.clip(x, 0.0, 1.0)
 
 
@@ -78,11 +79,11 @@ class ResidualBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:
         """Maps x (batch, height, width, channels) to (the same shape, None)."""
-        y = _conv(self.channels, 3, use_bias=False, name="conv1")(x)
-        y = BatchNorm(self.train, self.bn_axis_name, name="norm1")(y)
+        conv = partial(Conv, self.channels, 3, use_bias=False, convolve=trunk_convolve(self.train))
+        conv1, conv2 = conv(name="conv1"), conv(name="conv2")
+        y = BatchNorm(self.train, self.bn_axis_name, name="norm1")(x, conv1)
         y = PReLU(name="prelu")(y)
-        y = _conv(self.channels, 3, use_bias=False, name="conv2")(y)
-        return x + BatchNorm(self.train, self.bn_axis_name, name="norm2")(y), None
+        return x + BatchNorm(self.train, self.bn_axis_name, name="norm2")(y, conv2), None
 
 
 class Doubling(nn.Module):
@@ -92,15 +93,57 @@ class Doubling(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = _conv(4 * self.channels, 3, self.channels, name="conv")(x)
-        return PReLU(name="prelu")(pixel_shuffle(x))
+        # Feature 4k + 2i + j is channel k, row i, column j, as in PyTorch. Sorted by the pixel instead, all channels of
+        # a pixel move as one, and the weights are cheaper to sort than what they make.
+        x = Conv(4 * self.channels, 3, name="conv")(x, lambda kernel, bias: (_pixel_first(kernel), _pixel_first(bias)))
+        return pixel_shuffle(PReLU(name="prelu")(x))
+
+
+def trunk_convolve(train: bool) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """How to convolve at the low resolution: on a CPU, unless `train`, by `winograd`.
+
+    XLA's own convolution (JAX 0.10) runs on a single core where it has no more than 64 features.
+    """
+    if train:
+        return convolve
+    return lambda x, kernel: jax.lax.platform_dependent(x, kernel, cpu=winograd, default=convolve)
+
+
+def winograd(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`convolve` by 3×3 kernels, 2×2 pixels at a time with 16 multiplications instead of 36 (Lavin & Gray, "Fast
+    Algorithms for Convolutional Neural Networks", CVPR 2016, section 4.1), which are 16 products of matrices.
+    """
+    batch, height, width, inputs = x.shape
+    rows, columns = -(-height // 2), -(-width // 2)
+    x = jnp.pad(x, ((0, 0), (1, 1 + height % 2), (1, 1 + width % 2), (0, 0)))
+
+    def taps(k):
+        return k[0], (k[0] + k[1] + k[2]) / 2, (k[0] - k[1] + k[2]) / 2, k[2]
+
+    def pixels(d):
+        return d[0] - d[2], d[1] + d[2], d[2] - d[1], d[1] - d[3]
+
+    def result(m):
+        return m[0] + m[1] + m[2], m[1] - m[2] - m[3]
+
+    kernels = jnp.stack([tap for row in taps(kernel) for tap in taps(row)])
+    lines = pixels([x[:, i : i + 2 * rows : 2] for i in range(4)])
+    tiles = [p for line in lines for p in pixels([line[:, :, j : j + 2 * columns : 2] for j in range(4)])]
+    products = jnp.stack(tiles).reshape(16, -1, inputs) @ kernels
+    lines = result(products.reshape(4, 4, batch, rows, columns, -1))
+    y = jnp.stack([jnp.stack(result(line), axis=3) for line in lines], axis=2)
+    return y.reshape(batch, 2 * rows, 2 * columns, -1)[:, :height, :width]
+
+
+def _pixel_first(features: jax.Array) -> jax.Array:
+    return features.reshape(*features.shape[:-1], -1, 4).swapaxes(-1, -2).reshape(features.shape)
 
 
 def pixel_shuffle(x: jax.Array) -> jax.Array:
-    """(batch, h, w, 4c) to (batch, 2h, 2w, c): channel 4k + 2i + j is channel k, row i, column j, as in PyTorch."""
-    batch, height, width, channels = x.shape
-    x = x.reshape(batch, height, width, channels // 4, 2, 2)
-    return x.transpose(0, 1, 4, 2, 5, 3).reshape(batch, 2 * height, 2 * width, channels // 4)
+    """(batch, h, w, 4c) to (batch, 2h, 2w, c): feature (2i + j) c + k is channel k, row i, column j."""
+    batch, height, width, features = x.shape
+    x = x.reshape(batch, height, width, 2, 2, features // 4).swapaxes(2, 3)
+    return x.reshape(batch, 2 * height, 2 * width, features // 4)
 
 
 class PReLU(nn.Module):
@@ -110,14 +153,6 @@ class PReLU(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         alpha = self.param("alpha", nn.initializers.constant(0.25), (1,))
         return jnp.where(x > 0, x, alpha * x)
-
-
-def _conv(features: int, size: int, inputs: int = 0, use_bias: bool = True, name: str | None = None) -> nn.Conv:
-    """A square convolution that keeps the resolution; `inputs`, its input channels, is read for the bias' start."""
-    bound = (inputs * size**2) ** -0.5 if use_bias else 0.0
-    return nn.Conv(
-        features, (size, size), use_bias=use_bias, kernel_init=uniform_fan_in, bias_init=uniform(bound), name=name
-    )
 
 
 MODELS = {f"srresnet_x{scale}": partial(SRResNet, scale=scale) for scale in (2, 4, 8)}
