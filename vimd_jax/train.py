@@ -22,6 +22,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
+from kernels.choice import implementation_in_use
 from vimd_jax.checkpoints import training_state
 from vimd_jax.checkpoints.network import TrainedModel, load_model, read_description, save_model
 from vimd_jax.command import CONFIG, WORKDIR, Stopped, StopRequest, run, show_log
@@ -64,6 +65,7 @@ def check(config: ConfigDict, workdir: Path, made_before: set[Path] = frozenset(
     if config.optimizer.freeze:
         frozen_mask(networks.zeros(nets.trained)["params"], config.optimizer.freeze)
     steps.check_objective(config, nets)
+    parallel.check_alike(implementation_in_use())
     if parallel.is_first():
         networks.check_sources_of_weights(config, workdir, made_before)
         workdirs.check(workdir, config, data)

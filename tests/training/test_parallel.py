@@ -5,11 +5,14 @@ import shutil
 import socket
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from vimd_jax.log import TrainingError
+from vimd_jax.training import parallel
 from vimd_jax.training.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent.parent
@@ -102,6 +105,16 @@ def test_the_failure_of_one_process_ends_the_other(tmp_path, together):
     assert any("remove or replace it, or set config.dataset.on_error=skip" in line for line in said[1])
     assert "error: another process of this run has ended or cannot be reached" in said[0][-1]
     assert not any("Traceback" in line for lines in said for line in lines)
+
+
+def test_processes_that_would_compute_differently_are_stopped(monkeypatch):
+    numbers = []
+    monkeypatch.setattr(parallel, "any_process", lambda number: max(number, *numbers) if numbers else number)
+    parallel.check_alike("native")
+    numbers.extend([zlib.crc32(b"native"), -zlib.crc32(b"native")])
+    parallel.check_alike("native")
+    with pytest.raises(TrainingError, match="this one has sequential"):
+        parallel.check_alike("sequential")
 
 
 @pytest.mark.parametrize(

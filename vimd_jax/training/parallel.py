@@ -11,6 +11,7 @@ import os
 import socket
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -71,6 +72,16 @@ def from_first(tree: Any) -> Any:
 def any_process(number: int) -> int:
     """The largest of the processes' numbers, so not 0 if that of any process is not 0."""
     return int(np.max(multihost_utils.process_allgather(np.array(number)))) if jax.process_count() > 1 else number
+
+
+def check_alike(text: str) -> None:
+    """Raises TrainingError, on every process, unless all of them describe how they compute by the same text."""
+    digest = zlib.crc32(text.encode())
+    if any_process(digest) != -any_process(-digest):
+        raise TrainingError(
+            f"The processes of this run would compute differently; this one has {text}. Install the same compiler on all "
+            "hosts, or name an implementation (scan_implementation of each network)."
+        )
 
 
 def join(address: str, count: int | None, index: int | None, wait_seconds: int) -> None:
