@@ -76,11 +76,11 @@ def any_process(number: int) -> int:
 
 def check_alike(text: str) -> None:
     """Raises TrainingError, on every process, unless all of them describe how they compute by the same text."""
-    digest = zlib.crc32(text.encode())
+    digest = zlib.crc32(text.encode()) % 2**30
     if any_process(digest) != -any_process(-digest):
         raise TrainingError(
-            f"The processes of this run would compute differently; this one has {text}. Install the same compiler on all "
-            "hosts, or name an implementation (scan_implementation of each network)."
+            f"The processes of this run would compute differently; this one has {text}. Install the same compiler on "
+            "all hosts, or name an implementation (scan_implementation of each network)."
         )
 
 
