@@ -56,8 +56,8 @@ class SRResNet(Network):
             variable_axes={"params": 0, "batch_stats": 0},
             split_rngs={"params": True},
             length=self.num_blocks,
-            # Not a compiled loop: inside one, XLA's gradient of a convolution is 20 times slower on a CPU.
-            unroll=self.num_blocks,
+            # Training is not a compiled loop: inside one, XLA's gradient of a convolution is 20 times slower on a CPU.
+            unroll=self.num_blocks if train else 1,
         )
         x, _ = blocks(self.channels, train, self.bn_axis_name, name="blocks")(shallow)
         conv_mid = Conv(self.channels, 3, use_bias=False, convolve=trunk_convolve(train), name="conv_mid")
