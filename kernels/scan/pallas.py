@@ -62,17 +62,17 @@ def why_unavailable(platform: str, inputs: ScanInputs) -> str | None:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def scan(inputs: ScanInputs, options: ScanOptions) -> tuple[jax.Array, jax.Array]:
     """See `kernels.scan.api` for the contract."""
-    outputs = _forward(inputs, options, save_states=False)
+    outputs = forward(inputs, options, save_states=False)
     return outputs["y"], outputs["last_state"]
 
 
 def _scan_forward(inputs: ScanInputs, options: ScanOptions):
-    outputs = _forward(inputs, options, save_states=True)
+    outputs = forward(inputs, options, save_states=True)
     return (outputs["y"], outputs["last_state"]), (inputs, outputs["states"])
 
 
 def _scan_backward(options: ScanOptions, residuals, cotangents):
-    return (_backward(*residuals, *cotangents, options),)
+    return (backward(*residuals, *cotangents, options),)
 
 
 scan.defvjp(_scan_forward, _scan_backward)
@@ -104,6 +104,17 @@ class Plan:
         shape = padded_state // state_lanes, block // copies // channel_lanes, state_lanes, channel_lanes
         constant = inputs.B.ndim == 2, inputs.C.ndim == 2
         return cls(batch, length, channels // groups, groups, state, *constant, copies, shape)
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """`shape` with an axis for each bit of the numbers of lanes: lanes exchange values without changing layouts."""
+        registers, groups, *lanes = self.shape
+        return registers, groups, *(2 for n in lanes for _ in range(n.bit_length() - 1))
+
+    def axis(self, lanes: int, distance: int) -> int:
+        """The axis along which state (2) or channel (3) lanes differ in one bit of their number, `distance`."""
+        bits = [n.bit_length() - 1 for n in self.shape[2 : lanes + 1]]
+        return 2 + sum(bits) - distance.bit_length()
 
     @property
     def threads(self) -> int:
@@ -169,15 +180,26 @@ class Plan:
 
 
 class Summary(NamedTuple):
-    """What chunks do to the state before them, or to the state's gradient after them: h ← exp(A total_delta) h + end."""
+    """What chunks do to the state before them, or to its gradient after them: h ← exp(A total_delta) h + end."""
 
     end: Any  # (batch, chunks, channels, state)
     total_delta: Any  # (batch, chunks, channels)
 
 
-def _forward(inputs: ScanInputs, options: ScanOptions, save_states: bool) -> dict[str, jax.Array]:
+def forward_plan(inputs: ScanInputs) -> Plan:
+    """Eight states in a thread: two threads for a channel of Mamba's 16, which exchange little."""
+    return Plan.create(inputs, registers=8, copies=1, block=32)
+
+
+def backward_plan(inputs: ScanInputs) -> Plan:
+    """Two channels in a thread halve the exchanges that the sums for B and C take; wide blocks keep these sums few."""
+    return Plan.create(inputs, registers=4, copies=2, block=64)
+
+
+def forward(inputs: ScanInputs, options: ScanOptions, save_states: bool) -> dict[str, jax.Array]:
+    """`y` and `last_state`, and the `states` before every `SAVED` steps if asked for."""
     batch, length, channels = inputs.u.shape
-    plan = Plan.create(inputs, registers=8, copies=1, block=32)
+    plan = forward_plan(inputs)
     outputs = dict(y=_like(inputs.u), last_state=_float32(batch, channels, plan.state))
     if save_states:
         outputs["states"] = _float32(batch, pl.cdiv(length, SAVED), channels, plan.state)
@@ -186,11 +208,10 @@ def _forward(inputs: ScanInputs, options: ScanOptions, save_states: bool) -> dic
     return plan.call(_forward_kernel, options, arguments, in_specs, outputs)
 
 
-def _backward(inputs: ScanInputs, states, dy, d_last_state, options: ScanOptions) -> ScanInputs:
+def backward(inputs: ScanInputs, states, dy, d_last_state, options: ScanOptions) -> ScanInputs:
+    """The gradients of all inputs."""
     batch, length, channels = inputs.u.shape
-    # Two channels in a thread halve the exchanges that the sums for B and C take; four states leave registers for the
-    # window; wide blocks keep the partial sums small.
-    plan = Plan.create(inputs, registers=4, copies=2, block=64)
+    plan = backward_plan(inputs)
     constant, vector = _float32(batch, plan.chunks, channels, plan.state), _float32(batch, plan.chunks, channels)
     varying = _float32(batch, plan.groups, plan.blocks, length, plan.state)
     partial = ScanInputs(
@@ -266,7 +287,7 @@ def _summary_kernel(plan: Plan, options: ScanOptions, inputs: ScanInputs, d_outp
                 total += tile.delta
             return h, total
 
-        zeros = jnp.zeros(plan.shape, jnp.float32), program.zero_tile
+        zeros = jnp.zeros(plan.axes, jnp.float32), program.zero_tile
         h, total = program.walk(window, zeros, backward=d_output is not None)
         program.store_states(summary.end, h, program.chunk)
         program.store_channels(summary.total_delta, total, program.chunk)
@@ -334,7 +355,7 @@ def _backward_kernel(
         return sums
 
     def sums(program):
-        zeros = jnp.zeros(plan.shape, jnp.float32)
+        zeros = jnp.zeros(plan.axes, jnp.float32)
         dh = program.load_states(d_last_state)
         if summary is not None:
             last = plan.chunks - 1
@@ -444,9 +465,12 @@ class Program:
     def __init__(self, plan: Plan, options: ScanOptions, inputs: ScanInputs, copy: int = 0):
         self.plan, self.options, self.inputs = plan, options, inputs
         registers, _, self.steps, channel_lanes = plan.shape
-        self.register, _, self.state_lane, self.channel_lane = (
-            lax.broadcasted_iota(jnp.int32, [n if i == axis else 1 for i, n in enumerate(plan.shape)], axis)
-            for axis in range(4)
+        self.register = self._iota(0)
+        self.state_lane, self.channel_lane = (
+            sum(
+                (self._iota(plan.axis(i, 2**k)) * 2**k for k in range(plan.shape[i].bit_length() - 1)), 0 * self._iota()
+            )
+            for i in (2, 3)
         )
         self.state = self.state_lane * registers + self.register
         self.padded = registers * self.steps != plan.state
@@ -457,16 +481,21 @@ class Program:
         self.chunk = pl.program_id(1) if plan.chunks > 1 else 0
         self.thread_channel = pl.program_id(2) * plan.channels + channel
         self.thread_mask = channel < plan.channels if plan.channels % plan.block else None
-        self.zero_tile = jnp.zeros((1, *plan.shape[1:]), jnp.float32)
+        self.zero_tile = jnp.zeros((1, *plan.axes[1:]), jnp.float32)
         self.log2_decay = self._load_matrix(inputs.A) * LOG2_E  # exp(Δ A) = exp2(Δ A log2(e)), one instruction
         self.constant_B = self._load_matrix(inputs.B) if plan.constant_B else None
         self.constant_C = self._load_matrix(inputs.C) if plan.constant_C else None
         self.D, self.delta_bias = (self._load_channels(x) for x in (inputs.D, inputs.delta_bias))
 
-    def walk(self, window, carry, start=None, backward: bool = False):
+    def _iota(self, axis: int | None = None) -> jax.Array:
+        """Indices along one of `Plan.axes`, to broadcast; without an axis, a single 0."""
+        shape = [n if i == axis else 1 for i, n in enumerate(self.plan.axes)]
+        return lax.broadcasted_iota(jnp.int32, shape, axis or 0)
+
+    def walk(self, window, carry, start=None, backward: bool = False) -> Any:
         """Runs `window(index, whole, carry)` over the windows of the program's chunk, in order or from the last on.
 
-        With `start`, `window` carries more than is returned: `start(carry, index, whole)` makes it, `carry` comes first.
+        With `start`, `window` carries more than is returned: `start(carry, index, whole)` makes it, `carry` first.
         """
         plan = self.plan
         first, whole = self.chunk * plan.chunk, plan.whole_windows
@@ -481,10 +510,12 @@ class Program:
                 return lax.fori_loop(first, end, body, carry)
             return lax.fori_loop(first, end, body, start(carry, jnp.asarray(first, jnp.int32), whole))[0]
 
-        parts = [(first, middle, True)] if whole else []
-        parts += [(middle, end, False)] if plan.windows > whole else []
-        for part in reversed(parts) if backward else parts:
-            carry = run(carry, *part)
+        if backward:  # many times the code of the forward kernel: all windows as if they were the last
+            return run(carry, first, end, plan.windows == whole)
+        if whole:
+            carry = run(carry, first, middle, True)
+        if plan.windows > whole:
+            carry = run(carry, middle, end, False)
         return carry
 
     def is_chunk(self, chunk: int) -> jax.Array | None:
@@ -556,7 +587,7 @@ class Program:
         """What a tile holds for each step, to broadcast over the state: lanes exchange what they have, then pairs."""
         rows = [tile]
         while (distance := len(rows)) < self.steps:
-            upper, others = self.state_lane & distance != 0, [self.exchange(x, 2, distance) for x in rows]
+            upper, others = self._iota(self.plan.axis(2, distance)) == 1, [self.exchange(x, 2, distance) for x in rows]
             pairs = [(jnp.where(upper, y, x), jnp.where(upper, x, y)) for x, y in zip(rows, others)]
             rows = [x for x, _ in pairs] + [y for _, y in pairs]
         return rows
@@ -567,18 +598,16 @@ class Program:
             rows = [self.add_halves(x, y, 2, distance) for x, y in zip(rows, rows[distance:])]
         return rows[0]
 
-    def add_halves(self, lower, upper, axis: int, distance: int) -> jax.Array:
-        """Sums over the pairs of lanes that `exchange` joins: of one array in a pair's lower lane, of another in the upper."""
-        is_upper = (self.state_lane if axis == 2 else self.channel_lane) & distance != 0
+    def add_halves(self, lower, upper, lanes: int, distance: int) -> jax.Array:
+        """Sums over the pairs of lanes that `exchange` joins: in lower lanes of one array, in upper of another."""
+        is_upper = self._iota(self.plan.axis(lanes, distance)) == 1
         kept, sent = jnp.where(is_upper, upper, lower), jnp.where(is_upper, lower, upper)
-        return kept + self.exchange(sent, axis, distance)
+        return kept + self.exchange(sent, lanes, distance)
 
-    def exchange(self, x, axis: int, distance: int) -> jax.Array:
-        """What the lane has whose number along an axis differs in one bit, `distance`."""
-        if not self.options.interpret:
-            return exchange(x, axis, distance)
-        pairs = x.reshape(*x.shape[:axis], -1, 2, distance, *x.shape[axis + 1 :])
-        return jnp.flip(pairs, axis + 1).reshape(x.shape)
+    def exchange(self, x, lanes: int, distance: int) -> jax.Array:
+        """What the state (2) or channel (3) lane has whose number differs in one bit, `distance`."""
+        axis = self.plan.axis(lanes, distance)
+        return jnp.flip(x, axis) if self.options.interpret else exchange(x, axis)
 
     def inside(self, first) -> jax.Array:
         """Which steps of the tile that begins at `first` exist."""
@@ -595,7 +624,7 @@ class Program:
     def load_states(self, reference, *index) -> jax.Array:
         """The states in (…, channels, state), zeros if there is no such array."""
         if reference is None:
-            return jnp.zeros(self.plan.shape, jnp.float32)
+            return jnp.zeros(self.plan.axes, jnp.float32)
         return self._load_matrix(reference, *index)
 
     def store_states(self, reference, states, *index, condition=None) -> None:
@@ -608,8 +637,9 @@ class Program:
     def store_channels(self, reference, tile, *index) -> None:
         """Stores a tile's sum over steps in (…, channels), if there is such an array."""
         if reference is not None:
-            total = jnp.broadcast_to(_sum(tile, axis=2), tile.shape)  # every state lane stores the same
-            self._store_threads(reference.at[*index, self.thread_channel], self.thread_mask, total)
+            for distance in (2**k for k in range(self.steps.bit_length() - 1)):
+                tile = tile + self.exchange(tile, 2, distance)  # every state lane stores the same
+            self._store_threads(reference.at[*index, self.thread_channel], self.thread_mask, tile)
 
     def store_rows(self, reference, first, rows, lanes: int) -> None:
         """Stores in (length, state) the steps from `first` on, one on so many channel lanes."""
@@ -628,7 +658,7 @@ class Program:
         return reference.at[*index, self.thread_channel, state], _both(self.thread_mask, mask)
 
     def _load_matrix(self, reference, *index):
-        matrix = jnp.zeros(self.plan.shape, jnp.float32)
+        matrix = jnp.zeros(self.plan.axes, jnp.float32)
         for register in range(self.plan.shape[0]):
             part = self._load_threads(*self._matrix_access(reference, register, *index))
             matrix = jnp.where(self.register == register, part, matrix)
@@ -689,15 +719,13 @@ class MatrixGradient:
         return sums
 
 
-def exchange(x, axis: int, distance: int) -> jax.Array:
-    """What the lane has whose number along an axis differs in one bit, `distance`, by a sum over the pair.
+def exchange(x, axis: int) -> jax.Array:
+    """The array flipped along an axis of two lanes, by a sum over them, less the own value.
 
-    In integers, where the sum less the own value is exact; the compiler leaves nothing but one exchange of registers.
+    In integers, where that is exact; the compiler leaves nothing but one exchange of registers.
     """
     bits = lax.bitcast_convert_type(x, jnp.int32)
-    bits = bits.reshape(*x.shape[:axis], -1, 2, distance, *x.shape[axis + 1 :])
-    others = jnp.sum(bits, axis + 1, keepdims=True, dtype=jnp.int32) - bits
-    return lax.bitcast_convert_type(others.reshape(x.shape), jnp.float32)
+    return lax.bitcast_convert_type(jnp.sum(bits, axis, keepdims=True, dtype=jnp.int32) - bits, jnp.float32)
 
 
 def _registers(x) -> list:
