@@ -190,14 +190,13 @@ def triton_kernels(inputs: ScanInputs, passes: list[str], folder: Path) -> list[
         moved = sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
         trips = inputs.length if name == "forward" else -(-inputs.length // triton.WINDOW)
         found.append(Kernel(name, source, grid, warps, moved, trips, 1))
-        return outputs
+        return [jnp.zeros(x.shape, x.dtype) for x in outputs]
 
-    y, last_state, states = triton.forward(inputs, OPTIONS, True, note)
-    jax.eval_shape(
-        lambda: triton.backward(
-            inputs, states, y, last_state, OPTIONS, lambda *a: [jnp.zeros(x.shape, x.dtype) for x in note(*a)]
-        )
-    )
+    def both(inputs):
+        y, last_state, states = triton.forward(inputs, OPTIONS, True, note)
+        return triton.backward(inputs, states, y, last_state, OPTIONS, note)
+
+    jax.eval_shape(both, inputs)
     return [kernel for kernel in found if kernel.name in passes]
 
 

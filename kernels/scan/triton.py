@@ -74,18 +74,18 @@ def forward(inputs: ScanInputs, options: ScanOptions, save_states: bool, run) ->
     """y, the last state and the saved states (one that means nothing unless `save_states`)."""
     batch, length, channels = inputs.u.shape
     saved = (batch, -(-length // WINDOW), inputs.state, channels) if save_states else (1, 1, 1, 1)
-    outputs = [_like(inputs.u), _float32(batch, channels, inputs.state), _float32(*saved)]
-    arrays = [inputs.u if x is None else x for x in inputs]
-    return run(
-        "forward", arrays, outputs, _grid(inputs), BLOCK // 32, _constants(inputs, options) | dict(SAVE=save_states)
-    )
+    outputs = [_like(inputs.u), _float32(batch, inputs.state, channels), _float32(*saved)]
+    arrays = [inputs.u if x is None else x for x in _transpose_states(inputs)]
+    constants = _constants(inputs, options) | dict(SAVE=save_states)
+    y, last_state, states = run("forward", arrays, outputs, _grid(inputs), BLOCK // 32, constants)
+    return [y, last_state.swapaxes(1, 2), states]
 
 
 def backward(inputs: ScanInputs, states, dy, d_last_state, options: ScanOptions, run) -> ScanInputs:
     """The gradients of all inputs."""
     batch, length, channels = inputs.u.shape
     absent = {name for name, x in inputs._asdict().items() if x is None}
-    constant, vector = _float32(batch, channels, inputs.state), _float32(batch, channels)
+    constant, vector = _float32(batch, inputs.state, channels), _float32(batch, channels)
     varying = _float32(batch, inputs.groups, _grid(inputs)[0], length, inputs.state)
     outputs = ScanInputs(
         u=_like(inputs.u),
@@ -99,7 +99,8 @@ def backward(inputs: ScanInputs, states, dy, d_last_state, options: ScanOptions,
         initial_state=constant,
     )
     outputs = [_float32(1) if name in absent else x for name, x in outputs._asdict().items()]
-    arrays = [inputs.u if x is None else x for x in inputs[:-1]] + [states, dy, d_last_state]
+    arrays = [inputs.u if x is None else x for x in _transpose_states(inputs)[:-1]]
+    arrays += [states, dy, d_last_state.swapaxes(1, 2)]
     partial = ScanInputs(*run("backward", arrays, outputs, _grid(inputs), BLOCK // 32, _constants(inputs, options)))
 
     def total(name, x):
@@ -109,7 +110,14 @@ def backward(inputs: ScanInputs, states, dy, d_last_state, options: ScanOptions,
             return x
         return x.sum(2).swapaxes(1, 2) if x.ndim == 5 else x.sum(0)
 
-    return ScanInputs(**{name: total(name, x) for name, x in partial._asdict().items()})
+    return _transpose_states(ScanInputs(**{name: total(name, x) for name, x in partial._asdict().items()}))
+
+
+def _transpose_states(inputs: ScanInputs) -> ScanInputs:
+    """With what ends in (channels, state) as (state, channels), or the other way round."""
+    names = ["A", *(name for name in "BC" if getattr(inputs, name).ndim == 2)]
+    names += [] if inputs.initial_state is None else ["initial_state"]
+    return inputs._replace(**{name: getattr(inputs, name).swapaxes(-1, -2) for name in names})
 
 
 def _grid(inputs: ScanInputs) -> tuple[int, int, int]:

@@ -5,7 +5,8 @@ so that a thread holds all states of its channels: the sum over the state takes 
 belongs to a step and a channel is computed once. The formulas are those of `kernels.scan.pallas`.
 
 Arguments in capitals are known when a kernel is compiled. An array that is absent is stood in for by another and its
-flag is False. States that are saved are (batch, windows, state, channels), in float32 like all parameters.
+flag is False. All states and parameters are float32 and end in (state, channels), the states that are saved in (batch,
+windows, state, channels): memory in which a thread's states lie together would make Triton spread them over threads.
 """
 
 import triton
@@ -93,7 +94,7 @@ def forward(
     group, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     n, in_group = tl.arange(0, N), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     channel, exists = group * CHANNELS + in_group, in_group < CHANNELS
-    matrix, matrix_mask = channel[None, :] * STATE + n[:, None], exists[None, :] & (n < STATE)[:, None]
+    matrix, matrix_mask = n[:, None] * (CHANNELS * GROUPS) + channel[None, :], exists[None, :] & (n < STATE)[:, None]
     decay = tl.load(A + matrix, mask=matrix_mask, other=0.0) * LOG2_E
     B_all = tl.load(B + matrix, mask=matrix_mask, other=0.0) if CONSTANT_B else decay
     C_all = tl.load(C + matrix, mask=matrix_mask, other=0.0) if CONSTANT_C else decay
@@ -178,7 +179,7 @@ def backward(
     group, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     n, in_group = tl.arange(0, N), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     channel, exists = group * CHANNELS + in_group, in_group < CHANNELS
-    matrix, matrix_mask = channel[None, :] * STATE + n[:, None], exists[None, :] & (n < STATE)[:, None]
+    matrix, matrix_mask = n[:, None] * (CHANNELS * GROUPS) + channel[None, :], exists[None, :] & (n < STATE)[:, None]
     decay = tl.load(A + matrix, mask=matrix_mask, other=0.0) * LOG2_E
     B_all = tl.load(B + matrix, mask=matrix_mask, other=0.0) if CONSTANT_B else decay
     C_all = tl.load(C + matrix, mask=matrix_mask, other=0.0) if CONSTANT_C else decay
