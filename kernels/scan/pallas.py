@@ -137,11 +137,6 @@ class Plan:
         return pl.cdiv(self.length, WINDOW)
 
     @property
-    def whole_windows(self) -> int:
-        """Windows in a sequence, not counting an incomplete last one."""
-        return self.length // WINDOW
-
-    @property
     def chunk(self) -> int:
         """Windows in a chunk: all of them if there are programs enough."""
         programs = self.blocks * self.groups * self.batch
@@ -300,8 +295,8 @@ def _forward_kernel(plan: Plan, options: ScanOptions, inputs: ScanInputs, summar
         if "states" in outputs:
             saved, rest = _divide(index, SAVED // WINDOW)
             program.store_states(outputs["states"], carry[0], saved, condition=rest == 0)
-        following = jnp.minimum(index + 1, plan.whole_windows - 1)
-        loaded = program.load_window(following, whole) if whole else None
+        following = jnp.minimum(index + 1, plan.windows - 1)
+        loaded = program.load_window(following, whole)
         h, tiles, B, C = carry
         for number, tile in enumerate(tiles):
             delta, delta_u, y = program.rows(tile.delta), program.rows(tile.delta * tile.u), []
@@ -313,10 +308,9 @@ def _forward_kernel(plan: Plan, options: ScanOptions, inputs: ScanInputs, summar
                 B, C = ahead
             y = program.gate(program.add_skip(program.sum_states(y), tile), tile)
             program.store(outputs["y"], y, tile.first, whole)
-        return h, program.tiles(loaded, following, whole) if whole else tiles, B, C
+        return h, program.tiles(loaded, following, whole), B, C
 
     def start(h, index, whole):
-        index = jnp.minimum(index, plan.whole_windows - 1) if whole else index  # a chunk may have no whole window
         tiles = program.tiles(program.load_window(index, whole), index, whole)
         return h, tiles, program.B(index * WINDOW, whole), program.C(index * WINDOW, whole)
 
@@ -497,26 +491,18 @@ class Program:
 
         With `start`, `window` carries more than is returned: `start(carry, index, whole)` makes it, `carry` first.
         """
-        plan = self.plan
-        first, whole = self.chunk * plan.chunk, plan.whole_windows
-        middle, end = (jnp.minimum(first + plan.chunk, x) if plan.chunks > 1 else x for x in (whole, plan.windows))
+        plan, first = self.plan, self.chunk * self.plan.chunk
+        end = jnp.minimum(first + plan.chunk, plan.windows) if plan.chunks > 1 else plan.windows
+        # One loop even if the last window is incomplete: the time to compile grows with the cube of the code.
+        whole = plan.length % WINDOW == 0
 
-        def run(carry, first, end, whole):
-            def body(number, carry):
-                index = end - 1 - (number - first) if backward else number
-                return window(jnp.asarray(index, jnp.int32), whole, carry)  # with jax_enable_x64 it is an int64
+        def body(number, carry):
+            index = end - 1 - (number - first) if backward else number
+            return window(jnp.asarray(index, jnp.int32), whole, carry)  # with jax_enable_x64 it is an int64
 
-            if start is None:
-                return lax.fori_loop(first, end, body, carry)
-            return lax.fori_loop(first, end, body, start(carry, jnp.asarray(first, jnp.int32), whole))[0]
-
-        if backward:  # many times the code of the forward kernel: all windows as if they were the last
-            return run(carry, first, end, plan.windows == whole)
-        if whole:
-            carry = run(carry, first, middle, True)
-        if plan.windows > whole:
-            carry = run(carry, middle, end, False)
-        return carry
+        if start is None:
+            return lax.fori_loop(first, end, body, carry)
+        return lax.fori_loop(first, end, body, start(carry, jnp.asarray(first, jnp.int32), whole))[0]
 
     def is_chunk(self, chunk: int) -> jax.Array | None:
         """Whether the program's chunk is this one; None if there is one chunk."""
