@@ -194,7 +194,7 @@ def backward_plan(inputs: ScanInputs) -> Plan:
 def forward(inputs: ScanInputs, options: ScanOptions, save_states: bool) -> dict[str, jax.Array]:
     """`y` and `last_state`, and the `states` before every `SAVED` steps if asked for."""
     batch, length, channels = inputs.u.shape
-    plan = forward_plan(inputs)
+    plan, inputs = forward_plan(inputs), _pad(inputs, options)
     outputs = dict(y=_like(inputs.u), last_state=_float32(batch, channels, plan.state))
     if save_states:
         outputs["states"] = _float32(batch, pl.cdiv(length, SAVED), channels, plan.state)
@@ -206,7 +206,7 @@ def forward(inputs: ScanInputs, options: ScanOptions, save_states: bool) -> dict
 def backward(inputs: ScanInputs, states, dy, d_last_state, options: ScanOptions) -> ScanInputs:
     """The gradients of all inputs."""
     batch, length, channels = inputs.u.shape
-    plan = backward_plan(inputs)
+    plan, inputs = backward_plan(inputs), _pad(inputs, options)
     constant, vector = _float32(batch, plan.chunks, channels, plan.state), _float32(batch, plan.chunks, channels)
     varying = _float32(batch, plan.groups, plan.blocks, length, plan.state)
     partial = ScanInputs(
@@ -230,6 +230,13 @@ def backward(inputs: ScanInputs, states, dy, d_last_state, options: ScanOptions)
         return x.sum(2).swapaxes(1, 2) if x.ndim == 5 else x.sum((0, 1))
 
     return partial._replace(**{name: total(getattr(partial, name)) for name in ("A", "B", "C", "D", "delta_bias")})
+
+
+def _pad(inputs: ScanInputs, options: ScanOptions) -> ScanInputs:
+    """With B and C, if they vary in time, as long as whole windows, so that no kernel asks whether a row exists."""
+    missing = -inputs.length % WINDOW
+    width = ((0, 0), (missing, 0) if options.reverse else (0, missing), (0, 0), (0, 0))
+    return inputs._replace(**{n: jnp.pad(x, width) for n, x in (("B", inputs.B), ("C", inputs.C)) if x.ndim == 4})
 
 
 def _spec(x, **axes: int) -> pl.BlockSpec:
@@ -277,7 +284,7 @@ def _summary_kernel(plan: Plan, options: ScanOptions, inputs: ScanInputs, d_outp
                         reversed(range(program.steps)),
                     )
                 for lane in lanes:
-                    decay, x = program.decay(delta[lane]), added[lane] * matrix(tile.first + lane, whole)
+                    decay, x = program.decay(delta[lane]), added[lane] * matrix(tile.first + lane)
                     h = decay * h + x if d_output is None else decay * (h + x)
                 total += tile.delta
             return h, total
@@ -302,7 +309,7 @@ def _forward_kernel(plan: Plan, options: ScanOptions, inputs: ScanInputs, summar
             delta, delta_u, y = program.rows(tile.delta), program.rows(tile.delta * tile.u), []
             for lane in range(program.steps):
                 last = (number + 1) * program.steps == WINDOW and lane == program.steps - 1
-                ahead = [matrix(tile.first + lane + 1, whole and not last) for matrix in (program.B, program.C)]
+                ahead = [matrix(tile.first + lane + 1, not last) for matrix in (program.B, program.C)]
                 h = program.decay(delta[lane]) * h + delta_u[lane] * B
                 y.append(_sum_registers(h * C))
                 B, C = ahead
@@ -312,7 +319,7 @@ def _forward_kernel(plan: Plan, options: ScanOptions, inputs: ScanInputs, summar
 
     def start(h, index, whole):
         tiles = program.tiles(program.load_window(index, whole), index, whole)
-        return h, tiles, program.B(index * WINDOW, whole), program.C(index * WINDOW, whole)
+        return h, tiles, program.B(index * WINDOW), program.C(index * WINDOW)
 
     h = program.load_states(inputs.initial_state)
     if summary is not None:
@@ -378,7 +385,7 @@ def _advance(programs, index, whole: bool, h: list) -> tuple[list, list]:
         delta_u = [p.rows(tile.delta * tile.u) for p, tile in zip(programs, same_steps)]
         for lane in range(programs[0].steps):
             step = same_steps[0].first + lane
-            h = [p.decay(d[lane]) * x + du[lane] * p.B(step, whole) for p, d, du, x in zip(programs, delta, delta_u, h)]
+            h = [p.decay(d[lane]) * x + du[lane] * p.B(step) for p, d, du, x in zip(programs, delta, delta_u, h)]
             history.append(h)
     return tiles, history
 
@@ -423,7 +430,7 @@ def _pull_back_steps(programs, tiles, whole, history, dy, dB, dC, sums: list) ->
         for_B, for_C = [], []
         for i, p in enumerate(programs):
             (delta, delta_u, dy_t), total, (y, d_input, d_rate) = (x[lane] for x in rows[i]), sums[i], parts[i]
-            B, C, dh = p.B(step, whole), p.C(step, whole), total.dh
+            B, C, dh = p.B(step), p.C(step), total.dh
             y.insert(0, _sum_registers(h[i] * C))
             for_C.append(dy_t * h[i])
             dh = dh + dy_t * C
@@ -516,7 +523,7 @@ class Program:
         """u, delta and z of one window as they are in memory, for each of its tiles."""
         arrays = self.inputs.u, self.inputs.delta, self.inputs.z
         firsts = range(0, WINDOW, self.steps)
-        return [tuple(self.load(x, window * WINDOW + first, whole) for x in arrays) for first in firsts]
+        return [tuple(self._load_last(x, window * WINDOW + first, whole) for x in arrays) for first in firsts]
 
     def tiles(self, loaded: list[tuple], window, whole: bool) -> list[Tile]:
         """The tiles of one window, in order, from what `load_window` returned."""
@@ -561,12 +568,12 @@ class Program:
         """y silu(z)."""
         return y if tile.z is None else y * (tile.z * self.sigmoid(tile.z))
 
-    def B(self, step, exists: bool) -> jax.Array:
-        """B_t, to broadcast over channels, or B where it is constant; of a step past the end, that of the last."""
+    def B(self, step, exists: bool = True) -> jax.Array:
+        """B_t, to broadcast over channels, or B where it is constant; `exists` says that the step is in some window."""
         return self._load_row(self.inputs.B, step, exists) if self.constant_B is None else self.constant_B
 
-    def C(self, step, exists: bool) -> jax.Array:
-        """C_t, to broadcast over channels, or C where it is constant; of a step past the end, that of the last."""
+    def C(self, step, exists: bool = True) -> jax.Array:
+        """C_t, to broadcast over channels, or C where it is constant; `exists` says that the step is in some window."""
         return self._load_row(self.inputs.C, step, exists) if self.constant_C is None else self.constant_C
 
     def rows(self, tile) -> list:
@@ -655,10 +662,19 @@ class Program:
             return None
         return self._load_threads(reference.at[*index, self.thread_channel], self.thread_mask)
 
+    def _load_last(self, reference, first, whole: bool):
+        """Like `load`, but after the end of the sequence it is its last step."""
+        if reference is None:
+            return None
+        step = first + self.thread_lane
+        step = self._position(step if whole else jnp.minimum(step, self.plan.length - 1), True)
+        return self._load_threads(reference.at[step, self.thread_channel], self.thread_mask)
+
     def _load_row(self, reference, step, exists: bool):
-        step = step if exists else jnp.minimum(step, self.plan.length - 1)
+        last = self.plan.windows * WINDOW - 1  # to which `_pad` has brought the matrices
+        step = step if exists else jnp.minimum(step, last)
         mask = self.state < self.plan.state if self.padded else None
-        return _load(reference.at[self._position(step, True), self.state], mask)
+        return _load(reference.at[last - step if self.options.reverse else step, self.state], mask)
 
     def _load_threads(self, access, mask):
         return _load(access, mask).reshape(self.zero_tile.shape)
