@@ -4,7 +4,7 @@
                                  [--architectures 80 90] [--implementations pallas triton]
                                  [--kernels forward backward]
 
-Each kernel of a scan and its gradient is lowered for CUDA, compiled ahead of time by Triton's compiler and disassembled.
+Each kernel of a scan and its gradient is lowered for CUDA, compiled ahead of time by Triton's compiler, disassembled.
 That takes the package `triton`, whose wheel brings ptxas, nvdisasm and cuobjdump, and nothing else of CUDA. XLA has a
 copy of Triton of its own, of another version, so a real run may differ a little.
 
@@ -121,6 +121,7 @@ def specs(shape: Shape, batch: int, dtype: str) -> ScanInputs:
 
 def pallas_kernels(inputs: ScanInputs, passes: list[str], folder: Path) -> list[Kernel]:
     """The kernels as Pallas lowers them; with small batches, also those that summarize chunks of time."""
+    inputs = jax.eval_shape(functools.partial(pallas.pad, options=OPTIONS), inputs)
     forward = functools.partial(pallas.forward, options=OPTIONS)
     results = jax.eval_shape(functools.partial(forward, save_states=True), inputs)
     found = []

@@ -5,13 +5,12 @@ the four axes
 
     (state registers, channel groups, state lanes, channel lanes)
 
-of which the last three, in this order, number the program's threads: each thread holds a few states of one channel (in
-the backward pass, of `copies` channels, for each of which there is a `Program`). Time is cut into windows of `WINDOW`
-steps, and windows into tiles with one step on each state lane: what is done once for a step and a channel (loads,
-softplus, gate, stores) is done on tiles, so that no thread repeats another's work; only the recurrence itself takes the
-steps one by one. Loads run ahead of their use, by a window for u, delta and z, by a step for B and C. What is computed
-from them comes after a store that they precede, because the assembler moves a load to its first use, but not past a
-store.
+of which the last three, in this order, number the program's threads: each thread holds a few states of one channel.
+Time is cut into windows of `WINDOW` steps, and windows into tiles with one step on each state lane: what is done once
+for a step and a channel (loads, softplus, gate, stores) is done on tiles, so that no thread repeats another's work;
+only the recurrence itself takes the steps one by one. The forward pass loads ahead of use, by a window for u, delta and
+z, by a step for B and C. A store stands between such a load and what is computed from it, because the assembler moves
+loads down to their first use, but not past a store.
 
 The forward pass saves the state before every `SAVED` steps. The backward pass visits the windows from the last to the
 first, recomputes the states of a window into registers and runs the adjoint recurrence over it. Sums over channels
@@ -39,7 +38,7 @@ from kernels.scan.inputs import ScanInputs, ScanOptions
 
 WINDOW = 8  # steps whose states the backward kernel holds in registers; the most lanes along an axis; a power of two
 SAVED = 16  # steps from one saved state to the next; a multiple of WINDOW
-CHUNK = 32  # the fewest steps of a chunk; a multiple of SAVED
+CHUNK = 32  # steps of the shortest chunks; a multiple of SAVED
 PROCESSORS = 132  # of an H100 or H200; fewer programs than two for each are cut into chunks of time
 LOG2_E = math.log2(math.e)
 # log(1 + x) / x on [0, 1] at Chebyshev nodes; with the rounding of float32 the relative error is 2e-7.
@@ -62,11 +61,12 @@ def why_unavailable(platform: str, inputs: ScanInputs) -> str | None:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def scan(inputs: ScanInputs, options: ScanOptions) -> tuple[jax.Array, jax.Array]:
     """See `kernels.scan.api` for the contract."""
-    outputs = forward(inputs, options, save_states=False)
+    outputs = forward(pad(inputs, options), options, save_states=False)
     return outputs["y"], outputs["last_state"]
 
 
 def _scan_forward(inputs: ScanInputs, options: ScanOptions):
+    inputs = pad(inputs, options)
     outputs = forward(inputs, options, save_states=True)
     return (outputs["y"], outputs["last_state"]), (inputs, outputs["states"])
 
@@ -89,21 +89,19 @@ class Plan:
     state: int
     constant_B: bool
     constant_C: bool
-    copies: int  # channels of a thread
     shape: tuple[int, int, int, int]  # of a program's arrays: state registers, channel groups, state and channel lanes
 
     @classmethod
-    def create(cls, inputs: ScanInputs, registers: int, copies: int, block: int) -> "Plan":
-        """Aims at `registers` states of `copies` channels in a thread and `block` channels in a program."""
+    def create(cls, inputs: ScanInputs, registers: int, block: int) -> "Plan":
+        """Aims at `registers` states in a thread and `block` channels in a program."""
         (batch, length, channels), state, groups = inputs.u.shape, inputs.state, inputs.groups
         padded_state = pl.next_power_of_2(state)
         state_lanes = min(max(padded_state // registers, 1), WINDOW)
         block = min(block, pl.next_power_of_2(channels // groups))
-        copies = min(copies, block)
-        channel_lanes = min(32 // state_lanes, block // copies)
-        shape = padded_state // state_lanes, block // copies // channel_lanes, state_lanes, channel_lanes
+        channel_lanes = min(32 // state_lanes, block)
+        shape = padded_state // state_lanes, block // channel_lanes, state_lanes, channel_lanes
         constant = inputs.B.ndim == 2, inputs.C.ndim == 2
-        return cls(batch, length, channels // groups, groups, state, *constant, copies, shape)
+        return cls(batch, length, channels // groups, groups, state, *constant, shape)
 
     @property
     def axes(self) -> tuple[int, ...]:
@@ -124,7 +122,7 @@ class Plan:
     @property
     def block(self) -> int:
         """Channels in a program."""
-        return self.copies * self.shape[1] * self.shape[3]
+        return self.shape[1] * self.shape[3]
 
     @property
     def blocks(self) -> int:
@@ -183,18 +181,18 @@ class Summary(NamedTuple):
 
 def forward_plan(inputs: ScanInputs) -> Plan:
     """Eight states in a thread: two threads for a channel of Mamba's 16, which exchange little."""
-    return Plan.create(inputs, registers=8, copies=1, block=32)
+    return Plan.create(inputs, registers=8, block=32)
 
 
 def backward_plan(inputs: ScanInputs) -> Plan:
-    """Two channels in a thread halve the exchanges that the sums for B and C take; wide blocks keep these sums few."""
-    return Plan.create(inputs, registers=4, copies=2, block=64)
+    """Four states in a thread leave registers for those of a window; wide blocks keep the sums for B and C few."""
+    return Plan.create(inputs, registers=4, block=64)
 
 
 def forward(inputs: ScanInputs, options: ScanOptions, save_states: bool) -> dict[str, jax.Array]:
-    """`y` and `last_state`, and the `states` before every `SAVED` steps if asked for."""
+    """`y` and `last_state`, and the `states` before every `SAVED` steps if asked for; `inputs` are from `pad`."""
     batch, length, channels = inputs.u.shape
-    plan, inputs = forward_plan(inputs), _pad(inputs, options)
+    plan = forward_plan(inputs)
     outputs = dict(y=_like(inputs.u), last_state=_float32(batch, channels, plan.state))
     if save_states:
         outputs["states"] = _float32(batch, pl.cdiv(length, SAVED), channels, plan.state)
@@ -204,9 +202,9 @@ def forward(inputs: ScanInputs, options: ScanOptions, save_states: bool) -> dict
 
 
 def backward(inputs: ScanInputs, states, dy, d_last_state, options: ScanOptions) -> ScanInputs:
-    """The gradients of all inputs."""
+    """The gradients of all inputs, which are from `pad`; those of B and C without what it has added."""
     batch, length, channels = inputs.u.shape
-    plan, inputs = backward_plan(inputs), _pad(inputs, options)
+    plan = backward_plan(inputs)
     constant, vector = _float32(batch, plan.chunks, channels, plan.state), _float32(batch, plan.chunks, channels)
     varying = _float32(batch, plan.groups, plan.blocks, length, plan.state)
     partial = ScanInputs(
@@ -232,7 +230,7 @@ def backward(inputs: ScanInputs, states, dy, d_last_state, options: ScanOptions)
     return partial._replace(**{name: total(getattr(partial, name)) for name in ("A", "B", "C", "D", "delta_bias")})
 
 
-def _pad(inputs: ScanInputs, options: ScanOptions) -> ScanInputs:
+def pad(inputs: ScanInputs, options: ScanOptions) -> ScanInputs:
     """With B and C, if they vary in time, as long as whole windows, so that no kernel asks whether a row exists."""
     missing = -inputs.length % WINDOW
     width = ((0, 0), (missing, 0) if options.reverse else (0, missing), (0, 0), (0, 0))
@@ -266,33 +264,28 @@ def _float32(*shape: int) -> jax.ShapeDtypeStruct:
 
 def _summary_kernel(plan: Plan, options: ScanOptions, inputs: ScanInputs, d_output, summary: Summary) -> None:
     """Starts each chunk from zero, in the direction of the recurrence or, with `d_output`, of its adjoint."""
-    for copy in range(plan.copies):
-        program = Program(plan, options, inputs, copy)
+    program, forward = Program(plan, options, inputs), d_output is None
 
-        def window(index, whole, carry, program=program):
-            h, total = carry
-            tiles = program.tiles(program.load_window(index, whole), index, whole)
-            for tile in tiles if d_output is None else reversed(tiles):
-                delta = program.rows(tile.delta)
-                if d_output is None:
-                    added, matrix, lanes = program.rows(tile.delta * tile.u), program.B, range(program.steps)
-                else:
-                    dy = program.load(d_output, tile.first, whole).astype(jnp.float32)
-                    added, matrix, lanes = (
-                        program.rows(program.gate(dy, tile)),
-                        program.C,
-                        reversed(range(program.steps)),
-                    )
-                for lane in lanes:
-                    decay, x = program.decay(delta[lane]), added[lane] * matrix(tile.first + lane)
-                    h = decay * h + x if d_output is None else decay * (h + x)
-                total += tile.delta
-            return h, total
+    def window(index, whole, carry):
+        h, total = carry
+        tiles = program.tiles(program.load_window(index, whole), index, whole)
+        for tile in tiles if forward else reversed(tiles):
+            if forward:
+                added, matrix, lanes = tile.delta * tile.u, program.B, range(program.steps)
+            else:
+                dy = program.load(d_output, tile.first, whole).astype(jnp.float32)
+                added, matrix, lanes = program.gate(dy, tile), program.C, reversed(range(program.steps))
+            delta, added = program.rows(tile.delta), program.rows(added)
+            for lane in lanes:
+                decay, x = program.decay(delta[lane]), added[lane] * matrix(tile.first + lane)
+                h = decay * h + x if forward else decay * (h + x)
+            total += tile.delta
+        return h, total
 
-        zeros = jnp.zeros(plan.axes, jnp.float32), program.zero_tile
-        h, total = program.walk(window, zeros, backward=d_output is not None)
-        program.store_states(summary.end, h, program.chunk)
-        program.store_channels(summary.total_delta, total, program.chunk)
+    zeros = jnp.zeros(plan.axes, jnp.float32), program.zero_tile
+    h, total = program.walk(window, zeros, backward=not forward)
+    program.store_states(summary.end, h, program.chunk)
+    program.store_channels(summary.total_delta, total, program.chunk)
 
 
 def _forward_kernel(plan: Plan, options: ScanOptions, inputs: ScanInputs, summary: Summary | None, outputs) -> None:
@@ -342,107 +335,92 @@ class Sums(NamedTuple):
 def _backward_kernel(
     plan: Plan, options: ScanOptions, inputs: ScanInputs, states, d_output, d_last_state, summary, gradients: ScanInputs
 ) -> None:
-    programs = [Program(plan, options, inputs, copy) for copy in range(plan.copies)]
+    program = Program(plan, options, inputs)
 
     def window(index, whole, sums):
         saved, rest = _divide(index, SAVED // WINDOW)
-        h = [program.load_states(states, saved) for program in programs]
-        h = lax.fori_loop(index - rest, index, lambda i, h: _advance(programs, i, True, h)[1][-1], h)
-        tiles, history = _advance(programs, index, whole, h)
-        dB, dC = MatrixGradient(programs[0], gradients.B), MatrixGradient(programs[0], gradients.C)
-        for number in reversed(range(WINDOW // programs[0].steps)):
-            tile = [of_program[number] for of_program in tiles]
-            sums = _pull_back_tile(programs, tile, whole, history, d_output, dB, dC, gradients, sums)
-        return sums
+        h = program.load_states(states, saved)
+        h = lax.fori_loop(index - rest, index, lambda i, h: _advance(program, i, True, h)[1][-1], h)
+        tiles, history = _advance(program, index, whole, h)
+        dB, dC = MatrixGradient(program, gradients.B, sums.dB), MatrixGradient(program, gradients.C, sums.dC)
+        for tile in reversed(tiles):
+            sums = _pull_back_tile(program, tile, whole, history, d_output, dB, dC, gradients, sums)
+        return sums._replace(dB=dB.total, dC=dC.total)
 
-    def sums(program):
-        zeros = jnp.zeros(plan.axes, jnp.float32)
-        dh = program.load_states(d_last_state)
-        if summary is not None:
-            last = plan.chunks - 1
-            skip = functools.partial(program.skip_chunk, summary)
-            dh = lax.fori_loop(0, last - program.chunk, lambda number, dh: skip(last - number, dh), dh)
-        constant = [zeros if constant else None for constant in (plan.constant_B, plan.constant_C)]
-        return Sums(dh, zeros, *constant, program.zero_tile, program.zero_tile)
-
-    results = programs[0].walk(window, [sums(program) for program in programs], backward=True)
-    for program, result in zip(programs, results):
-        program.store_states(gradients.initial_state, result.dh, condition=program.is_chunk(0))
-        program.store_states(gradients.A, result.dA, program.chunk)
-        if plan.constant_B:
-            program.store_states(gradients.B, result.dB, program.chunk)
-        if plan.constant_C:
-            program.store_states(gradients.C, result.dC, program.chunk)
-        program.store_channels(gradients.D, result.dD, program.chunk)
-        program.store_channels(gradients.delta_bias, result.d_bias, program.chunk)
+    dh = program.load_states(d_last_state)
+    if summary is not None:
+        last, skip = plan.chunks - 1, functools.partial(program.skip_chunk, summary)
+        dh = lax.fori_loop(0, last - program.chunk, lambda number, dh: skip(last - number, dh), dh)
+    zeros = jnp.zeros(plan.axes, jnp.float32)
+    constant = [zeros if constant else None for constant in (plan.constant_B, plan.constant_C)]
+    sums = Sums(dh, zeros, *constant, program.zero_tile, program.zero_tile)
+    sums = program.walk(window, sums, backward=True)
+    program.store_states(gradients.initial_state, sums.dh, condition=program.is_chunk(0))
+    program.store_states(gradients.A, sums.dA, program.chunk)
+    if plan.constant_B:
+        program.store_states(gradients.B, sums.dB, program.chunk)
+    if plan.constant_C:
+        program.store_states(gradients.C, sums.dC, program.chunk)
+    program.store_channels(gradients.D, sums.dD, program.chunk)
+    program.store_channels(gradients.delta_bias, sums.d_bias, program.chunk)
 
 
-def _advance(programs, index, whole: bool, h: list) -> tuple[list, list]:
-    """For each program the tiles of a window; for each of its steps, from before the first, the programs' states."""
-    tiles, history = [p.tiles(p.load_window(index, whole), index, whole) for p in programs], [h]
-    for same_steps in zip(*tiles):
-        delta = [p.rows(tile.delta) for p, tile in zip(programs, same_steps)]
-        delta_u = [p.rows(tile.delta * tile.u) for p, tile in zip(programs, same_steps)]
-        for lane in range(programs[0].steps):
-            step = same_steps[0].first + lane
-            h = [p.decay(d[lane]) * x + du[lane] * p.B(step) for p, d, du, x in zip(programs, delta, delta_u, h)]
+def _advance(program, index, whole: bool, h) -> tuple[list, list]:
+    """The tiles of a window, and the states before its first step and after each."""
+    tiles, history = program.tiles(program.load_window(index, whole), index, whole), [h]
+    for tile in tiles:
+        delta, delta_u = program.rows(tile.delta), program.rows(tile.delta * tile.u)
+        for lane in range(program.steps):
+            h = program.decay(delta[lane]) * h + delta_u[lane] * program.B(tile.first + lane)
             history.append(h)
     return tiles, history
 
 
-def _pull_back_tile(programs, tiles, whole, history, d_output, dB, dC, gradients: ScanInputs, sums: list) -> list:
-    """Goes back over one tile of each program: stores the gradients of u, delta and z there, returns the new sums."""
-    d_outputs = [p.load(d_output, tile.first, whole).astype(jnp.float32) for p, tile in zip(programs, tiles)]
-    dy = [p.gate(x, tile) for p, x, tile in zip(programs, d_outputs, tiles)]
-    steps, sums = _pull_back_steps(programs, tiles, whole, history, dy, dB, dC, sums)
-    new_sums = []
-    for p, tile, d_gated, dy_p, (y, d_input, d_rate), total in zip(programs, tiles, d_outputs, dy, steps, sums):
-        if tile.z is not None:
-            sigmoid = p.sigmoid(tile.z)
-            d_silu = sigmoid * (1 + tile.z * (1 - sigmoid))
-            p.store(gradients.z, d_gated * p.add_skip(p.sum_states(y), tile) * d_silu, tile.first, whole)
-        d_input, d_rate = p.sum_states(d_input), p.sum_states(d_rate)
-        du = d_input * tile.delta
-        p.store(gradients.u, du if p.D is None else du + dy_p * p.D, tile.first, whole)
-        d_delta = d_input * tile.u + d_rate * (1 / LOG2_E)
-        if p.options.delta_softplus:
-            d_delta *= p.sigmoid(tile.raw)
-        d_delta = d_delta if whole else jnp.where(p.inside(tile.first), d_delta, 0.0)
-        p.store(gradients.delta, d_delta, tile.first, whole)
-        new_sums.append(total._replace(dD=total.dD + dy_p * tile.u, d_bias=total.d_bias + d_delta))
-    return new_sums
+def _pull_back_tile(program, tile, whole, history, d_output, dB, dC, gradients: ScanInputs, sums: Sums) -> Sums:
+    """Goes back over one tile: stores the gradients of u, delta and z there and returns the new sums."""
+    d_gated = program.load(d_output, tile.first, whole).astype(jnp.float32)
+    dy = program.gate(d_gated, tile)
+    y, d_input, d_rate, dh, dA = _pull_back_steps(program, tile, history, dy, dB, dC, sums.dh, sums.dA)
+    if tile.z is not None:
+        sigmoid = program.sigmoid(tile.z)
+        d_silu = sigmoid * (1 + tile.z * (1 - sigmoid))
+        program.store(gradients.z, d_gated * program.add_skip(program.sum_states(y), tile) * d_silu, tile.first, whole)
+    d_input, d_rate = program.sum_states(d_input), program.sum_states(d_rate)
+    du = d_input * tile.delta
+    program.store(gradients.u, du if program.D is None else du + dy * program.D, tile.first, whole)
+    d_delta = d_input * tile.u + d_rate * (1 / LOG2_E)
+    if program.options.delta_softplus:
+        d_delta *= program.sigmoid(tile.raw)
+    d_delta = d_delta if whole else jnp.where(program.inside(tile.first), d_delta, 0.0)
+    program.store(gradients.delta, d_delta, tile.first, whole)
+    return sums._replace(dh=dh, dA=dA, dD=sums.dD + dy * tile.u, d_bias=sums.d_bias + d_delta)
 
 
-def _pull_back_steps(programs, tiles, whole, history, dy, dB, dC, sums: list) -> tuple[list, list]:
-    """Runs the adjoint recurrence over the steps of one tile of each program, whose states it takes off the history.
+def _pull_back_steps(program, tile, history, dy, dB, dC, dh, dA):
+    """Runs the adjoint recurrence over the steps of one tile, whose states it takes off the history.
 
     With a_t = exp(Δ_t A) and g_t the gradient of h_t: g_t = dy_t C_t + a_{t+1} g_{t+1}, dC_t = Σ_c dy_t h_t,
     dB_t = Σ_c g_t Δ_t u_t, d(Δ_t u_t) = Σ_n g_t B_t and d(Δ_t A) = g_t a_t h_{t-1}. On entry `dh` is a_{t+1} g_{t+1}.
 
     Returns:
-      For each program, the parts of Σ_n h_t C_t (for the gate), d(Δ_t u_t) and log2(e) Σ_n d(Δ_t A) A of a thread, a
-      list with one for each step; and the new sums.
+      A thread's part of Σ_n h_t C_t (for the gate), d(Δ_t u_t) and log2(e) Σ_n d(Δ_t A) A, each a list over the steps;
+      `dh` before the tile; `dA`.
     """
-    rows = [[p.rows(x) for x in (t.delta, t.delta * t.u, y)] for p, t, y in zip(programs, tiles, dy)]
-    parts, sums = [([], [], []) for _ in programs], list(sums)
-    for lane in reversed(range(programs[0].steps)):
-        step, h = tiles[0].first + lane, history.pop()
-        for_B, for_C = [], []
-        for i, p in enumerate(programs):
-            (delta, delta_u, dy_t), total, (y, d_input, d_rate) = (x[lane] for x in rows[i]), sums[i], parts[i]
-            B, C, dh = p.B(step), p.C(step), total.dh
-            y.insert(0, _sum_registers(h[i] * C))
-            for_C.append(dy_t * h[i])
-            dh = dh + dy_t * C
-            for_B.append(dh * delta_u)
-            d_input.insert(0, _sum_registers(dh * B))
-            dh = dh * p.decay(delta)
-            d_exponent = dh * history[-1][i]
-            d_rate.insert(0, _sum_registers(d_exponent * p.log2_decay))
-            sums[i] = total._replace(dh=dh, dA=total.dA + d_exponent * delta)
-        sums = dB.add("dB", step, for_B, sums)
-        sums = dC.add("dC", step, for_C, sums)
-    return parts, sums
+    delta, delta_u, dy = (program.rows(x) for x in (tile.delta, tile.delta * tile.u, dy))
+    y, d_input, d_rate = [], [], []
+    for lane in reversed(range(program.steps)):
+        step, h = tile.first + lane, history.pop()
+        B, C = program.B(step), program.C(step)
+        y.insert(0, _sum_registers(h * C))
+        dC.add(step, dy[lane] * h)
+        dh = dh + dy[lane] * C
+        dB.add(step, dh * delta_u[lane])
+        d_input.insert(0, _sum_registers(dh * B))
+        dh = dh * program.decay(delta[lane])
+        d_exponent = dh * history[-1]
+        dA = dA + d_exponent * delta[lane]
+        d_rate.insert(0, _sum_registers(d_exponent * program.log2_decay))
+    return y, d_input, d_rate, dh, dA
 
 
 class Tile(NamedTuple):
@@ -463,7 +441,7 @@ class Program:
     between threads at every step. `whole` says that all steps of a window exist, so that nothing need be masked.
     """
 
-    def __init__(self, plan: Plan, options: ScanOptions, inputs: ScanInputs, copy: int = 0):
+    def __init__(self, plan: Plan, options: ScanOptions, inputs: ScanInputs):
         self.plan, self.options, self.inputs = plan, options, inputs
         registers, _, self.steps, channel_lanes = plan.shape
         self.register = self._iota(0)
@@ -477,8 +455,7 @@ class Program:
         self.padded = registers * self.steps != plan.state
         rest, channel_lane = _divide(lax.iota(jnp.int32, plan.threads), channel_lanes)
         channel_group, self.thread_lane = _divide(rest, self.steps)
-        channel = (pl.program_id(0) * plan.copies + copy) * plan.block // plan.copies
-        channel += channel_group * channel_lanes + channel_lane
+        channel = pl.program_id(0) * plan.block + channel_group * channel_lanes + channel_lane
         self.chunk = pl.program_id(1) if plan.chunks > 1 else 0
         self.thread_channel = pl.program_id(2) * plan.channels + channel
         self.thread_mask = channel < plan.channels if plan.channels % plan.block else None
@@ -671,7 +648,7 @@ class Program:
         return self._load_threads(reference.at[step, self.thread_channel], self.thread_mask)
 
     def _load_row(self, reference, step, exists: bool):
-        last = self.plan.windows * WINDOW - 1  # to which `_pad` has brought the matrices
+        last = self.plan.windows * WINDOW - 1  # to which `pad` has brought the matrices
         step = step if exists else jnp.minimum(step, last)
         mask = self.state < self.plan.state if self.padded else None
         return _load(reference.at[last - step if self.options.reverse else step, self.state], mask)
@@ -693,32 +670,31 @@ class Program:
 class MatrixGradient:
     """Gradient of B or C while the backward kernel goes through one window, step by step from the last to the first.
 
-    Where the matrix varies in time, its gradient at a step is a sum over channels: first over those of a thread, then
-    over a warp's. There, two steps that follow each other become one array, in which half of the lanes hold the one and
-    half the other; two such pairs become the next, and so on until each lane holds one step (or there are no more
-    lanes), so that a value takes one exchange, not one for each doubling of the lanes.
+    Where the matrix varies in time, its gradient at a step is a sum over channels. In a warp, two steps that follow
+    each other become one array, in which half of the lanes hold the one and half the other; two such pairs become the
+    next, and so on until each lane holds one step (or there are no more lanes), so that a value takes one exchange,
+    not one for each doubling of the lanes. Then the warps are summed.
     """
 
-    def __init__(self, program: Program, reference):
-        self.program, self.reference, self.waiting = program, reference, []
-        self.steps = min(WINDOW, program.plan.shape[3])
+    def __init__(self, program: Program, reference, total):
+        self.program, self.reference, self.total = program, reference, total
+        self.steps, self.waiting = min(WINDOW, program.plan.shape[3]), []
 
-    def add(self, name: str, step, contributions: list, sums: list) -> list:
-        """Takes what one step contributes, for every channel and state; returns the new sums."""
-        if getattr(sums[0], name) is not None:
-            return [total._replace(**{name: getattr(total, name) + x}) for total, x in zip(sums, contributions)]
-        program, spare = self.program, self.program.plan.shape[3] // self.steps
-        rows, count = sum(contributions[1:], contributions[0]), 1
+    def add(self, step, rows) -> None:
+        """Takes what one step contributes, for every channel and state."""
+        if self.total is not None:
+            self.total = self.total + rows
+            return
+        program, count, spare = self.program, 1, self.program.plan.shape[3] // self.steps
         while count < self.steps and self.waiting and self.waiting[-1][1] == count:
             later, _ = self.waiting.pop()
             rows, count = program.add_halves(rows, later, 3, count * spare), 2 * count
         if count < self.steps:
             self.waiting.append((rows, count))
-            return sums
+            return
         for distance in (2**bit for bit in range(spare.bit_length() - 1)):
             rows += program.exchange(rows, 3, distance)
         program.store_rows(self.reference, step, _sum(rows, axis=1), spare)
-        return sums
 
 
 def exchange(x, axis: int) -> jax.Array:
