@@ -36,7 +36,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from kernels.scan.inputs import ScanInputs, ScanOptions
 
-WINDOW = 8  # steps whose states the backward kernel holds in registers; the most lanes along an axis; a power of two
+WINDOW = 8  # steps whose states the backward kernel holds in registers; the most state lanes; a power of two
 SAVED = 16  # steps from one saved state to the next; a multiple of WINDOW
 CHUNK = 32  # steps of the shortest chunks; a multiple of SAVED
 PROCESSORS = 132  # of an H100 or H200; fewer programs than two for each are cut into chunks of time
