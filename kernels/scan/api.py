@@ -4,6 +4,7 @@
     associative  `lax.associative_scan` over time: any backend, logarithmic depth, memory for every state
     native       C++ through `jax.ffi`: CPU, where a compiler is found
     pallas       Pallas kernels lowered through Triton: GPU
+    triton       the same in Triton's own language, through jax_triton: GPU, never chosen by itself
 
 `reference` is the same in float64 NumPy, for tests. Each is a module beside this one with
 
@@ -23,7 +24,7 @@ from kernels.scan.inputs import ScanInputs, ScanOptions, canonical, check
 IMPLEMENTATIONS = Implementations(
     operation="selective scan",
     package="kernels.scan",
-    names=("native", "pallas", "sequential", "associative"),
+    names=("native", "pallas", "triton", "sequential", "associative"),
     fastest_first={"cpu": ("native", "sequential"), "gpu": ("pallas", "associative")},
 )
 
@@ -68,9 +69,9 @@ def selective_scan(
       initial_state: the state before the first step (which is at the last position if `reverse`),
         (batch, channels, state); zero if None.
       return_last_state: also return the state after the final step, (batch, channels, state) float32.
-      implementation: "native", "pallas", "sequential" or "associative"; None takes the fastest that can run where JAX
-        runs: on the devices of the current mesh, else the default device. `jax.sharding.use_abstract_mesh` with an
-        abstract GPU lowers for a GPU without having one.
+      implementation: "native", "pallas", "triton", "sequential" or "associative"; None takes the fastest that can run
+        where JAX runs: on the devices of the current mesh, else the default device. `jax.sharding.use_abstract_mesh`
+        with an abstract GPU lowers for a GPU without having one.
 
     Returns:
       y, (batch, length, channels) in u's dtype; with `return_last_state` the pair (y, last state).

@@ -249,7 +249,49 @@ def test_lowers_for_cuda_without_a_gpu(sizes, reverse):
     with use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
         cotangents = jax.eval_shape(scan, specs(**sizes))
         lowered = jax.jit(run).trace(inputs, cotangents).lower(lowering_platforms=("cuda",))
-    assert lowered.as_text().count("xla.gpu.triton") == 2  # forward and backward
+    kernels = 2 if sizes["batch"] == 64 else 4  # forward and backward; before each, if needed, one for chunks of time
+    assert lowered.as_text().count("xla.gpu.triton") == kernels
+
+
+@pytest.mark.parametrize("plan", [pallas.forward_plan, pallas.backward_plan])
+def test_every_processor_has_work(plan):
+    for batch in (1, 8, 64):
+        sizes = plan(ScanInputs(**specs(**VIM_TINY | dict(batch=batch))))
+        assert batch * sizes.groups * sizes.blocks * sizes.chunks >= 132
+        assert sizes.chunk * pallas.WINDOW % pallas.SAVED == 0 or sizes.chunks == 1
+        assert 0 <= sizes.chunks * sizes.chunk - sizes.windows < sizes.chunk
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_chunks_of_time_give_what_the_whole_gives(short_windows, monkeypatch, reverse):
+    inputs, cotangents = random_inputs(**SMALL), random_cotangents()
+    monkeypatch.setattr(pallas, "PROCESSORS", 0)  # programs enough: no chunks
+    whole = jax.jit(with_gradients, static_argnames="reverse", compiler_options=QUICK)(
+        inputs, cotangents, reverse=reverse
+    )
+    monkeypatch.setattr(pallas, "PROCESSORS", 132)
+    monkeypatch.setattr(pallas, "CHUNK", pallas.SAVED)
+    assert pallas.forward_plan(canonical(ScanInputs(**inputs))).chunks == 3
+    parts = jax.jit(with_gradients, static_argnames="reverse", compiler_options=QUICK)(
+        inputs, cotangents, reverse=reverse
+    )
+    for actual, expected in zip(leaves(parts), leaves(whole)):
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("axis", [0, 2])
+def test_the_exchange_of_lanes_is_exact(axis):
+    x = np.random.default_rng(0).normal(size=(2, 5, 2)).astype(np.float32) ** 9
+    np.testing.assert_array_equal(jax.jit(functools.partial(pallas.exchange, axis=axis))(x), np.flip(x, axis))
+
+
+def test_softplus_and_sigmoid_are_accurate():
+    program = pallas.Program.__new__(pallas.Program)
+    program.options = ScanOptions(interpret=True)
+    x = np.linspace(-80, 80, 20001, dtype=np.float32)
+    exact = x.astype(np.float64)
+    np.testing.assert_allclose(program.softplus(x), np.logaddexp(exact, 0), rtol=5e-6)
+    np.testing.assert_allclose(program.sigmoid(x), 1 / (1 + np.exp(-exact)), rtol=5e-6)
 
 
 @pytest.mark.parametrize("channels", [384, 768, 1536])
