@@ -8,9 +8,10 @@
                         an epoch
     RandAugment         rand-m9-mstd0.5-inc1                        rand-m9-mstd0.5
     mixup, cutmix       0.8, 1.0                                    0.2, 1.0
-    average (EMA)       0.99996                                     off
     both                300 epochs, AdamW, label smoothing 0.1, random erasing 0.25, no clipping, the mean and deviation
                         of ImageNet taken out, evaluation on the centre 224 of 256 pixels
+
+The deit scripts also keep an average of the weights (0.99996), but neither evaluate nor publish it; here none is kept.
 
 The batch is global: the devices share it, whatever their number. `--config.batch_size` of a deit recipe changes the
 learning rate with it (config.schedule.reference_batch_size, and the first line of the log says the result); that of a
@@ -28,7 +29,6 @@ def deit(model: str, batch_size: int, learning_rate: float, weight_decay: float,
     config.dataset.repeats = 3
     config.dataset.augment.rand_augment = "rand-m9-mstd0.5-inc1"
     config.mixing.mixup_alpha = 0.8
-    config.ema_decay = 0.99996
     config.schedule.name = "timm_epoch"
     config.schedule.learning_rate = learning_rate
     config.schedule.reference_batch_size = 512

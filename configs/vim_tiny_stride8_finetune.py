@@ -2,7 +2,7 @@
 
 Paper       Vision Mamba: Efficient Visual Representation Learning with Bidirectional State Space Model, ICML 2024
 Command     python -m vimd_jax.train --config configs/vim_tiny_stride8_finetune.py --workdir workdir/vim_stride8 \\
-              --config.classifier.init=workdir/vim_tiny_imagenet --config.dataset.directory=DIR
+              --config.classifier.init=workdir/vim_tiny --config.dataset.directory=DIR
 Start       the workdir of vim_tiny_imagenet.py, or vim_t_midclstok_76p1acc.pth; its positions are resized
 Data        as vim_tiny_imagenet.py
 Recipe      batch 1,024, 30 epochs at a learning rate that stays 1e-5: peak, start and end are the same; see imagenet.py

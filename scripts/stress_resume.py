@@ -81,7 +81,7 @@ def kill_once(workdir: Path, processes: int, longest: float) -> bool:
     said = finish(run, 90)
     waited = time.monotonic() - began
     survivors = [text for i, text in enumerate(said) if i != victim]
-    clear = all("error: another process" in text for text in survivors)
+    clear = all("another process of this run has ended" in text for text in survivors)
     print(f"killed process {victim}" + (f"; the other ended {waited:.0f} s later" if survivors else ""), flush=True)
     if waited > 60 or not clear:
         sys.exit("\n".join(["error: a process that was left behind did not end in time with a clear line", *survivors]))

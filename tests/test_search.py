@@ -62,6 +62,19 @@ def test_the_config_trains_the_final_network(tmp_path, monkeypatch):
     assert (tmp_path / "found.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ("/abs/config.py", "name a file in or below the current folder"),
+        ("configs/nothing.py", "name a file in or below"),
+        ("configs/quickstart.py", "has no network 'classifier': name one with --role"),
+    ],
+)
+def test_a_base_that_cannot_be_meant_is_named(base, message):
+    with pytest.raises(ValueError, match=message):
+        search.load_base(base, "classifier")
+
+
 def test_a_network_that_searches_nothing_is_named(tmp_path, monkeypatch, capsys):
     save_model(tmp_path, supernet("vim_tiny", [], embed_dim=16, depth=1))
     arguments = [f"--workdir={tmp_path}", "--base=configs/small_classifier.py", f"--output={tmp_path}/found.py"]

@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -154,7 +155,7 @@ def test_a_stop_during_an_evaluation_is_answered_there(trained, tmp_path, monkey
 
         calls = 0
 
-        def check(self):
+        def check(self, step=0):
             Impatient.calls += 1
             if Impatient.calls == 4:
                 raise Stopped(143)
@@ -173,6 +174,40 @@ def numbers(workdir: Path) -> list:
         (line["split"], line["step"], {name: x for name, x in line["metrics"].items() if name not in clocks})
         for line in read_metrics(workdir)
     ]
+
+
+def test_a_first_step_that_fails_claims_nothing(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(UnreadableImage):
+        patch.setattr(train, "train_batches", _unreadable)
+        train.train(tiny_config("teacher"), tmp_path)
+    assert training_state.open_folder(tmp_path / "checkpoints").latest_step() is None
+    train.check(tiny_config("teacher", batch_size=4), tmp_path)
+
+
+def _unreadable(*args, **kwargs):
+    raise UnreadableImage("a.jpg: broken")
+    yield
+
+
+@pytest.mark.parametrize("damage", ["flip", "remove"])
+def test_a_lost_best_network_is_replaced(trained, tmp_path, damage, caplog):
+    shutil.copytree(trained / "teacher", tmp_path / "run")
+    if damage == "flip":
+        file = next((tmp_path / "run" / "best").glob("*.safetensors"))
+        file.write_bytes(file.read_bytes()[:-64] + bytes(64))
+    else:
+        shutil.rmtree(tmp_path / "run" / "best")
+    train.train(tiny_config("teacher"), tmp_path / "run")
+    assert any("The best network is lost" in line for line in caplog.messages)
+    assert load_model(tmp_path / "run").provenance["step"] == 6
+    assert read_metrics(tmp_path / "run")[-1]["metrics"]["best_step"] == 6
+
+
+def test_a_new_run_takes_nothing_from_one_without_checkpoints(trained, tmp_path):
+    shutil.copytree(trained / "teacher", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    train.train(tiny_config("teacher", schedule__num_epochs=3), tmp_path / "run")
+    assert [line["step"] for line in read_metrics(tmp_path / "run") if line["split"] == "train"] == list(range(1, 10))
 
 
 def test_an_error_saves_what_is_whole(tmp_path, monkeypatch):
@@ -315,6 +350,7 @@ def test_a_student_and_teacher_of_stages_with_batch_norms(tmp_path):
         ({"log_every_steps": 0}, "config.log_every_steps"),
         ({"checkpoint_every_steps": 0}, "config.checkpoint_every_steps"),
         ({"seed": -1}, "config.seed"),
+        ({"seed": 2**63}, "config.seed"),
         ({"ema_decay": 1.0}, "config.ema_decay is 1.0: it must be at least 0 and below 1"),
         ({"loss__label_smoothing": 1.5}, "config.loss.label_smoothing"),
         ({"loss__target_threshold": 0.0}, "config.loss: target_threshold is 0.0, but only label_loss=binary_cross"),
@@ -328,7 +364,7 @@ def test_a_student_and_teacher_of_stages_with_batch_norms(tmp_path):
         ({"mixing__probability": 1.5}, "config.mixing.probability is 1.5: it must be from 0 to 1"),
         ({"mixing__switch_probability": -0.5}, "config.mixing.switch_probability"),
         ({"dataset__augment__rand_augment": "m9"}, "config.dataset.augment.rand_augment is 'm9'"),
-        ({"optimizer__clip_norm": 0.0}, "config.optimizer.clip_norm is 0.0: it must be above 0"),
+        ({"optimizer__clip_norm": -1.0}, "config.optimizer.clip_norm is -1.0: it must be at least 0"),
         ({"optimizer__b2": 1.0}, "config.optimizer.b2"),
         ({"schedule__learning_rate": -1.0}, "config.schedule.learning_rate"),
         ({"schedule__learning_rate": float("nan")}, "config.schedule.learning_rate is nan"),

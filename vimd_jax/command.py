@@ -1,5 +1,6 @@
 """What the programs that read a config share: their flags, and a polite end on SIGTERM and Ctrl-C."""
 
+import logging
 import re
 import signal
 import sys
@@ -59,9 +60,22 @@ class StopRequest:
 
     def _remember(self, number: int, _: object) -> None:
         self._signal = number
+        logging.getLogger("vimd_jax.command").info("Asked to stop; after the step or batch that runs, this is done.")
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def check(self) -> None:
-        """Raises Stopped if this process, or another one that trains with it, was asked to stop."""
-        if number := parallel.any_process(self._signal):
+    def check(self, step: int = 0) -> None:
+        """Raises Stopped if this process, or another one that trains with it, was asked to stop.
+
+        Asking the others makes a process wait for its devices, so several processes do so at every tenth step only.
+        """
+        if parallel.is_alone() or step % 10 == 0:
+            self._raise(parallel.any_process(self._signal))
+
+    def check_here(self) -> None:
+        """Raises Stopped if this process was asked to stop, without asking the others."""
+        self._raise(self._signal)
+
+    @staticmethod
+    def _raise(number: int) -> None:
+        if number:
             raise Stopped(128 + number)

@@ -74,10 +74,17 @@ _LABELLED = ("classifier", "teacher", "student")
 # The defaults are the recipe of the ViMD paper (Chen et al., IEEE SPL 2025) for 56x56 images, where the paper and the
 # authors' logs state it.
 _SETTINGS = {
-    "seed": Setting(0, _at_least(0), "decides the initial weights, the order of the images and their augmentation"),
+    "seed": Setting(
+        0,
+        Rule("from 0 to 4294967295", lambda x: 0 <= x < 2**32),
+        "decides the initial weights, the order of the images and their augmentation",
+    ),
     "batch_size": Setting(16, _at_least(1), "images a step, over all devices and hosts"),
     "accumulation_steps": Setting(
-        1, _at_least(1), "parts that a device computes its share of a batch in, one after the other, to save memory"
+        1,
+        _at_least(1),
+        "parts that a device computes its share of a batch in, one after the other, to save memory; batch statistics "
+        "are those of a part, and stochastic depth then depends on the number of devices",
     ),
     "eval_batch_size": Setting(64, _at_least(1), "the same in an evaluation", changeable=True),
     "ema_decay": Setting(
@@ -95,7 +102,10 @@ _SETTINGS = {
         "folder", _ANY, "folder, synthetic, cub, cars, dogs, pets, flowers, mit67, action, aircraft or imagenet"
     ),
     "dataset.directory": Setting(
-        "", _ANY, "contains train|val|test/<class>/*.jpg; empty: read through TFDS, if TFDS has the dataset"
+        "",
+        _ANY,
+        "contains train|val|test/<class>/*.jpg; empty: read through TFDS, if TFDS has the dataset",
+        changeable=True,
     ),
     "dataset.num_classes": Setting(0, _at_least(0), "0: as many as the data has; otherwise checked"),
     "dataset.high_resolution": Setting(224, _at_least(1), "pixels, what a classifier sees and a teacher teaches"),
@@ -173,7 +183,7 @@ _SETTINGS = {
     "optimizer.b1": Setting(0.9, _BELOW_1, "of AdamW"),
     "optimizer.b2": Setting(0.999, _BELOW_1, "of AdamW"),
     "optimizer.eps": Setting(1e-8, _ABOVE_0, "of AdamW"),
-    "optimizer.clip_norm": Setting(float, _ABOVE_0, "largest global norm of the gradients; none: any"),
+    "optimizer.clip_norm": Setting(float, _at_least(0), "largest global norm of the gradients; none or 0: any"),
     "optimizer.layer_decay": Setting(
         1.0, _SHARE, "factor of the learning rate from each layer to the one before it; 1: off"
     ),
@@ -267,10 +277,15 @@ def given_options(section: ConfigDict) -> dict[str, Any]:
 
 def main(stages: list[str]) -> None:
     """Prints the settings of the named stages, or of all: default, what it may be, meaning."""
+    if unknown := set(stages) - set(STAGES):
+        sys.exit(f"error: there is no stage {unknown.pop()!r}: choose from {', '.join(STAGES)}")
     for name, (default, rule, meaning, _, used_by) in _SETTINGS.items():
         if set(stages or STAGES) & set(used_by):
             value = "none" if isinstance(default, type) else repr(default)
             print(f"config.{name} = {value}\n    {meaning}{f' ({rule.words})' if rule.words else ''}")
+    print(
+        "config.NETWORK.name, .init and the options of that network, NETWORK being classifier, teacher, student or sr"
+    )
 
 
 if __name__ == "__main__":

@@ -8,17 +8,20 @@ probabilities is written, FILE with the suffix .png.
 """
 
 import argparse
+import runpy
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
+from ml_collections import ConfigDict
 
 from vimd_jax.checkpoints.network import load_model, replace_file
 from vimd_jax.log import readable_errors, show_log
 from vimd_jax.models.scan_order import DIRECTIONS, LayerDirections
 from vimd_jax.training import plots
+from vimd_jax.training.networks import build_networks
 
 CHOSEN = 4  # directions of a layer of the final network
 
@@ -61,6 +64,21 @@ def most_probable(probabilities: np.ndarray) -> LayerDirections:
     return tuple(tuple(DIRECTIONS[i] for i in of_layer) for of_layer in best)
 
 
+def load_base(base: str, role: str) -> ConfigDict:
+    """The config of the final network.
+
+    Raises:
+      ValueError: it cannot be imported from here, or has no such network.
+    """
+    path, _, argument = base.partition(":")
+    if Path(path).is_absolute() or ".." in Path(path).parts or not Path(path).is_file():
+        raise ValueError(f"--base={base}: name a file in or below the current folder, as configs/small_classifier.py")
+    config = runpy.run_path(path)["get_config"](*([argument] if argument else []))
+    if role not in config:
+        raise ValueError(f"--base={base} has no network {role!r}: name one with --role, in a config of one stage")
+    return config
+
+
 def config_text(directions: LayerDirections, base: str, role: str, **texts: Any) -> str:
     """A config file: that of `base`, PATH or PATH:ARGUMENT relative to the repository, with these directions."""
     path, _, argument = base.partition(":")
@@ -89,14 +107,15 @@ def main() -> None:
     arguments = parse_arguments()
     show_log()
     with readable_errors():
-        if not Path(arguments.base.partition(":")[0]).is_file():
-            raise FileNotFoundError(f"--base={arguments.base}: there is no such file")
+        base = load_base(arguments.base, arguments.role)
         supernet = load_model(arguments.workdir)
         try:
             probabilities = direction_probabilities(supernet.variables)
         except ValueError as error:
             raise ValueError(f"{arguments.workdir}: {error}") from error
         directions = most_probable(probabilities)
+        base[arguments.role].directions = directions
+        build_networks(base, num_classes=2)  # an error now if the final network cannot have these directions
         text = config_text(
             directions, arguments.base, arguments.role,
             workdir=arguments.workdir, step=supernet.provenance.get("step", "unknown"), output=arguments.output,

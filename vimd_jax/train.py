@@ -14,6 +14,7 @@ steps (what a step computes), optimizer, parallel (devices), evaluation, metrics
 
 import contextlib
 import logging
+import shutil
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -65,7 +66,7 @@ def check(config: ConfigDict, workdir: Path, made_before: set[Path] = frozenset(
     if config.optimizer.freeze:
         frozen_mask(networks.zeros(nets.trained)["params"], config.optimizer.freeze)
     steps.check_objective(config, nets)
-    parallel.check_alike(implementation_in_use())
+    parallel.check_alike(f"{implementation_in_use()} and {workdirs.identity(config, data)}")
     if parallel.is_first():
         networks.check_sources_of_weights(config, workdir, made_before)
         workdirs.check(workdir, config, data)
@@ -91,6 +92,8 @@ def train(config: ConfigDict, workdir: Path, data: Splits | None = None, stop: S
     """
     data = data or check(config, workdir)
     with workdirs.locked(workdir):
+        if parallel.is_first():
+            workdirs.check(workdir, config, data)  # since the first check another run may have begun here
         _train(config, workdir, data, stop or StopRequest())
 
 
@@ -122,7 +125,12 @@ def _train(config: ConfigDict, workdir: Path, data: Splits, stop: StopRequest) -
     state, frozen = parallel.from_first((state, frozen))
     first_step = int(state.step)
     evaluated_step = parallel.any_process(record.get("evaluated_step", 0))
-    if first_step:
+    best_is_lost = parallel.any_process(int(parallel.is_first() and evaluated_step > 0 and not has_best(workdir)))
+    if parallel.any_process(int(parallel.is_first() and first_step == total_steps and is_finished(workdir))):
+        if not best_is_lost:
+            log.info("%s is finished.", workdir)
+            return
+    elif first_step:
         log.info("Continuing from step %d.", first_step)
 
     # 3. The steps. After some of them the network is evaluated; the best is kept, and what is needed to continue.
@@ -146,20 +154,21 @@ def _train(config: ConfigDict, workdir: Path, data: Splits, stop: StopRequest) -
         trained = parallel.fetch(steps.trained_variables(config, state))
         variables = nets.product_variables(trained, frozen)
         scores = evaluate(eval_step, parallel.replicate(variables), next(held_out), config.selection, stop.check)
-        writer.write(step, config.selection, scores.summary())
+        if evaluation_is_due(step):  # and not only the best network lost
+            writer.write(step, config.selection, scores.summary())
         save_if_best(workdir, config, nets, variables, class_names, step, scores.score)
         evaluated_step = step
 
-    def save() -> int:
-        """Writes the state after the last whole step, whose number it returns."""
+    def save() -> None:
+        """Writes the state after the last whole step, if that is not the one it began with."""
         snapshot = parallel.fetch(state)
-        if parallel.is_first():
+        if parallel.is_first() and snapshot.step > first_step:
             memory = progress.record() | {"evaluated_step": evaluated_step}
             training_state.save_state(checkpoints, int(snapshot.step), snapshot, memory)
-        return int(snapshot.step)
 
+    step = first_step
     try:
-        if first_step and evaluation_is_due(first_step):
+        if best_is_lost or (first_step and evaluation_is_due(first_step)):
             evaluate_now(first_step)
         for step in range(first_step + 1, total_steps + 1):
             began = time.perf_counter()
@@ -170,7 +179,7 @@ def _train(config: ConfigDict, workdir: Path, data: Splits, stop: StopRequest) -
             progress.add(step, metrics, names, int(batch["skipped"].sum()), waited)
             if step % config.log_every_steps == 0 or step == total_steps:
                 writer.write(step, "train", progress.summary(step, float(schedule(step - 1))))
-            stop.check()
+            stop.check(step)
             with progress.pause():
                 evaluates = evaluation_is_due(step)
                 if evaluates:
@@ -178,14 +187,17 @@ def _train(config: ConfigDict, workdir: Path, data: Splits, stop: StopRequest) -
                 if evaluates or step % config.checkpoint_every_steps == 0:
                     save()
     except Stopped:
-        log.info("Stopped after step %d of %d and saved it; the same command continues.", save(), total_steps)
+        save()
+        log.info("Stopped after step %d of %d and saved it; the same command continues.", step, total_steps)
         raise
     except TrainingError:
         raise
     except Exception:
         with contextlib.suppress(Exception):  # what went wrong first is what must be told
-            log.info("Saved step %d of %d before ending; the same command continues.", save(), total_steps)
+            save()
+        stop.check_here()  # a signal to the whole process group ends input processes that are just starting
         raise
+    batches.close()
 
     # 4. What came out: the best network on the test images, the curves, a panel to look at.
     best_variables, best_step = networks.zeros(nets.product), 0
@@ -201,6 +213,23 @@ def _train(config: ConfigDict, workdir: Path, data: Splits, stop: StopRequest) -
         plots.save_curves(read_metrics(workdir), workdir / "curves.png")
         save_panel(config, nets, best_variables, data.test, workdir / "panel.png")
     log.info("Done. %s holds the best network, curves.png and panel.png.", workdir)
+
+
+def has_best(workdir: Path) -> bool:
+    """Whether best/ can be read; says so if not, and then removes it, so that another network can take its place."""
+    try:
+        load_model(workdir / "best")
+    except (OSError, ValueError) as error:
+        log.warning("The best network is lost (%s); that of the step to continue from takes its place.", error)
+        shutil.rmtree(workdir / "best", ignore_errors=True)
+        return False
+    return True
+
+
+def is_finished(workdir: Path) -> bool:
+    """Whether the run has come to its last line and its plots."""
+    lines = read_metrics(workdir)
+    return bool(lines) and "best_step" in lines[-1]["metrics"] and (workdir / "panel.png").exists()
 
 
 def save_if_best(

@@ -55,7 +55,8 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(folder, how, caplog):
                 file.unlink() if how == "remove" else file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     arrays, _ = restored(folder)
     assert int(arrays["step"]) == 2
-    assert any("Checkpoint 3" in line and "is damaged" in line and "\n" not in line for line in caplog.messages)
+    assert any("Checkpoint 3" in line and "moved to" in line and "\n" not in line for line in caplog.messages)
+    assert (folder.parent / "damaged-checkpoint-3").is_dir()
     manager = training_state.open_folder(folder)
     training_state.save_state(manager, 3, state(3), {})  # the step comes again
     assert int(restored(folder)[0]["step"]) == 3

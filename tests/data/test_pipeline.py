@@ -136,7 +136,7 @@ def test_worker_processes_change_nothing_and_report_errors(dataset_config, image
     assert_same(take(source, config, 4, start_step=1), take(source, parallel, 4, start_step=1))
     assert_same(list(eval_batches(test, config, batch_size=2)), list(eval_batches(test, parallel, batch_size=2)))
     (folder / "train/b/003.png").write_bytes(b"")
-    with pytest.raises(UnreadableImage, match=r"b/003\.png: the file is empty; remove .*on_error=skip") as error:
+    with pytest.raises(UnreadableImage, match=r"b/003\.png: the file is empty; replace .*on_error=skip") as error:
         take(source, parallel, 4)
     assert "\n" not in str(error.value)
 
@@ -244,7 +244,7 @@ def damaged(dataset_config, image_folder):
 
 
 def test_stop_is_the_default(damaged):
-    with pytest.raises(DatasetError, match=r"train/./00\d\.png: not an image .*; remove or replace it, or set config"):
+    with pytest.raises(DatasetError, match=r"train/./00\d\.png: not an image .*; replace it, or set config"):
         take(load_source(damaged, "train"), damaged, 5)
     with pytest.raises(DatasetError, match=r"test/a/001\.png"):
         list(eval_batches(load_source(damaged, "test"), damaged, batch_size=4))

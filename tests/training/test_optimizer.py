@@ -228,11 +228,11 @@ def test_local_mamba_learning_rates(config, peak):
 @pytest.mark.parametrize(
     ("config", "batch", "peak", "weight_decay", "drop_path", "clip", "average"),
     [
-        (vim_tiny_imagenet, 1024, 1e-3, 0.1, 0.0, None, 0.99996),
-        (vim_small_imagenet, 512, 1e-3, 0.05, 0.05, None, 0.99996),
-        (vim_tiny_stride8_finetune, 1024, 1e-5, 1e-8, 0.0, None, 0.99996),
-        (v2m_tiny_imagenet, 512, 5e-4, 0.1, 0.0, None, 0.99996),
-        (v2m_small_imagenet, 512, 1e-3, 0.05, 0.05, None, 0.99996),
+        (vim_tiny_imagenet, 1024, 1e-3, 0.1, 0.0, None, 0.0),
+        (vim_small_imagenet, 512, 1e-3, 0.05, 0.05, None, 0.0),
+        (vim_tiny_stride8_finetune, 1024, 1e-5, 1e-8, 0.0, None, 0.0),
+        (v2m_tiny_imagenet, 512, 5e-4, 0.1, 0.0, None, 0.0),
+        (v2m_small_imagenet, 512, 1e-3, 0.05, 0.05, None, 0.0),
         (local_vim_tiny_imagenet, 1024, 1e-3, 0.04, 0.1, None, 0.0),
         (local_vmamba_tiny_imagenet, 1024, 1e-3, 0.04, 0.1, None, 0.0),
         (efficient_vmamba_tiny_imagenet, 2048, 2e-3, 0.04, 0.1, 1.0, 0.9999),

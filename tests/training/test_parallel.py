@@ -102,8 +102,8 @@ def test_the_failure_of_one_process_ends_the_other(tmp_path, together):
     run = [start("teacher", tmp_path / "run", *flags, folders[i], *together, str(i)) for i in range(2)]
     said = [process.communicate(timeout=100)[1].strip().splitlines() for process in run]
     assert [process.returncode != 0 for process in run] == [True, True]
-    assert any("remove or replace it, or set config.dataset.on_error=skip" in line for line in said[1])
-    assert "error: another process of this run has ended or cannot be reached" in said[0][-1]
+    assert any("replace it, or set config.dataset.on_error=skip" in line for line in said[1])
+    assert "error: this or another process of this run has ended or cannot be reached" in said[0][-1]
     assert not any("Traceback" in line for lines in said for line in lines)
 
 

@@ -79,7 +79,7 @@ def test_a_run_without_a_checkpoint_owns_nothing(workdir, images):
     assert workdirs.read_config(workdir).seed == 3
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1"])
+@pytest.mark.parametrize("content", ["", "{", "[1", "null"])
 @pytest.mark.parametrize("name", ["config.json", "data.json"])
 def test_a_damaged_file_is_named(workdir, images, name, content):
     (workdir / name).write_text(content)
@@ -91,6 +91,23 @@ def test_a_damaged_file_is_named(workdir, images, name, content):
 def test_a_folder_that_could_not_be_read_again_is_refused(tmp_path, images, name):
     with pytest.raises(ValueError, match="could not be read again"):
         workdirs.check(tmp_path / name, config_of(images), splits(config_of(images)))
+
+
+def test_a_link_to_such_a_folder_is_refused_too(tmp_path, images):
+    (tmp_path / "run[1]").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "run[1]")
+    with pytest.raises(ValueError, match="could not be read again"):
+        workdirs.check(tmp_path / "link", config_of(images), splits(config_of(images)))
+
+
+def test_what_processes_must_share(images, tmp_path):
+    config = config_of(images)
+    same = workdirs.identity(config, splits(config))
+    images.rename(tmp_path / "elsewhere")
+    moved = config_of(tmp_path / "elsewhere")
+    assert workdirs.identity(moved, splits(moved)) == same
+    moved.schedule.learning_rate = 0.1
+    assert workdirs.identity(moved, splits(moved)) != same
 
 
 def test_relative_and_absolute_paths_are_one(tmp_path, monkeypatch):

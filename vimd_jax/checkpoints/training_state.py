@@ -8,6 +8,7 @@ next is written, in case the disk damages the latest. Of several processes only 
 """
 
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ def open_folder(directory: Path) -> ocp.CheckpointManager:
         options=ocp.CheckpointManagerOptions(
             max_to_keep=2,
             create=False,
+            cleanup_tmp_directories=True,
             enable_async_checkpointing=False,
             multiprocessing_options=ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0}),
         ),
@@ -72,8 +74,12 @@ def restore_state(manager: ocp.CheckpointManager, state: Any) -> tuple[Any, dict
             damaged[step] = _cause(error)
             continue
         for other, cause in damaged.items():
-            log.warning("Checkpoint %d of %s is damaged (%s); it is deleted.", other, manager.directory, cause)
-            manager.delete(other)
+            aside = manager.directory.parent / f"damaged-checkpoint-{other}"
+            shutil.rmtree(aside, ignore_errors=True)
+            shutil.move(manager.directory / str(other), aside)
+            log.warning("Checkpoint %d of %s cannot be read (%s); moved to %s.", other, manager.directory, cause, aside)
+        if damaged:
+            manager.reload()
         return restored
     if damaged:
         causes = "; ".join(f"step {step}: {cause}" for step, cause in damaged.items())

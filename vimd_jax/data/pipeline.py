@@ -190,7 +190,7 @@ def read_or_skip(source: Source, i: int, on_error: str, reduction: Reduction | N
         return source.read(i, reduction)
     except UnreadableImage as error:
         if on_error == "stop":
-            remedy = "remove or replace it, or set config.dataset.on_error=skip"
+            remedy = "replace it, or set config.dataset.on_error=skip"
             raise UnreadableImage(f"{error}; {remedy}") from None
         _unreadable.add(name)
         logging.getLogger(__name__).warning("skipped: %s", error)

@@ -127,7 +127,7 @@ class Progress:
             terms = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
             raise TrainingError(
                 f"The loss or the weights are not finite at step {step} ({terms}). Images of the batch: "
-                f"{', '.join(names)}. The last checkpoint is intact; a lower config.schedule.learning_rate or a "
+                f"{', '.join(names)}. Checkpoints from before are intact; a lower config.schedule.learning_rate or a "
                 "config.optimizer.clip_norm may help."
             )
         self._window.append(values)

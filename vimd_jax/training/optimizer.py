@@ -104,7 +104,7 @@ def create_optimizer(
     """AdamW (Loshchilov & Hutter, https://arxiv.org/abs/1711.05101) with the originals' choice of decayed parameters.
 
     Args:
-      config: weight_decay, b1, b2, eps; clip_norm, the largest global norm of the gradients (None: any);
+      config: weight_decay, b1, b2, eps; clip_norm, the largest global norm of the gradients (None or 0: any);
         decay_state_matrix, whether A_log is decayed. Vim means to exempt it, but as published it is decayed.
         freeze, a regular expression of the paths that stay as they are (optional); layer_decay, see `layer_scales`
         (optional).
@@ -126,7 +126,7 @@ def create_optimizer(
         mask=decay_mask(params, config.decay_state_matrix, decays or Network.decays),
     )
     parts = [adamw]
-    if config.clip_norm is not None:
+    if config.clip_norm:
         parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
     if layer_decay != 1:
         parts.append(_scale_by_tree(layer_scales(params, layer_decay)))

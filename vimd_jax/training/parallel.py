@@ -11,6 +11,7 @@ import os
 import socket
 import subprocess
 import sys
+import traceback
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -25,7 +26,7 @@ from vimd_jax.models.layers import DEVICES
 
 AXIS = DEVICES  # the name under which steps average and sum over all devices of all hosts
 
-LOST = "another process of this run has ended or cannot be reached; the same command, given to all again, continues"
+LOST = "this or another process of this run has ended or cannot be reached; the same command, given to all, continues"
 
 
 def replicate(tree: Any) -> Any:
@@ -57,6 +58,11 @@ def check_batch_size(field: str, batch_size: int, parts: int = 1) -> None:
         )
 
 
+def is_alone() -> bool:
+    """Whether no other process trains with this one."""
+    return jax.process_count() == 1
+
+
 def is_first() -> bool:
     """Whether this is the process that reads and writes the workdir and speaks for all."""
     return jax.process_index() == 0
@@ -75,12 +81,12 @@ def any_process(number: int) -> int:
 
 
 def check_alike(text: str) -> None:
-    """Raises TrainingError, on every process, unless all of them describe how they compute by the same text."""
+    """Raises TrainingError, on every process, unless all of them describe what they compute by the same text."""
     digest = zlib.crc32(text.encode()) % 2**30
     if any_process(digest) != -any_process(-digest):
         raise TrainingError(
-            f"The processes of this run would compute differently; this one has {text}. Install the same compiler on "
-            "all hosts, or name an implementation (scan_implementation of each network)."
+            f"The processes of this run would compute differently; this one has {text}. Give all of them the same "
+            "command and data, and the same compiler, or name an implementation (scan_implementation of each network)."
         )
 
 
@@ -131,13 +137,16 @@ def together() -> Iterator[None]:
     """Ends this process at once, with one line, if it fails or loses the others: they wait for it, or it for them."""
     try:
         yield
-    except SystemExit as error:
-        if error.code == 1 and jax.process_count() > 1:  # an orderly exit would wait for minutes for the others
-            _say_goodbye()
-            logging.shutdown()
-            sys.stderr.flush()
-            os._exit(1)
-        raise
+    except BaseException as error:
+        orderly = isinstance(error, SystemExit) and error.code != 1
+        if orderly or jax.process_count() == 1:
+            raise
+        if not isinstance(error, SystemExit):
+            traceback.print_exception(error)
+        _say_goodbye()  # an orderly exit would wait for the others for minutes
+        logging.shutdown()
+        sys.stderr.flush()
+        os._exit(1)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,14 +28,14 @@ def stages(config: ConfigDict, workdir: Path) -> list[tuple[ConfigDict, Path]]:
     for role in STAGES[config.stage]:
         init = config[role].init
         if init and not init.startswith(HERE):
-            config[role].init = str(Path(init).absolute())
+            config[role].init = str(Path(init).expanduser().absolute())
     return [(config, workdir.absolute())]
 
 
 def init_path(config: ConfigDict, role: str, workdir: Path) -> Path | None:
     """Where the weights of a network come from; None: from scratch."""
     init = config[role].init.replace(HERE, str(workdir.absolute()))
-    return Path(init) if init else None
+    return Path(init).expanduser() if init else None
 
 
 @contextlib.contextmanager
@@ -67,7 +68,7 @@ def locked(workdir: Path) -> Iterator[None]:
 
 def check(workdir: Path, config: ConfigDict, data: Splits) -> None:
     """Raises ValueError if the folder cannot be used, or belongs to a run with other settings, classes or images."""
-    if any(character in str(workdir.absolute()) for character in "[]\\"):
+    if any(character in str(workdir.resolve()) for character in "[]\\"):
         raise ValueError(f"--workdir: checkpoints in {workdir} could not be read again; use no [, ] or \\ in the path.")
     if not is_begun(workdir):
         return
@@ -86,6 +87,14 @@ def check(workdir: Path, config: ConfigDict, data: Splits) -> None:
                 f"{workdir} was trained on other images: of the {split} images, {change}. Restore the data, or choose "
                 "another --workdir."
             )
+
+
+def identity(config: ConfigDict, data: Splits) -> str:
+    """A short text that is the same for processes with the same settings and data."""
+    fixed = {k: v for k, v in _flat(_as_json(config)).items() if not _is_changeable(config.stage, k)}
+    fixed = {k: v for k, v in fixed.items() if not k.endswith(".init")}
+    text = json.dumps([fixed, fingerprint(data)], sort_keys=True)
+    return f"settings and data {hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def _is_changeable(stage: str, field: str) -> bool:
@@ -118,10 +127,12 @@ def _change(known: dict[str, list[Any]], found: dict[str, list[Any]]) -> str:
 
 
 def claim(workdir: Path, config: ConfigDict, data: Splits) -> None:
-    """Writes config.json, classes.txt and data.json into the folder, unless they are there."""
+    """Writes config.json, classes.txt and data.json into the folder, in place of a run without a checkpoint."""
     if is_begun(workdir) or not parallel.is_first():
         return
     workdir.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(workdir / "best", ignore_errors=True)
+    (workdir / "metrics.jsonl").unlink(missing_ok=True)
     replace_file(workdir / "classes.txt", "".join(f"{name}\n" for name in data.train.class_names).encode())
     replace_file(workdir / "data.json", json.dumps(fingerprint(data)).encode())
     replace_file(workdir / "config.json", json.dumps(_as_json(config), indent=2).encode())
@@ -151,9 +162,12 @@ def read_config(workdir: Path) -> ConfigDict:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is damaged or gone ({error}): choose another --workdir.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged (it is no table of settings): choose another --workdir.")
+    return content
 
 
 def _as_json(config: ConfigDict) -> dict[str, Any]:
