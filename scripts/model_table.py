@@ -201,6 +201,8 @@ def _count(program: Any) -> Counter:
             kernel = line.invars[1].aval
             outputs = kernel.shape[parameters["dimension_numbers"].rhs_spec[0]]
             counts["products"] += line.outvars[0].aval.size * kernel.size // outputs
+        elif parameters.get("branches_platforms"):  # of forms for several platforms the one that is for no one of them
+            counts.update(_count(parameters["branches"][parameters["branches_platforms"].index(None)].jaxpr))
         else:
             times = parameters["length"] if kind == "scan" else 1
             for part in _parts(parameters.values()):

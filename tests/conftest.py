@@ -2,9 +2,11 @@
 
 import os
 import tempfile
-from pathlib import Path
 
-# Set before JAX is imported, and inherited by the workers of pytest-xdist and by the programs that tests start.
+# Set before JAX is imported, and inherited by the workers of pytest-xdist and by the programs that tests start. It is a
+# folder for this run alone: a process that was killed in an earlier run may have left half a program there, which JAX
+# does not notice.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(tempfile.gettempdir()) / f"vimd_jax_tests_{os.getuid()}")
+    _folder = tempfile.TemporaryDirectory(prefix="vimd_jax_tests_", ignore_cleanup_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _folder.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
