@@ -85,7 +85,7 @@ def config_text(directions: LayerDirections, base: str, role: str, **texts: Any)
     return _CONFIG.format(
         base=base,
         module=".".join(Path(path).with_suffix("").parts),
-        argument=repr(argument) if argument else "",
+        argument=f'"{argument}"' if argument else "",
         rows="\n".join(f"    {of_layer!r}," for of_layer in directions).replace("'", '"'),
         role=role,
         **texts,
