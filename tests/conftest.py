@@ -1,12 +1,31 @@
-"""Compiled programs are kept on disk while the tests run, so that each is compiled once, whichever process needs it."""
+"""How tests compile: quickly where numbers do not depend on it, and each program once, whichever process needs it."""
 
 import os
 import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
-# Set before JAX is imported, and inherited by the workers of pytest-xdist and by the programs that tests start. It is a
-# folder for this run alone: a process that was killed in an earlier run may have left half a program there, which JAX
-# does not notice.
+import pytest
+
+# Set before JAX is imported, and inherited by the workers of pytest-xdist and by the programs that tests start.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    _folder = tempfile.TemporaryDirectory(prefix="vimd_jax_tests_", ignore_cleanup_errors=True)
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = _folder.name
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(tempfile.gettempdir()) / f"vimd_jax_tests_{os.getuid()}")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+
+AS_USERS_RUN_THEM = ("kernels", "models")  # the folders of tests that compile with all optimizations
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compilation(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Sets how much XLA optimizes, and gives up in the end what was compiled.
+
+    JAX keeps every program. A process that runs all tests would have more memory mappings than Linux allows one, and be
+    aborted in the middle.
+    """
+    import jax
+
+    folder = request.path.relative_to(Path(__file__).parent).parts[0]
+    jax.config.update("jax_disable_most_optimizations", folder not in AS_USERS_RUN_THEM)
+    yield
+    jax.clear_caches()

@@ -4,7 +4,6 @@ import json
 import runpy
 from pathlib import Path
 
-import jax
 import pytest
 from ml_collections import ConfigDict
 
@@ -44,7 +43,6 @@ def shrink(config: ConfigDict) -> None:
 def trained(tmp_path_factory):
     """Trains a small config in a folder of its own, or finds it there: many are the same when small."""
     folder, known = tmp_path_factory.mktemp("configs"), {}
-    jax.config.update("jax_disable_most_optimizations", True)  # two steps are quicker to run than to compile well
 
     def run(config):
         key = json.dumps(json.loads(config.to_json()), sort_keys=True)
@@ -53,8 +51,7 @@ def trained(tmp_path_factory):
             train.train(config, known[key])
         return known[key]
 
-    yield run
-    jax.config.update("jax_disable_most_optimizations", False)
+    return run
 
 
 @pytest.mark.parametrize("run", FILES + OTHERS)
