@@ -11,21 +11,22 @@ import pytest
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(tempfile.gettempdir()) / f"vimd_jax_tests_{os.getuid()}")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
-os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
-AS_USERS_RUN_THEM = ("kernels", "models")  # the folders of tests that compile with all optimizations
+
+@pytest.fixture(autouse=True)
+def compile_quickly(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here and in programs that a test starts; but kernels and recorded numbers are tested as users compile them."""
+    import jax
+
+    as_users_do = "recorded" in request.node.name or "kernels" in request.path.parts
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", str(int(not as_users_do)))
+    jax.config.update("jax_disable_most_optimizations", not as_users_do)
 
 
 @pytest.fixture(autouse=True, scope="module")
-def compilation(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Sets how much XLA optimizes, and gives up in the end what was compiled.
-
-    JAX keeps every program. A process that runs all tests would have more memory mappings than Linux allows one, and be
-    aborted in the middle.
-    """
+def programs_given_up() -> Iterator[None]:
+    """JAX keeps what it compiles. A process that runs all tests would have more memory mappings than Linux allows."""
+    yield
     import jax
 
-    folder = request.path.relative_to(Path(__file__).parent).parts[0]
-    jax.config.update("jax_disable_most_optimizations", folder not in AS_USERS_RUN_THEM)
-    yield
     jax.clear_caches()

@@ -124,7 +124,7 @@ def test_bad_input_is_named():
         SRResNet().init(jax.random.key(0), jnp.zeros((1, 8, 8, 3), jnp.uint8))
 
 
-@pytest.mark.parametrize("size", [(6, 8), (5, 7), (1, 2)])
+@pytest.mark.parametrize("size", [(6, 8), (5, 7), (1, 2), (58, 4)])
 def test_winograd_is_a_convolution(size):
     keys = jax.random.split(jax.random.key(0), 2)
     x, kernel = jax.random.normal(keys[0], (2, *size, 3)), jax.random.normal(keys[1], (3, 3, 3, 4))

@@ -5,12 +5,14 @@ Residual blocks at the low resolution, then one doubling of the resolution after
 Convolutions start from PyTorch's default (uniform in ±1/√fan_in), which the original network was built with.
 """
 
+import functools
 from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from vimd_jax.models.layers import BatchNorm, Conv, check_images, convolve
@@ -110,29 +112,42 @@ def trunk_convolve(train: bool) -> Callable[[jax.Array, jax.Array], jax.Array]:
 
 
 def winograd(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`convolve` by 3×3 kernels, 2×2 pixels at a time with 16 multiplications instead of 36 (Lavin & Gray, "Fast
-    Algorithms for Convolutional Neural Networks", CVPR 2016, section 4.1), which are 16 products of matrices.
+    """`convolve` by 3×3 kernels, 4×4 pixels at a time with 36 multiplications instead of 144 (Lavin & Gray, "Fast
+    Algorithms for Convolutional Neural Networks", CVPR 2016, section 4.3), which are 36 products of matrices.
     """
+    pixels, taps, results = _winograd_matrices()
+    size = len(pixels)
     batch, height, width, inputs = x.shape
-    rows, columns = -(-height // 2), -(-width // 2)
-    x = jnp.pad(x, ((0, 0), (1, 1 + height % 2), (1, 1 + width % 2), (0, 0)))
+    rows, columns = -(-height // 4), -(-width // 4)
+    x = jnp.pad(x, ((0, 0), (1, 1 + 4 * rows - height), (1, 1 + 4 * columns - width), (0, 0)))
+    kernels = jnp.stack(_combine(taps, [jnp.stack(_combine(taps, list(row))) for row in kernel]))
+    lines = _combine(pixels, [x[:, i : i + 4 * rows - 3 : 4] for i in range(size)])
+    tiles = [_combine(pixels, [line[:, :, j : j + 4 * columns - 3 : 4] for j in range(size)]) for line in lines]
+    products = jnp.stack(sum(tiles, [])).reshape(size**2, -1, inputs) @ kernels.reshape(size**2, inputs, -1)
+    lines = _combine(results, list(products.reshape(size, size, batch, rows, columns, -1)))
+    y = jnp.stack([jnp.stack(_combine(results, list(line)), axis=3) for line in lines], axis=2)
+    return y.reshape(batch, 4 * rows, 4 * columns, -1)[:, :height, :width]
 
-    def taps(k):
-        return k[0], (k[0] + k[1] + k[2]) / 2, (k[0] - k[1] + k[2]) / 2, k[2]
 
-    def pixels(d):
-        return d[0] - d[2], d[1] + d[2], d[2] - d[1], d[1] - d[3]
+@functools.cache
+def _winograd_matrices() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The transforms of six pixels, of three taps and back to four results, by the algorithm of Toom and Cook.
 
-    def result(m):
-        return m[0] + m[1] + m[2], m[1] - m[2] - m[3]
+    Polynomials are multiplied by their values at five points and their highest coefficient. With these points rounding
+    errors are a fifth of those with the usual 0, ±1, ±2.
+    """
+    points = np.array([0, 2**0.5, -(2**0.5), 0.5**0.5, -(0.5**0.5)])
+    others = [np.delete(points, i) for i in range(5)]
+    pixels = [[*np.polynomial.polynomial.polyfromroots(roots), 0] for roots in others]
+    pixels.append(np.polynomial.polynomial.polyfromroots(points))
+    taps = [point ** np.arange(3) / np.prod(point - roots) for point, roots in zip(points, others)] + [[0, 0, 1]]
+    results = np.column_stack([points ** np.arange(4)[:, None], [0, 0, 0, 1]])
+    return tuple(np.round(matrix, 15) for matrix in (pixels, taps, results))  # so that zeros are zeros
 
-    kernels = jnp.stack([tap for row in taps(kernel) for tap in taps(row)])
-    lines = pixels([x[:, i : i + 2 * rows : 2] for i in range(4)])
-    tiles = [p for line in lines for p in pixels([line[:, :, j : j + 2 * columns : 2] for j in range(4)])]
-    products = jnp.stack(tiles).reshape(16, -1, inputs) @ kernels
-    lines = result(products.reshape(4, 4, batch, rows, columns, -1))
-    y = jnp.stack([jnp.stack(result(line), axis=3) for line in lines], axis=2)
-    return y.reshape(batch, 2 * rows, 2 * columns, -1)[:, :height, :width]
+
+def _combine(matrix: np.ndarray, parts: list) -> list:
+    """The product of a matrix and a vector of arrays."""
+    return [sum(float(factor) * part for factor, part in zip(row, parts) if factor) for row in matrix]
 
 
 def _pixel_first(features: jax.Array) -> jax.Array:
