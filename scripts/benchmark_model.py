@@ -79,15 +79,15 @@ def columns(row: dict) -> str:
 # --------------------------------------------------------------------------------------------------- what is measured
 
 
-def vim(implementation: str | None, batch: int, repeats: int) -> dict:
-    """Inference of the classifier at the published size."""
-    model = create_model("vim_tiny_stride8", num_classes=CLASSES, scan_implementation=implementation)
+def vim(implementation: str | None, batch: int, repeats: int, **options: Any) -> dict:
+    """Inference of the classifier at the published size, or with other options."""
+    model = create_model("vim_tiny_stride8", num_classes=CLASSES, scan_implementation=implementation, **options)
     return inference(model, 224, batch, repeats)
 
 
-def student(implementation: str | None, batch: int, repeats: int) -> dict:
-    """Inference of the whole student."""
-    model = create_model("srvm_tiny", num_classes=CLASSES, scan_implementation=implementation)
+def student(implementation: str | None, batch: int, repeats: int, **options: Any) -> dict:
+    """Inference of the whole student, its classifier with these options."""
+    model = create_model("srvm_tiny", num_classes=CLASSES, scan_implementation=implementation, **options)
     return inference(model, 56, batch, repeats)
 
 
@@ -100,10 +100,11 @@ def inference(model: nn.Module, size: int, batch: int, repeats: int) -> dict:
     return {"seconds": seconds, "memory": planned(program), "images": batch}
 
 
-def training_step(implementation: str | None, batch: int, repeats: int) -> dict:
-    """Median seconds and memory of one optimiser step on all local devices."""
+def training_step(implementation: str | None, batch: int, repeats: int, **options: Any) -> dict:
+    """Median seconds and memory of one optimiser step on all local devices, both classifiers with these options."""
     config = default_config("student")
-    config.teacher.scan_implementation = config.student.scan_implementation = implementation
+    for section in (config.teacher, config.student):
+        section.update(options, scan_implementation=implementation)
     step, state, frozen, images = student_step(config, batch)
     program = step.lower(state, frozen, images).compile()
     seconds = []

@@ -26,6 +26,20 @@ def meta(case: str) -> dict:
     return json.loads((FOLDER / case / "meta.json").read_text())
 
 
+def scan_case(case: str) -> tuple[dict, dict, dict]:
+    """Inputs in this project's layout, expected results and expected gradients by argument, of one recorded case."""
+    arrays = {}
+    for name, x in tensors(case).items():
+        if x.ndim == 4:  # (batch, groups, state, length)
+            x = np.moveaxis(x, 3, 1)
+        elif x.ndim == 3 and name != "last_state":  # (batch, channels or state, length)
+            x = np.swapaxes(x, 1, 2)
+        arrays[name] = x
+    expected = {name.removeprefix("grad_"): arrays.pop(name) for name in list(arrays) if name.startswith("grad_")}
+    results = {name: arrays.pop(name) for name in ("y", "last_state", "dy")}
+    return arrays, results, expected
+
+
 def relative_error(actual, expected) -> float:
     """Largest absolute difference over the largest expected magnitude."""
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)

@@ -98,25 +98,11 @@ def make_weights(inputs) -> tuple[np.ndarray, np.ndarray]:
 # ---------------------------------------------------------------------------------------------------------- the truth
 
 
-def recorded(case: str) -> tuple[dict, dict, dict]:
-    """Inputs in this project's layout, expected results and expected gradients by argument, of one recorded case."""
-    arrays = {}
-    for name, x in golden.tensors(case).items():
-        if x.ndim == 4:  # (batch, groups, state, length)
-            x = np.moveaxis(x, 3, 1)
-        elif x.ndim == 3 and name != "last_state":  # (batch, channels or state, length)
-            x = np.swapaxes(x, 1, 2)
-        arrays[name] = x
-    expected = {name.removeprefix("grad_"): arrays.pop(name) for name in list(arrays) if name.startswith("grad_")}
-    results = {name: arrays.pop(name) for name in ("y", "last_state", "dy")}
-    return arrays, results, expected
-
-
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("implementation", ALL)
 @pytest.mark.parametrize("case", golden.cases("c01_scan_*"))
 def test_recorded_results_and_gradients(case, implementation, reverse):
-    inputs, results, expected = recorded(case)
+    inputs, results, expected = golden.scan_case(case)
     if implementation != "native" and reverse and len(inputs["u"][0]) > 7:
         pytest.skip("compiles for long and differs from the shorter cases in nothing")
 
@@ -221,7 +207,7 @@ def test_each_gradient(implementation, options):
 
 def test_reference_agrees_with_the_recorded_vectors():
     for case in golden.cases("c01_scan_L65*"):
-        inputs, results, _ = recorded(case)
+        inputs, results, _ = golden.scan_case(case)
         y, last_state = exact(inputs, delta_softplus=True)
         assert golden.relative_error(y, results["y"]) < 3e-6
         assert golden.relative_error(last_state, results["last_state"]) < 3e-6
