@@ -162,7 +162,9 @@ def _silu_of_conv(x, kernel, bias, reverse):
     padded = jnp.pad(x, ((0, 0), (0, past) if reverse else (past, 0), (0, 0)))
     weights = apart(jnp.concatenate([kernel[::-1, 0] if reverse else kernel[:, 0], bias[None]]))
     taps, bias = weights[:-1], weights[-1]  # the last tap meets the current token
-    y = sum(padded[:, k : k + length] * taps[k] for k in range(CONV_WIDTH)) + bias
+    # Broadcast in one step, so that the gradient of a tap is one sum over images and tokens: over tokens alone, XLA's
+    # sum of products is 15 times slower (on a CPU, JAX 0.10).
+    y = sum(padded[:, k : k + length] * jnp.broadcast_to(taps[k], x.shape) for k in range(CONV_WIDTH)) + bias
     return jax.nn.silu(y).astype(x.dtype)
 
 

@@ -1,0 +1,64 @@
+"""Runs a benchmark in this checkout and in one of another commit by turns, and prints how their times compare.
+
+    git worktree add ../before COMMIT
+    python scripts/compare_commits.py ../before [--rounds 5] -- scripts/benchmark_model.py --sizes
+
+Takes every benchmark that has `--json`. A line gives the median time in each checkout over all rounds, and the median
+of the ratios within a round, which holds on a machine whose speed drifts.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent.parent
+LABELS = ("network", "size", "shape", "batch", "dtype", "implementation")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("other", type=Path, help="folder of the other checkout")
+    parser.add_argument("--rounds", type=int, default=5, help="runs in each checkout")
+    parser.add_argument("benchmark", nargs="+", help="after --: the script and its options")
+    arguments = parser.parse_args()
+    script = arguments.benchmark[0]
+    for checkout in (HERE, arguments.other):
+        if not (checkout / script).is_file():
+            parser.error(f"{checkout / script}: no such file")
+    rounds = []
+    with tempfile.TemporaryDirectory() as programs:  # each is compiled in the first round
+        for number in range(arguments.rounds):
+            print(f"round {number + 1} of {arguments.rounds}", file=sys.stderr, flush=True)
+            rounds.append([times(checkout, arguments.benchmark, programs) for checkout in (arguments.other, HERE)])
+    print(f"{'':<60}{'other':>9}{'this':>9}{'ratio':>8}")
+    for name in (name for name in rounds[0][1] if all(name in each for pair in rounds for each in pair)):
+        pairs = [(other[name], this[name]) for other, this in rounds]
+        other, this = (statistics.median(column) for column in zip(*pairs))
+        ratio = statistics.median(this / other for other, this in pairs)
+        print(f"{name:<60}{1e3 * other:>6.1f} ms{1e3 * this:>6.1f} ms{ratio:>8.3f}")
+
+
+def times(checkout: Path, benchmark: list[str], programs: str) -> dict[str, float]:
+    """Seconds for each row and, where it has several, part of it."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder, "rows.json")
+        environment = os.environ | {"PYTHONPATH": str(checkout.resolve()), "JAX_COMPILATION_CACHE_DIR": programs}
+        command = [sys.executable, *benchmark, "--json", str(output)]
+        subprocess.run(command, cwd=checkout, env=environment, check=True, stdout=subprocess.DEVNULL)
+        rows = json.loads(output.read_text())["rows"]
+    found = {}
+    for row in rows:
+        name = ", ".join(str(value) for key, value in row.items() if key in LABELS)
+        if "seconds" in row:
+            found[name] = row["seconds"]
+        found |= {f"{name}, {part}": x["milliseconds"] / 1e3 for part, x in row.items() if part in ("forward", "both")}
+    return found
+
+
+if __name__ == "__main__":
+    main()
