@@ -114,6 +114,12 @@ inline Vec Exp2(Vec x) {
 // e^x for x <= 0, once per position and channel; n log(2) is subtracted in two parts, to be exact for large |x|.
 inline Vec Exp(Vec x) {
   x = AtLeast(x, -88.0f);
+#if defined(__AVX512DQ__)
+  const Vec rounded = (Vec)_mm512_roundscale_ps((__m512)(x * kLog2e), 0);
+  const Vec f = (Vec)_mm512_fmsub_ps((__m512)x, (__m512)Splat(kLog2e), (__m512)rounded)  // exact
+                + x * 1.92596299e-8f;                                                    // the rest of log2(e)
+  return (Vec)_mm512_scalef_ps((__m512)Mantissa(f), (__m512)rounded);
+#endif
   const Vec shifted = x * kLog2e + kShift, n = shifted - kShift;
   return Power(((x - n * 0.693359375f) + n * 2.12194440e-4f) * kLog2e, shifted);
 }
@@ -132,7 +138,13 @@ inline Vec Log1p(Vec w) {
 
 // Functions of x that start from e^-|x|.
 inline Vec Sigmoid(Vec x, Vec exp_minus_abs) {
-  return (x < Splat(0) ? exp_minus_abs : Splat(1)) / (exp_minus_abs + 1.0f);
+  const Vec numerator = x < Splat(0) ? exp_minus_abs : Splat(1), denominator = exp_minus_abs + 1.0f;
+#if defined(__AVX512F__)
+  const Vec reciprocal = (Vec)_mm512_rcp14_ps((__m512)denominator);  // to 14 bits, which one step of Newton doubles
+  return numerator * (reciprocal * (2.0f - denominator * reciprocal));
+#else
+  return numerator / denominator;
+#endif
 }
 // In float32 this is x above 20, as the published kernels have it.
 inline Vec Softplus(Vec x, Vec exp_minus_abs) { return AtLeast(x, 0.0f) + Log1p(exp_minus_abs); }
@@ -160,10 +172,15 @@ inline Vec LaneSums(const Vec* from) {
 
 inline Vec FromBfloat16(Bits x) { return (Vec)(x << 16); }
 
-inline Bits ToBfloat16(Vec v) {
+inline Halves ToBfloat16(Vec v) {
+#if defined(__AVX512BF16__)
+  return (Halves)_mm512_cvtneps_pbh((__m512)v);
+#else
   const Bits x = (Bits)v;
   const Bits rounded = (x + 0x7fff + ((x >> 16) & 1)) >> 16;
-  return v == v ? rounded : (x >> 16) | 0x40;  // rounding could carry a NaN into infinity
+  // rounding could carry a NaN into infinity
+  return __builtin_convertvector(v == v ? rounded : (x >> 16) | 0x40, Halves);
+#endif
 }
 
 inline Vec FromFloat16(Bits x) {
@@ -175,14 +192,14 @@ inline Vec FromFloat16(Bits x) {
   return (Vec)(value | (x & 0x8000) << 16);
 }
 
-inline Bits ToFloat16(Vec v) {
+inline Halves ToFloat16(Vec v) {
   const Bits sign = (Bits)v & 0x80000000, x = (Bits)v ^ sign;
   const Bits normal = (x - (112u << 23) + 0xfff + ((x >> 13) & 1)) >> 13;
   const Bits subnormal = (Bits)((Vec)x + 0.5f) - 0x3f000000;  // the addition rounds to multiples of 2^-24
   Bits half = x < Bits{} + 0x38800000 ? subnormal : normal;
   half = x < Bits{} + 0x477ff000 ? half : Bits{} + 0x7c00;  // rounds to infinity
   half = x > Bits{} + 0x7f800000 ? Bits{} + 0x7e00 : half;  // NaN
-  return half | sign >> 16;
+  return __builtin_convertvector(half | sign >> 16, Halves);
 }
 
 struct Bfloat16 {
@@ -215,8 +232,7 @@ inline Bits LoadHalves(const void* from, int lanes) {
   return __builtin_convertvector(halves, Bits);
 }
 
-inline void StoreHalves(void* to, Bits bits, int lanes) {
-  const Halves halves = __builtin_convertvector(bits, Halves);
+inline void StoreHalves(void* to, Halves halves, int lanes) {
   if (lanes == kLanes)
     *static_cast<MemoryHalves*>(to) = halves;
   else
