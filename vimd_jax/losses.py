@@ -126,5 +126,6 @@ def _distances(student: jax.Array, teacher: jax.Array, normalize: bool) -> jax.A
 
 
 def _unit_length(tokens: jax.Array) -> jax.Array:
-    squared = jnp.einsum("...c,...c->...", tokens, tokens)  # on a CPU 30 times faster than a sum (JAX 0.10)
+    # On a CPU, XLA may compute a sum of squares along the last of several axes far more slowly (JAX 0.10).
+    squared = jnp.einsum("...c,...c->...", tokens, tokens, precision="highest")
     return tokens * jax.lax.rsqrt(jnp.maximum(squared, 1e-24))[..., None]

@@ -134,7 +134,7 @@ def _winograd_matrices() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The transforms of six pixels, of three taps and back to four results, by the algorithm of Toom and Cook.
 
     Polynomials are multiplied by their values at five points and their highest coefficient. With these points rounding
-    errors are a fifth of those with the usual 0, ±1, ±2.
+    errors are smaller than with the usual 0, ±1, ±2.
     """
     points = np.array([0, 2**0.5, -(2**0.5), 0.5**0.5, -(0.5**0.5)])
     others = [np.delete(points, i) for i in range(5)]
