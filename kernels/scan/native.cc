@@ -95,19 +95,23 @@ inline Vec Mantissa(Vec f) {
   return q * f + 1.0f;
 }
 
-#if defined(__AVX512DQ__)
+// 2^(i / kCount), from 2^(1 / kCount).
+template <int kCount>
 struct Roots {
-  float of[32];
-  constexpr Roots() : of() {
+  float of[kCount];
+  constexpr explicit Roots(double root) : of() {
     double power = 1;
-    for (float& root : of) root = static_cast<float>(power), power *= 1.0218971486541166;
+    for (float& x : of) x = static_cast<float>(power), power *= root;
   }
 };
-alignas(64) constexpr Roots kRoots;  // 2^(i/32)
 
-// The decay, where half of the time goes. Of x + 1/64, the whole part becomes the exponent, five bits choose a root,
-// and what is left takes a shorter polynomial than Mantissa. Relative error 2.3e-7, beside what rounding x + 1/64 costs;
-// below 9e-8 from -1/64 to 0, where errors add up over many steps, and exact at 0.
+// Exp2 is the decay, where half of the time goes: a few bits of x choose a root from a table, if there is an instruction
+// for that, and a polynomial shorter than Mantissa does the rest. Relative error 2.5e-7; below 9e-8 from -1/64 to 0,
+// where errors add up over many steps; exact at 0.
+#if defined(__AVX512DQ__)
+alignas(64) constexpr Roots<32> kRoots(1.0218971486541166);
+
+// Rounding x + 1/64 adds to the error what rounding x does. Its whole part is the exponent, the next five bits the root.
 inline Vec Exp2(Vec x) {
   x += 1.0f / 64;
   const Vec f = (Vec)_mm512_reduce_ps((__m512)x, 5 << 4 | _MM_FROUND_TO_NEG_INF);  // in [0, 1/32]; 0 if x is infinite
@@ -134,11 +138,24 @@ constexpr float kShift = 12582912.0f + 127.0f;
 // 2^(n + f) for n = shifted - kShift in [-127, 128], which becomes the exponent field: zero at -127, infinite at 128.
 inline Vec Power(Vec f, Vec shifted) { return Mantissa(f) * (Vec)((Bits)shifted << 23); }
 
+#if defined(__AVX2__)
+alignas(32) constexpr Roots<8> kRoots(1.0905077326652577);
+
+inline Vec Exp2(Vec x) {
+  x = AtMost(AtLeast(x, -127.0f), 128.0f);
+  const Vec shifted = x + 1.5f * (1 << 20), f = x - (shifted - 1.5f * (1 << 20));  // leaves 8 x in the low bits
+  // The bits that choose the root would reach the mantissa with the exponent; the table makes up for it.
+  const Bits table = *reinterpret_cast<const Bits*>(kRoots.of) - (Bits{EVEN_LANES} << 19);
+  const Bits root = (Bits)_mm256_permutevar8x32_epi32((__m256i)table, (__m256i)shifted);
+  return (Vec)(root + ((Bits)shifted << 20)) * (((0.05550277f * f + 0.24023429f) * f + 0.69314718f) * f + 1.0f);
+}
+#else
 inline Vec Exp2(Vec x) {
   x = AtMost(AtLeast(x, -127.0f), 128.0f);
   const Vec shifted = x + kShift;
   return Power(x - (shifted - kShift), shifted);
 }
+#endif
 
 // e^x for x <= 0, once per position and channel; n log(2) is subtracted in two parts, to be exact for large |x|.
 inline Vec Exp(Vec x) {
@@ -195,9 +212,12 @@ inline Vec LaneSums(const Vec* from) {
 // Memory. `lanes` is how many channels of a block exist; the others read as zero and are not written.
 
 inline Vec FromBfloat16(Halves x) {
-#if defined(__AVX512BW__)  // one instruction moves each to the upper half of its lane
-  const __m512i from = (__m512i)(Bits{EVEN_LANES} << 15), halves = _mm512_castsi256_si512((__m256i)x);
-  return (Vec)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, from, halves);
+#if defined(__AVX512BW__)  // one instruction moves each to the upper half of its lane and 0, the 16th, to the lower
+  const __m512i from = (__m512i)((Bits{EVEN_LANES} << 15) + 16);
+  return (Vec)_mm512_permutexvar_epi16(from, _mm512_zextsi256_si512((__m256i)x));
+#elif defined(__AVX2__)  // here byte by byte, 0x80 is 0
+  const __m256i from = (__m256i)(Bits{EVEN_LANES} * 0x01010000 + 0x01008080);
+  return (Vec)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256((__m128i)x), from);
 #else
   return (Vec)(__builtin_convertvector(x, Bits) << 16);
 #endif
@@ -255,11 +275,9 @@ inline void Store(float* to, Vec v, int lanes = kLanes) {
 }
 
 inline Halves LoadHalves(const void* from, int lanes) {
+  if (lanes == kLanes) return *static_cast<const MemoryHalves*>(from);
   Halves halves{};
-  if (lanes == kLanes)
-    halves = *static_cast<const MemoryHalves*>(from);
-  else
-    std::memcpy(&halves, from, lanes * sizeof(uint16_t));
+  std::memcpy(&halves, from, lanes * sizeof(uint16_t));
   return halves;
 }
 
