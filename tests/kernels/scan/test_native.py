@@ -40,6 +40,9 @@ def test_exponential():
     np.testing.assert_allclose(y, np.exp(np.float64(x)), rtol=6e-6)  # x log2(e) is rounded: error grows with |x|
     near = abs(x) < 1
     np.testing.assert_allclose(y[near], np.exp(np.float64(x[near])), rtol=2.5e-7)
+    slow = np.float32(np.linspace(-0.01, 0, 10_001))  # where errors add up over many steps
+    y = one_step(u=np.float32(0), delta=slow, A=1.0, initial_state=1.0)
+    np.testing.assert_allclose(y, np.exp(np.float64(slow)), rtol=1e-7)
     limits = one_step(u=np.float32(0), delta=np.float32([0, -1e30, -88, 89, 1e30, np.nan]), A=1.0, initial_state=1.0)
     np.testing.assert_array_equal(limits, np.float32([1, 0, 0, np.inf, np.inf, np.nan]))
 
