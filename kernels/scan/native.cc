@@ -145,7 +145,7 @@ inline Vec Exp2(Vec x) {
   x = AtMost(AtLeast(x, -127.0f), 128.0f);
   const Vec shifted = x + 1.5f * (1 << 20), f = x - (shifted - 1.5f * (1 << 20));  // leaves 8 x in the low bits
   // The bits that choose the root would reach the mantissa with the exponent; the table makes up for it.
-  const Bits table = *reinterpret_cast<const Bits*>(kRoots.of) - (Bits{EVEN_LANES} << 19);
+  const Bits table = (Bits)_mm256_load_ps(kRoots.of) - (Bits{EVEN_LANES} << 19);
   const Bits root = (Bits)_mm256_permutevar8x32_epi32((__m256i)table, (__m256i)shifted);
   return (Vec)(root + ((Bits)shifted << 20)) * (((0.05550277f * f + 0.24023429f) * f + 0.69314718f) * f + 1.0f);
 }
