@@ -138,7 +138,7 @@ constexpr float kShift = 12582912.0f + 127.0f;
 // 2^(n + f) for n = shifted - kShift in [-127, 128], which becomes the exponent field: zero at -127, infinite at 128.
 inline Vec Power(Vec f, Vec shifted) { return Mantissa(f) * (Vec)((Bits)shifted << 23); }
 
-#if defined(__AVX2__)
+#if defined(__AVX2__) && !defined(__AVX512F__)
 alignas(32) constexpr Roots<8> kRoots(1.0905077326652577);
 
 inline Vec Exp2(Vec x) {
@@ -215,7 +215,7 @@ inline Vec FromBfloat16(Halves x) {
 #if defined(__AVX512BW__)  // one instruction moves each to the upper half of its lane and 0, the 16th, to the lower
   const __m512i from = (__m512i)((Bits{EVEN_LANES} << 15) + 16);
   return (Vec)_mm512_permutexvar_epi16(from, _mm512_zextsi256_si512((__m256i)x));
-#elif defined(__AVX2__)  // here byte by byte, 0x80 is 0
+#elif defined(__AVX2__) && !defined(__AVX512F__)  // here byte by byte, 0x80 is 0
   const __m256i from = (__m256i)(Bits{EVEN_LANES} * 0x01010000 + 0x01008080);
   return (Vec)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256((__m128i)x), from);
 #else
