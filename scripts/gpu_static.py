@@ -38,7 +38,11 @@ from kernels.scan.inputs import ScanInputs, ScanOptions
 from kernels.scan.shapes import SHAPES, Shape
 
 OPTIONS = ScanOptions(delta_softplus=True)
-COLUMNS = ("blocks", "registers", "spilled bytes", "shared bytes", "instructions", "MUFU", "shuffles", "bytes")
+COLUMNS = (
+    *("blocks", "registers", "spilled bytes", "shared bytes"),
+    *("instructions", "MUFU", "shuffles", "shared memory", "bytes"),
+)
+SHARED = ("LDS", "LDSM", "STS", "STSM")  # instructions that load from shared memory or store there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +72,6 @@ class Kernel:
     warps: int
     bytes: int  # of the arrays it reads and writes
     trips: float  # of the loop over time, in each program
-    inner_trips: float  # of a loop inside it, on average
 
 
 def main() -> None:
@@ -168,10 +171,7 @@ def lowered(name: str, plan, folder: Path, function, *arguments) -> list[Kernel]
         moved = sum(math.prod(x.shape) * x.element_type.width // 8 for x in arrays)
         grid = tuple(config[f"grid_{axis}"].value for axis in "xyz")
         label = f"{name}, chunks" if "summary" in config["name"].value else name
-        again = (pallas.SAVED / pallas.WINDOW - 1) / 2  # windows whose states the backward kernel computes twice
-        kernels.append(
-            Kernel(label, str(path), grid, config["num_warps"].value, moved, plan.windows / plan.chunks, again)
-        )
+        kernels.append(Kernel(label, str(path), grid, config["num_warps"].value, moved, plan.windows / plan.chunks))
     return kernels
 
 
@@ -190,7 +190,7 @@ def triton_kernels(inputs: ScanInputs, passes: list[str], folder: Path) -> list[
         source = ASTSource(function, signature | dict.fromkeys(constants, "constexpr"), constants)
         moved = sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
         trips = inputs.length if name == "forward" else -(-inputs.length // triton.WINDOW)
-        found.append(Kernel(name, source, grid, warps, moved, trips, 1))
+        found.append(Kernel(name, source, grid, warps, moved, trips))
         return [jnp.zeros(x.shape, x.dtype) for x in outputs]
 
     def both(inputs):
@@ -215,7 +215,7 @@ def measure(kernel: Kernel, architecture: int, updates: int, folder: Path) -> li
         return subprocess.run([tool(program), option, cubin], check=True, capture_output=True, text=True).stdout
 
     usage = dict(re.findall(r"(\w+):(\d+)", read("cuobjdump", "-res-usage").split("Function")[1]))
-    counts = count(read("nvdisasm", "-c"), kernel.trips, kernel.inner_trips)
+    counts = count(read("nvdisasm", "-c"), kernel.trips)
     device, threads = DEVICES[architecture], math.prod(kernel.grid) * kernel.warps * 32
     seconds = counts["all"] * threads / device.instructions, counts["MUFU"] * threads / device.special
     return [
@@ -223,16 +223,16 @@ def measure(kernel: Kernel, architecture: int, updates: int, folder: Path) -> li
         usage["REG"],
         str(int(usage["LOCAL"]) + int(usage["STACK"])),
         str(compiled.metadata.shared),
-        *(f"{counts[name] * threads / updates:.2f}" for name in ("all", "MUFU", "SHFL")),
+        *(f"{counts[name] * threads / updates:.2f}" for name in ("all", "MUFU", "SHFL", "shared")),
         f"{kernel.bytes / updates:.2f}",
         *(f"{1e6 * x:.1f}" for x in (*seconds, kernel.bytes / device.bandwidth)),
     ]
 
 
-def count(assembly: str, trips: float, inner_trips: float) -> Counter:
-    """How often a thread executes each instruction, by the first part of its name, and "all" of them.
+def count(assembly: str, trips: float) -> Counter:
+    """How often a thread executes each instruction, by the first part of its name, "all" of them and the `SHARED`.
 
-    The loop over time is the longest; loops inside it run `inner_trips` times each time.
+    The loop over time is the longest; no kernel has another inside it.
     """
     instructions, labels, loops = [], {}, []
     for line in assembly.splitlines():
@@ -245,12 +245,10 @@ def count(assembly: str, trips: float, inner_trips: float) -> Counter:
         if target < number:
             loops.append(range(target, number + 1))
     time, counts = max(loops, key=len, default=range(0)), Counter()
-    inner = [loop for loop in loops if loop != time and loop[0] in time]
     for number, (name, _) in enumerate(instructions):
         if name != "NOP":
-            often = (trips if number in time else 1) * (inner_trips if any(number in loop for loop in inner) else 1)
-            counts[name] += often
-            counts["all"] += often
+            often = trips if number in time else 1
+            counts.update(dict.fromkeys((name, "all", *(["shared"] if name in SHARED else [])), often))
     return counts
 
 

@@ -12,10 +12,14 @@ only the recurrence itself takes the steps one by one. The forward pass loads ah
 z, by a step for B and C. A store stands between such a load and what is computed from it, because the assembler moves
 loads down to their first use, but not past a store.
 
-The forward pass saves the state before every `SAVED` steps. The backward pass visits the windows from the last to the
-first, recomputes the states of a window into registers and runs the adjoint recurrence over it. Sums over channels
-(gradients of B and C) and over the batch (A, D, delta_bias) leave the kernel as partial sums, one for each program, and
-XLA adds them up: there are no atomics, and the same input gives the same bits.
+What threads have to tell each other goes through arrays that are split along an axis of lanes: the compiler brings that
+axis into registers, if there are more than two lanes through shared memory, where one instruction stores or loads up to
+four values. An exchange between lanes takes one for each value, and two to choose what to keep and what to send.
+
+The forward pass saves the state before every window. The backward pass visits the windows from the last to the first,
+recomputes the states of a window into registers and runs the adjoint recurrence over it. Sums over channels (gradients
+of B and C) and over the batch (A, D, delta_bias) leave the kernel as partial sums, one for each program, and XLA adds
+them up: there are no atomics, and the same input gives the same bits.
 
 Where batch and channels are too few to keep a GPU busy, time is also cut into chunks, which run at the same time. The
 recurrence is linear, so a first kernel finds what each chunk adds to a state, and multiplies it by exp(A Σ Δ); from
@@ -37,9 +41,9 @@ from jax.experimental.pallas import triton as plgpu
 from kernels.scan.inputs import ScanInputs, ScanOptions
 
 WINDOW = 8  # steps whose states the backward kernel holds in registers; the most state lanes; a power of two
-SAVED = 16  # steps from one saved state to the next; a multiple of WINDOW
-CHUNK = 32  # steps of the shortest chunks; a multiple of SAVED
+CHUNK = 32  # steps of the shortest chunks; a multiple of WINDOW
 PROCESSORS = 132  # of an H100 or H200; fewer programs than two for each are cut into chunks of time
+VECTOR = 4  # numbers of 32 bits that one instruction moves
 LOG2_E = math.log2(math.e)
 # log(1 + x) / x on [0, 1] at Chebyshev nodes; with the rounding of float32 the relative error is 2e-7.
 LOG1P = (
@@ -104,17 +108,6 @@ class Plan:
         return cls(batch, length, channels // groups, groups, state, *constant, shape)
 
     @property
-    def axes(self) -> tuple[int, ...]:
-        """`shape` with an axis for each bit of the numbers of lanes: lanes exchange values without changing layouts."""
-        registers, groups, *lanes = self.shape
-        return registers, groups, *(2 for n in lanes for _ in range(n.bit_length() - 1))
-
-    def axis(self, lanes: int, distance: int) -> int:
-        """The axis along which state (2) or channel (3) lanes differ in one bit of their number, `distance`."""
-        bits = [n.bit_length() - 1 for n in self.shape[2 : lanes + 1]]
-        return 2 + sum(bits) - distance.bit_length()
-
-    @property
     def threads(self) -> int:
         """Threads in a program."""
         return math.prod(self.shape[1:])
@@ -140,9 +133,8 @@ class Plan:
         programs = self.blocks * self.groups * self.batch
         if programs >= 2 * PROCESSORS:
             return self.windows
-        saved = SAVED // WINDOW
         wanted = pl.cdiv(self.windows * programs, 4 * PROCESSORS)
-        return min(max(pl.cdiv(wanted, saved) * saved, CHUNK // WINDOW), self.windows)
+        return min(max(wanted, CHUNK // WINDOW), self.windows)
 
     @property
     def chunks(self) -> int:
@@ -185,17 +177,17 @@ def forward_plan(inputs: ScanInputs) -> Plan:
 
 
 def backward_plan(inputs: ScanInputs) -> Plan:
-    """Four states in a thread leave registers for those of a window; wide blocks keep the sums for B and C few."""
-    return Plan.create(inputs, registers=4, block=64)
+    """Four states in a thread leave registers for those of a window; in wider blocks a thread may have fewer."""
+    return Plan.create(inputs, registers=4, block=32)
 
 
 def forward(inputs: ScanInputs, options: ScanOptions, save_states: bool) -> dict[str, jax.Array]:
-    """`y` and `last_state`, and the `states` before every `SAVED` steps if asked for; `inputs` are from `pad`."""
+    """`y` and `last_state`, and the `states` before every window if asked for; `inputs` are from `pad`."""
     batch, length, channels = inputs.u.shape
     plan = forward_plan(inputs)
     outputs = dict(y=_like(inputs.u), last_state=_float32(batch, channels, plan.state))
     if save_states:
-        outputs["states"] = _float32(batch, pl.cdiv(length, SAVED), channels, plan.state)
+        outputs["states"] = _float32(batch, plan.windows, channels, plan.state)
     arguments = [inputs, plan.summarize(options, inputs)]
     in_specs = [jax.tree.map(_input_spec, inputs), jax.tree.map(_output_spec, arguments[1])]
     return plan.call(_forward_kernel, options, arguments, in_specs, outputs)
@@ -271,18 +263,18 @@ def _summary_kernel(plan: Plan, options: ScanOptions, inputs: ScanInputs, d_outp
         tiles = program.tiles(program.load_window(index, whole), index, whole)
         for tile in tiles if forward else reversed(tiles):
             if forward:
-                added, matrix, lanes = tile.delta * tile.u, program.B, range(program.steps)
+                added, matrix = tile.delta * tile.u, program.B
             else:
                 dy = program.load(d_output, tile.first, whole).astype(jnp.float32)
-                added, matrix, lanes = program.gate(dy, tile), program.C, reversed(range(program.steps))
-            delta, added = program.rows(tile.delta), program.rows(added)
-            for lane in lanes:
-                decay, x = program.decay(delta[lane]), added[lane] * matrix(tile.first + lane)
+                added, matrix = program.gate(dy, tile), program.C
+            rows = [*enumerate(program.rows(added, tile.delta))]
+            for lane, (row, delta) in rows if forward else reversed(rows):
+                decay, x = program.decay(delta), row * matrix(tile.first + lane)
                 h = decay * h + x if forward else decay * (h + x)
             total += tile.delta
         return h, total
 
-    zeros = jnp.zeros(plan.axes, jnp.float32), program.zero_tile
+    zeros = jnp.zeros(plan.shape, jnp.float32), program.zero_tile
     h, total = program.walk(window, zeros, backward=not forward)
     program.store_states(summary.end, h, program.chunk)
     program.store_channels(summary.total_delta, total, program.chunk)
@@ -293,21 +285,20 @@ def _forward_kernel(plan: Plan, options: ScanOptions, inputs: ScanInputs, summar
 
     def window(index, whole, carry):
         if "states" in outputs:
-            saved, rest = _divide(index, SAVED // WINDOW)
-            program.store_states(outputs["states"], carry[0], saved, condition=rest == 0)
+            program.store_states(outputs["states"], carry[0], index)
         following = jnp.minimum(index + 1, plan.windows - 1)
         loaded = program.load_window(following, whole)
         h, tiles, B, C = carry
         for number, tile in enumerate(tiles):
-            delta, delta_u, y = program.rows(tile.delta), program.rows(tile.delta * tile.u), []
-            for lane in range(program.steps):
+            y = []
+            for lane, (delta, delta_u) in enumerate(program.rows(tile.delta, tile.delta * tile.u)):
                 last = (number + 1) * program.steps == WINDOW and lane == program.steps - 1
                 ahead = [matrix(tile.first + lane + 1, not last) for matrix in (program.B, program.C)]
-                h = program.decay(delta[lane]) * h + delta_u[lane] * B
-                y.append(_sum_registers(h * C))
+                h = program.decay(delta) * h + delta_u * B
+                y.append(_sum(_split(h * C, 0)))
                 B, C = ahead
-            y = program.gate(program.add_skip(program.sum_states(y), tile), tile)
-            program.store(outputs["y"], y, tile.first, whole)
+            (y,) = program.sum_states(y)
+            program.store(outputs["y"], program.gate(program.add_skip(y, tile), tile), tile.first, whole)
         return h, program.tiles(loaded, following, whole), B, C
 
     def start(h, index, whole):
@@ -338,20 +329,23 @@ def _backward_kernel(
     program = Program(plan, options, inputs)
 
     def window(index, whole, sums):
-        saved, rest = _divide(index, SAVED // WINDOW)
-        h = program.load_states(states, saved)
-        h = lax.fori_loop(index - rest, index, lambda i, h: _advance(program, i, True, h)[1][-1], h)
-        tiles, history = _advance(program, index, whole, h)
-        dB, dC = MatrixGradient(program, gradients.B, sums.dB), MatrixGradient(program, gradients.C, sums.dC)
+        tiles, history = _advance(program, index, whole, program.load_states(states, index))
+        dB, dC = [], []
         for tile in reversed(tiles):
             sums = _pull_back_tile(program, tile, whole, history, d_output, dB, dC, gradients, sums)
-        return sums._replace(dB=dB.total, dC=dC.total)
+
+        def add(reference, total, rows):
+            if total is None:  # the matrix varies in time
+                return program.store_rows(reference, index * WINDOW, rows)
+            return total + _sum(rows)
+
+        return sums._replace(dB=add(gradients.B, sums.dB, dB), dC=add(gradients.C, sums.dC, dC))
 
     dh = program.load_states(d_last_state)
     if summary is not None:
         last, skip = plan.chunks - 1, functools.partial(program.skip_chunk, summary)
         dh = lax.fori_loop(0, last - program.chunk, lambda number, dh: skip(last - number, dh), dh)
-    zeros = jnp.zeros(plan.axes, jnp.float32)
+    zeros = jnp.zeros(plan.shape, jnp.float32)
     constant = [zeros if constant else None for constant in (plan.constant_B, plan.constant_C)]
     sums = Sums(dh, zeros, *constant, program.zero_tile, program.zero_tile)
     sums = program.walk(window, sums, backward=True)
@@ -365,14 +359,28 @@ def _backward_kernel(
     program.store_channels(gradients.delta_bias, sums.d_bias, program.chunk)
 
 
-def _advance(program, index, whole: bool, h) -> tuple[list, list]:
-    """The tiles of a window, and the states before its first step and after each."""
-    tiles, history = program.tiles(program.load_window(index, whole), index, whole), [h]
-    for tile in tiles:
-        delta, delta_u = program.rows(tile.delta), program.rows(tile.delta * tile.u)
-        for lane in range(program.steps):
-            h = program.decay(delta[lane]) * h + delta_u[lane] * program.B(tile.first + lane)
-            history.append(h)
+class Step(NamedTuple):
+    """One step of the recurrence: after = decay before + delta_u B."""
+
+    before: jax.Array  # the state
+    after: jax.Array
+    decay: jax.Array  # exp(Δ A)
+    delta: jax.Array
+    delta_u: jax.Array  # Δ u
+    B: jax.Array
+
+
+def _advance(program, index, whole: bool, h) -> tuple[list, list[Step]]:
+    """The tiles and the steps of a window, from the state `h` before it."""
+    tiles, history = program.tiles(program.load_window(index, whole), index, whole), []
+    rows = program.rows(*(tile.delta for tile in tiles), *(tile.delta * tile.u for tile in tiles))
+    for number, tile in enumerate(tiles):
+        for lane, row in enumerate(rows):
+            delta, delta_u = row[number :: len(tiles)]
+            decay, B = program.decay(delta), program.B(tile.first + lane)
+            step = Step(h, decay * h + delta_u * B, decay, delta, delta_u, B)
+            history.append(step)
+            h = step.after
     return tiles, history
 
 
@@ -383,9 +391,10 @@ def _pull_back_tile(program, tile, whole, history, d_output, dB, dC, gradients: 
     y, d_input, d_rate, dh, dA = _pull_back_steps(program, tile, history, dy, dB, dC, sums.dh, sums.dA)
     if tile.z is not None:
         sigmoid = program.sigmoid(tile.z)
-        d_silu = sigmoid * (1 + tile.z * (1 - sigmoid))
-        program.store(gradients.z, d_gated * program.add_skip(program.sum_states(y), tile) * d_silu, tile.first, whole)
-    d_input, d_rate = program.sum_states(d_input), program.sum_states(d_rate)
+        d_silu = sigmoid + tile.z * sigmoid * (1 - sigmoid)
+        (y,) = program.sum_states(y)
+        program.store(gradients.z, d_gated * program.add_skip(y, tile) * d_silu, tile.first, whole)
+    d_input, d_rate = program.sum_states(d_input, d_rate)
     du = d_input * tile.delta
     program.store(gradients.u, du if program.D is None else du + dy * program.D, tile.first, whole)
     d_delta = d_input * tile.u + d_rate * (1 / LOG2_E)
@@ -397,29 +406,28 @@ def _pull_back_tile(program, tile, whole, history, d_output, dB, dC, gradients: 
 
 
 def _pull_back_steps(program, tile, history, dy, dB, dC, dh, dA):
-    """Runs the adjoint recurrence over the steps of one tile, whose states it takes off the history.
+    """Runs the adjoint recurrence over the steps of one tile, which it takes off the history.
 
     With a_t = exp(Δ_t A) and g_t the gradient of h_t: g_t = dy_t C_t + a_{t+1} g_{t+1}, dC_t = Σ_c dy_t h_t,
     dB_t = Σ_c g_t Δ_t u_t, d(Δ_t u_t) = Σ_n g_t B_t and d(Δ_t A) = g_t a_t h_{t-1}. On entry `dh` is a_{t+1} g_{t+1}.
+    What each channel contributes to dB and dC goes to the lists of these names.
 
     Returns:
       A thread's part of Σ_n h_t C_t (for the gate), d(Δ_t u_t) and log2(e) Σ_n d(Δ_t A) A, each a list over the steps;
       `dh` before the tile; `dA`.
     """
-    delta, delta_u, dy = (program.rows(x) for x in (tile.delta, tile.delta * tile.u, dy))
-    y, d_input, d_rate = [], [], []
+    rows, y, d_input, d_rate = program.rows(dy), [], [], []
     for lane in reversed(range(program.steps)):
-        step, h = tile.first + lane, history.pop()
-        B, C = program.B(step), program.C(step)
-        y.insert(0, _sum_registers(h * C))
-        dC.add(step, dy[lane] * h)
-        dh = dh + dy[lane] * C
-        dB.add(step, dh * delta_u[lane])
-        d_input.insert(0, _sum_registers(dh * B))
-        dh = dh * program.decay(delta[lane])
-        d_exponent = dh * history[-1]
-        dA = dA + d_exponent * delta[lane]
-        d_rate.insert(0, _sum_registers(d_exponent * program.log2_decay))
+        (dy,), step, C = rows[lane], history.pop(), program.C(tile.first + lane)
+        y.insert(0, _sum(_split(step.after * C, 0)))
+        dC.insert(0, dy * step.after)
+        dh = dh + dy * C
+        dB.insert(0, dh * step.delta_u)
+        d_input.insert(0, _sum(_split(dh * step.B, 0)))
+        dh = dh * step.decay
+        d_exponent = dh * step.before
+        dA = dA + d_exponent * step.delta
+        d_rate.insert(0, _sum(_split(d_exponent * program.log2_decay, 0)))
     return y, d_input, d_rate, dh, dA
 
 
@@ -433,42 +441,52 @@ class Tile(NamedTuple):
     z: jax.Array | None
 
 
+class Elements(NamedTuple):
+    """What the elements of an array in memory's order are: one or more, as many as a thread has registers, of each."""
+
+    register: jax.Array
+    state_lane: jax.Array
+    channel: jax.Array
+    mask: jax.Array | None  # which channels exist; None if all do
+
+
 class Program:
     """One program's part of the problem: its indices, what is constant in time, and its access to memory.
 
     Steps are counted in the direction of the recurrence. Memory with channels is read and written through arrays of one
-    axis, the program's threads, because Triton then has no choice of layout, and layouts that differ cost exchanges
-    between threads at every step. `whole` says that all steps of a window exist, so that nothing need be masked.
+    axis, the program's threads, each with as many neighbours in memory as one instruction moves: Triton then has no
+    choice of layout, and layouts that differ cost exchanges between threads at every step. `whole` says that all steps
+    of a window exist, so that nothing need be masked.
     """
 
     def __init__(self, plan: Plan, options: ScanOptions, inputs: ScanInputs):
         self.plan, self.options, self.inputs = plan, options, inputs
-        registers, _, self.steps, channel_lanes = plan.shape
-        self.register = self._iota(0)
-        self.state_lane, self.channel_lane = (
-            sum(
-                (self._iota(plan.axis(i, 2**k)) * 2**k for k in range(plan.shape[i].bit_length() - 1)), 0 * self._iota()
-            )
-            for i in (2, 3)
-        )
-        self.state = self.state_lane * registers + self.register
+        registers, _, self.steps, _ = plan.shape
+        self.of_tile, self.of_matrix = self._elements(1), self._elements(registers)
+        self.state_lane = self._iota(2)
+        self.state = self.state_lane * registers + self._iota(0)
         self.padded = registers * self.steps != plan.state
-        rest, channel_lane = _divide(lax.iota(jnp.int32, plan.threads), channel_lanes)
-        channel_group, self.thread_lane = _divide(rest, self.steps)
-        channel = pl.program_id(0) * plan.block + channel_group * channel_lanes + channel_lane
         self.chunk = pl.program_id(1) if plan.chunks > 1 else 0
-        self.thread_channel = pl.program_id(2) * plan.channels + channel
-        self.thread_mask = channel < plan.channels if plan.channels % plan.block else None
-        self.zero_tile = jnp.zeros((1, *plan.axes[1:]), jnp.float32)
+        self.zero_tile = jnp.zeros((1, *plan.shape[1:]), jnp.float32)
         self.log2_decay = self._load_matrix(inputs.A) * LOG2_E  # exp(Δ A) = exp2(Δ A log2(e)), one instruction
         self.constant_B = self._load_matrix(inputs.B) if plan.constant_B else None
         self.constant_C = self._load_matrix(inputs.C) if plan.constant_C else None
         self.D, self.delta_bias = (self._load_channels(x) for x in (inputs.D, inputs.delta_bias))
 
-    def _iota(self, axis: int | None = None) -> jax.Array:
-        """Indices along one of `Plan.axes`, to broadcast; without an axis, a single 0."""
-        shape = [n if i == axis else 1 for i, n in enumerate(self.plan.axes)]
-        return lax.broadcasted_iota(jnp.int32, shape, axis or 0)
+    def _elements(self, registers: int) -> Elements:
+        plan, vector = self.plan, min(registers, VECTOR)
+        rest, part = _divide(lax.iota(jnp.int32, registers * plan.threads), vector)
+        number, thread = _divide(rest, plan.threads)
+        rest, channel_lane = _divide(thread, plan.shape[3])
+        group, state_lane = _divide(rest, self.steps)
+        channel = pl.program_id(0) * plan.block + group * plan.shape[3] + channel_lane
+        mask = channel < plan.channels if plan.channels % plan.block else None
+        return Elements(number * vector + part, state_lane, pl.program_id(2) * plan.channels + channel, mask)
+
+    def _iota(self, axis: int) -> jax.Array:
+        """Indices along one of the axes of `Plan.shape`, to broadcast."""
+        shape = [n if i == axis else 1 for i, n in enumerate(self.plan.shape)]
+        return lax.broadcasted_iota(jnp.int32, shape, axis)
 
     def walk(self, window, carry, start=None, backward: bool = False) -> Any:
         """Runs `window(index, whole, carry)` over the windows of the program's chunk, in order or from the last on.
@@ -553,31 +571,15 @@ class Program:
         """C_t, to broadcast over channels, or C where it is constant; `exists` says that the step is in some window."""
         return self._load_row(self.inputs.C, step, exists) if self.constant_C is None else self.constant_C
 
-    def rows(self, tile) -> list:
-        """What a tile holds for each step, to broadcast over the state: lanes exchange what they have, then pairs."""
-        rows = [tile]
-        while (distance := len(rows)) < self.steps:
-            upper, others = self._iota(self.plan.axis(2, distance)) == 1, [self.exchange(x, 2, distance) for x in rows]
-            pairs = [(jnp.where(upper, y, x), jnp.where(upper, x, y)) for x, y in zip(rows, others)]
-            rows = [x for x, _ in pairs] + [y for _, y in pairs]
-        return rows
+    def rows(self, *tiles) -> list[list]:
+        """What tiles, as many as a power of two, hold for each step, to broadcast over the state."""
+        return [_unstack(x) for x in _split(_stack(tiles), 2)]
 
-    def sum_states(self, rows: list) -> jax.Array:
-        """The opposite of `rows`: the sum of each over the state lanes, as a tile."""
-        while (distance := len(rows) // 2) > 0:
-            rows = [self.add_halves(x, y, 2, distance) for x, y in zip(rows, rows[distance:])]
-        return rows[0]
-
-    def add_halves(self, lower, upper, lanes: int, distance: int) -> jax.Array:
-        """Sums over the pairs of lanes that `exchange` joins: in lower lanes of one array, in upper of another."""
-        is_upper = self._iota(self.plan.axis(lanes, distance)) == 1
-        kept, sent = jnp.where(is_upper, upper, lower), jnp.where(is_upper, lower, upper)
-        return kept + self.exchange(sent, lanes, distance)
-
-    def exchange(self, x, lanes: int, distance: int) -> jax.Array:
-        """What the state (2) or channel (3) lane has whose number differs in one bit, `distance`."""
-        axis = self.plan.axis(lanes, distance)
-        return jnp.flip(x, axis) if self.options.interpret else exchange(x, axis)
+    def sum_states(self, *rows: list) -> list:
+        """The opposite of `rows`: from lists over the steps, the sums over the state lanes, each list's as a tile."""
+        total = _sum(_split(_stack([x for steps in zip(*rows) for x in steps]), 2))
+        total = jnp.moveaxis(total.reshape(*total.shape[:-1], self.steps, len(rows)), 4, 2)
+        return _unstack(total.reshape(*self.zero_tile.shape, len(rows)))
 
     def inside(self, first) -> jax.Array:
         """Which steps of the tile that begins at `first` exist."""
@@ -585,67 +587,63 @@ class Program:
 
     def load(self, reference, first, whole: bool) -> jax.Array | None:
         """The tile of (length, channels) that begins at a step; 0 where nothing exists; None if there is no array."""
-        return None if reference is None else self._load_threads(*self._tile_access(reference, first, whole))
+        return None if reference is None else self._load_elements(*self._tile_access(reference, first, whole))
 
     def store(self, reference, tile, first, whole: bool) -> None:
         """The opposite of `load`."""
-        self._store_threads(*self._tile_access(reference, first, whole), tile)
+        self._store_elements(*self._tile_access(reference, first, whole), tile)
 
     def load_states(self, reference, *index) -> jax.Array:
         """The states in (…, channels, state), zeros if there is no such array."""
         if reference is None:
-            return jnp.zeros(self.plan.axes, jnp.float32)
+            return jnp.zeros(self.plan.shape, jnp.float32)
         return self._load_matrix(reference, *index)
 
     def store_states(self, reference, states, *index, condition=None) -> None:
         """Stores in (…, channels, state), if there is such an array and the condition is met."""
         if reference is not None:
-            for register, part in enumerate(_registers(states)):
-                access, mask = self._matrix_access(reference, register, *index)
-                self._store_threads(access, _both(mask, condition), part)
+            access, mask = self._matrix_access(reference, *index)
+            self._store_elements(access, _both(mask, condition), states)
 
     def store_channels(self, reference, tile, *index) -> None:
         """Stores a tile's sum over steps in (…, channels), if there is such an array."""
         if reference is not None:
-            for distance in (2**k for k in range(self.steps.bit_length() - 1)):
-                tile = tile + self.exchange(tile, 2, distance)  # every state lane stores the same
-            self._store_threads(reference.at[*index, self.thread_channel], self.thread_mask, tile)
+            total = jnp.broadcast_to(jnp.sum(tile, 2, keepdims=True), tile.shape)  # every state lane stores the same
+            self._store_elements(reference.at[*index, self.of_tile.channel], self.of_tile.mask, total)
 
-    def store_rows(self, reference, first, rows, lanes: int) -> None:
-        """Stores in (length, state) the steps from `first` on, one on so many channel lanes."""
-        step = first + self.channel_lane // lanes
-        mask = (step < self.plan.length) & (self.state < self.plan.state)
-        plgpu.store(reference.at[self._position(step), self.state], rows, mask=mask)
+    def store_rows(self, reference, first, rows: list) -> None:
+        """Stores in (length, state), from step `first` on, the sum of each of the rows over the program's channels."""
+        total = jnp.sum(_sum(_split(_stack(rows), 3)), 1, keepdims=True)
+        step = first + lax.broadcasted_iota(jnp.int32, (1, 1, 1, 1, len(rows)), 4)
+        state = self.state[..., None]
+        mask = (step < self.plan.length) & (state < self.plan.state)
+        plgpu.store(reference.at[self._position(step), state], total, mask=mask)
 
     def _tile_access(self, reference, first, whole: bool):
-        step = first + self.thread_lane
+        step = first + self.of_tile.state_lane
         mask = None if whole else step < self.plan.length
-        return reference.at[self._position(step, whole), self.thread_channel], _both(self.thread_mask, mask)
+        return reference.at[self._position(step, whole), self.of_tile.channel], _both(self.of_tile.mask, mask)
 
-    def _matrix_access(self, reference, register: int, *index):
-        state = self.thread_lane * self.plan.shape[0] + register
+    def _matrix_access(self, reference, *index):
+        state = self.of_matrix.state_lane * self.plan.shape[0] + self.of_matrix.register
         mask = state < self.plan.state if self.padded else None
-        return reference.at[*index, self.thread_channel, state], _both(self.thread_mask, mask)
+        return reference.at[*index, self.of_matrix.channel, state], _both(self.of_matrix.mask, mask)
 
     def _load_matrix(self, reference, *index):
-        matrix = jnp.zeros(self.plan.axes, jnp.float32)
-        for register in range(self.plan.shape[0]):
-            part = self._load_threads(*self._matrix_access(reference, register, *index))
-            matrix = jnp.where(self.register == register, part, matrix)
-        return matrix
+        return self._load_elements(*self._matrix_access(reference, *index)).astype(jnp.float32)
 
     def _load_channels(self, reference, *index):
         if reference is None:
             return None
-        return self._load_threads(reference.at[*index, self.thread_channel], self.thread_mask)
+        return self._load_elements(reference.at[*index, self.of_tile.channel], self.of_tile.mask)
 
     def _load_last(self, reference, first, whole: bool):
         """Like `load`, but after the end of the sequence it is its last step."""
         if reference is None:
             return None
-        step = first + self.thread_lane
+        step = first + self.of_tile.state_lane
         step = self._position(step if whole else jnp.minimum(step, self.plan.length - 1), True)
-        return self._load_threads(reference.at[step, self.thread_channel], self.thread_mask)
+        return self._load_elements(reference.at[step, self.of_tile.channel], self.of_tile.mask)
 
     def _load_row(self, reference, step, exists: bool):
         last = self.plan.windows * WINDOW - 1  # to which `pad` has brought the matrices
@@ -653,11 +651,18 @@ class Program:
         mask = self.state < self.plan.state if self.padded else None
         return _load(reference.at[last - step if self.options.reverse else step, self.state], mask)
 
-    def _load_threads(self, access, mask):
-        return _load(access, mask).reshape(self.zero_tile.shape)
+    def _load_elements(self, access, mask):
+        x = _load(access, mask)
+        vector = min(x.size // self.plan.threads, VECTOR)
+        if vector > 1:
+            x = jnp.moveaxis(x.reshape(-1, self.plan.threads, vector), 2, 1)
+        return x.reshape(-1, *self.plan.shape[1:])
 
-    def _store_threads(self, access, mask, tile) -> None:
-        plgpu.store(access, tile.reshape(self.plan.threads).astype(access.dtype), mask=mask)
+    def _store_elements(self, access, mask, x) -> None:
+        vector = min(x.shape[0], VECTOR)
+        if vector > 1:
+            x = jnp.moveaxis(x.reshape(-1, vector, self.plan.threads), 1, 2)
+        plgpu.store(access, x.reshape(-1).astype(access.dtype), mask=mask)
 
     def _position(self, step, exists: bool = False):
         """Index of a step; a step past the end stays past the end."""
@@ -667,53 +672,28 @@ class Program:
         return position if exists else jnp.where(position < 0, step, position)
 
 
-class MatrixGradient:
-    """Gradient of B or C while the backward kernel goes through one window, step by step from the last to the first.
-
-    Where the matrix varies in time, its gradient at a step is a sum over channels. In a warp, two steps that follow
-    each other become one array, in which half of the lanes hold the one and half the other; two such pairs become the
-    next, and so on until each lane holds one step (or there are no more lanes), so that a value takes one exchange,
-    not one for each doubling of the lanes. Then the warps are summed.
-    """
-
-    def __init__(self, program: Program, reference, total):
-        self.program, self.reference, self.total = program, reference, total
-        self.steps, self.waiting = min(WINDOW, program.plan.shape[3]), []
-
-    def add(self, step, rows) -> None:
-        """Takes what one step contributes, for every channel and state."""
-        if self.total is not None:
-            self.total = self.total + rows
-            return
-        program, count, spare = self.program, 1, self.program.plan.shape[3] // self.steps
-        while count < self.steps and self.waiting and self.waiting[-1][1] == count:
-            later, _ = self.waiting.pop()
-            rows, count = program.add_halves(rows, later, 3, count * spare), 2 * count
-        if count < self.steps:
-            self.waiting.append((rows, count))
-            return
-        for distance in (2**bit for bit in range(spare.bit_length() - 1)):
-            rows += program.exchange(rows, 3, distance)
-        program.store_rows(self.reference, step, _sum(rows, axis=1), spare)
+def _split(x, axis: int) -> list[jax.Array]:
+    """The parts of an array along an axis, in registers or in lanes."""
+    return lax.split(x, [1] * x.shape[axis], axis=axis) if x.shape[axis] > 1 else [x]
 
 
-def exchange(x, axis: int) -> jax.Array:
-    """The array flipped along an axis of two lanes, by a sum over them, less the own value.
-
-    In integers, where that is exact; the compiler leaves nothing but one exchange of registers.
-    """
-    bits = lax.bitcast_convert_type(x, jnp.int32)
-    return lax.bitcast_convert_type(jnp.sum(bits, axis, keepdims=True, dtype=jnp.int32) - bits, jnp.float32)
-
-
-def _registers(x) -> list:
-    """The parts of an array along its first axis, which is in a thread's registers."""
-    return lax.split(x, [1] * x.shape[0], axis=0) if x.shape[0] > 1 else [x]
+def _stack(arrays) -> jax.Array:
+    """Arrays, as many as a power of two, along a new last axis in registers."""
+    shape = *arrays[0].shape, len(arrays)
+    while len(arrays) > 1:
+        half = len(arrays) // 2
+        arrays = [jnp.stack(pair, -1) for pair in zip(arrays[:half], arrays[half:])]
+    return arrays[0].reshape(shape)
 
 
-def _sum_registers(x):
-    """Sum over the first axis, one after the other, so that each product becomes part of a multiply-add."""
-    return functools.reduce(lambda total, part: total + part, _registers(x))
+def _unstack(x) -> list[jax.Array]:
+    """The opposite of `_stack`."""
+    return [part.reshape(x.shape[:-1]) for part in _split(x, x.ndim - 1)]
+
+
+def _sum(parts: list) -> jax.Array:
+    """Adds one after the other, so that each product becomes part of a multiply-add."""
+    return functools.reduce(lambda total, part: total + part, parts)
 
 
 def _load(access, mask):
@@ -728,7 +708,3 @@ def _both(first, second):
 def _divide(x, divisor: int):
     """Quotient and remainder of 32-bit integers that are not negative."""
     return lax.div(x, np.int32(divisor)), lax.rem(x, np.int32(divisor))
-
-
-def _sum(x, axis: int):
-    return x if x.shape[axis] == 1 else jnp.sum(x, axis, keepdims=True)

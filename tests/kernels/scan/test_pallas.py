@@ -27,7 +27,6 @@ SMALL = dict(batch=2, length=9, channels=3, state=2)
 def short_windows(monkeypatch):
     """The same kernels in fewer operations, which XLA compiles in less time; short sequences span several windows."""
     monkeypatch.setattr(pallas, "WINDOW", 2)
-    monkeypatch.setattr(pallas, "SAVED", 4)
 
 
 def specs(batch, length, channels, state, groups=1, without=(), constant=(), dtype=jnp.float32) -> dict:
@@ -258,7 +257,6 @@ def test_every_processor_has_work(plan):
     for batch in (1, 8, 64):
         sizes = plan(ScanInputs(**specs(**VIM_TINY | dict(batch=batch))))
         assert batch * sizes.groups * sizes.blocks * sizes.chunks >= 132
-        assert sizes.chunk * pallas.WINDOW % pallas.SAVED == 0 or sizes.chunks == 1
         assert 0 <= sizes.chunks * sizes.chunk - sizes.windows < sizes.chunk
 
 
@@ -270,19 +268,13 @@ def test_chunks_of_time_give_what_the_whole_gives(short_windows, monkeypatch, re
         inputs, cotangents, reverse=reverse
     )
     monkeypatch.setattr(pallas, "PROCESSORS", 132)
-    monkeypatch.setattr(pallas, "CHUNK", pallas.SAVED)
+    monkeypatch.setattr(pallas, "CHUNK", 2 * pallas.WINDOW)
     assert pallas.forward_plan(canonical(ScanInputs(**inputs))).chunks == 3
     parts = jax.jit(with_gradients, static_argnames="reverse", compiler_options=QUICK)(
         inputs, cotangents, reverse=reverse
     )
     for actual, expected in zip(leaves(parts), leaves(whole)):
         np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("axis", [0, 2])
-def test_the_exchange_of_lanes_is_exact(axis):
-    x = np.random.default_rng(0).normal(size=(2, 5, 2)).astype(np.float32) ** 9
-    np.testing.assert_array_equal(jax.jit(functools.partial(pallas.exchange, axis=axis))(x), np.flip(x, axis))
 
 
 def test_softplus_and_sigmoid_are_accurate():
@@ -302,4 +294,5 @@ def test_memory_beyond_inputs_and_outputs(length, channels):
     program = jax.make_jaxpr(with_gradients)(inputs, jax.eval_shape(scan, inputs)).jaxpr
     created = [var for equation in program.eqns for var in equation.outvars if var not in program.outvars]
     total = sum(math.prod(var.aval.shape) * var.aval.dtype.itemsize for var in created)
-    assert 0 < total < math.prod([VIM_TINY["batch"], length, channels, VIM_TINY["state"]]) * 4 / 8
+    every_state = math.prod([VIM_TINY["batch"], length, channels, VIM_TINY["state"]]) * 4
+    assert 0 < total < every_state / 4
