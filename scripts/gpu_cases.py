@@ -43,12 +43,12 @@ from vimd_jax.training.workdirs import stages
 PACKAGES = ("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "flax", "triton", "jax-triton")
 RECORDED = ("c01_scan_L65_grouped", "c01_scan_L65_constB", "c01_scan_L730_bigdt")
 # The plans of today, and what else to try, one change at a time. Each takes some 5 to 20 s to compile.
-PLANS = {"forward": dict(registers=8, block=32), "backward": dict(registers=4, block=32)}
+PLANS = {"forward": dict(registers=8, block=32), "backward": dict(registers=4, block=64)}
 KNOBS = {
-    ("forward", 64): dict(block=(64, 16, 128), registers=(4,), WINDOW=(4,)),
-    ("backward", 64): dict(block=(64, 16), registers=(2, 8), WINDOW=(4,)),
-    ("forward", 1): dict(CHUNK=(16, 64)),
-    ("backward", 1): dict(CHUNK=(16, 64)),
+    ("forward", 64): dict(block=(64, 16, 128), registers=(4,), WINDOW=(8, 4)),
+    ("backward", 64): dict(block=(32,), WINDOW=(8, 4), ROWS=(8,)),
+    ("forward", 1): dict(CHUNK=(36, 60)),
+    ("backward", 1): dict(CHUNK=(36, 60)),
 }
 TINY = dict(depth=1, embed_dim=16)  # networks of a rehearsal
 

@@ -16,7 +16,7 @@ What threads have to tell each other goes through arrays that are split along an
 axis into registers, if there are more than two lanes through shared memory, where one instruction stores or loads up to
 four values. An exchange between lanes takes one for each value, and two to choose what to keep and what to send.
 
-The forward pass saves the state before every window. The backward pass visits the windows from the last to the first,
+The forward pass saves the state between windows. The backward pass visits the windows from the last to the first,
 recomputes the states of a window into registers and runs the adjoint recurrence over it. Sums over channels (gradients
 of B and C) and over the batch (A, D, delta_bias) leave the kernel as partial sums, one for each program, and XLA adds
 them up: there are no atomics, and the same input gives the same bits.
@@ -40,8 +40,10 @@ from jax.experimental.pallas import triton as plgpu
 
 from kernels.scan.inputs import ScanInputs, ScanOptions
 
-WINDOW = 8  # steps whose states the backward kernel holds in registers; the most state lanes; a power of two
-CHUNK = 32  # steps of the shortest chunks; a multiple of WINDOW
+WINDOW = 12  # steps from one saved state to the next, all of whose states the backward kernel holds in registers
+ROWS = 4  # steps whose contributions to the gradients of B and C it holds there; a power of two
+CHUNK = 24  # steps of the shortest chunks; a multiple of WINDOW
+THREADS = 256  # of a program at most; more would have too few registers
 PROCESSORS = 132  # of an H100 or H200; fewer programs than two for each are cut into chunks of time
 VECTOR = 4  # numbers of 32 bits that one instruction moves
 LOG2_E = math.log2(math.e)
@@ -93,6 +95,7 @@ class Plan:
     state: int
     constant_B: bool
     constant_C: bool
+    window: int  # steps, a multiple of the state lanes
     shape: tuple[int, int, int, int]  # of a program's arrays: state registers, channel groups, state and channel lanes
 
     @classmethod
@@ -100,12 +103,13 @@ class Plan:
         """Aims at `registers` states in a thread and `block` channels in a program."""
         (batch, length, channels), state, groups = inputs.u.shape, inputs.state, inputs.groups
         padded_state = pl.next_power_of_2(state)
-        state_lanes = min(max(padded_state // registers, 1), WINDOW)
-        block = min(block, pl.next_power_of_2(channels // groups))
+        window = WINDOW if padded_state <= 16 else min(WINDOW, 8)  # for more state lanes
+        state_lanes = min(max(padded_state // registers, 1), window & -window)  # a power of two that divides the window
+        block = min(block, THREADS // state_lanes, pl.next_power_of_2(channels // groups))
         channel_lanes = min(32 // state_lanes, block)
         shape = padded_state // state_lanes, block // channel_lanes, state_lanes, channel_lanes
         constant = inputs.B.ndim == 2, inputs.C.ndim == 2
-        return cls(batch, length, channels // groups, groups, state, *constant, shape)
+        return cls(batch, length, channels // groups, groups, state, *constant, window, shape)
 
     @property
     def threads(self) -> int:
@@ -125,7 +129,7 @@ class Plan:
     @property
     def windows(self) -> int:
         """Windows in a sequence, counting an incomplete last one."""
-        return pl.cdiv(self.length, WINDOW)
+        return pl.cdiv(self.length, self.window)
 
     @property
     def chunk(self) -> int:
@@ -134,7 +138,7 @@ class Plan:
         if programs >= 2 * PROCESSORS:
             return self.windows
         wanted = pl.cdiv(self.windows * programs, 4 * PROCESSORS)
-        return min(max(wanted, CHUNK // WINDOW), self.windows)
+        return min(max(wanted, CHUNK // self.window), self.windows)
 
     @property
     def chunks(self) -> int:
@@ -177,17 +181,17 @@ def forward_plan(inputs: ScanInputs) -> Plan:
 
 
 def backward_plan(inputs: ScanInputs) -> Plan:
-    """Four states in a thread leave registers for those of a window; in wider blocks a thread may have fewer."""
-    return Plan.create(inputs, registers=4, block=32)
+    """Four states in a thread leave registers for those of a window; wide blocks keep the sums for B and C few."""
+    return Plan.create(inputs, registers=4, block=64)
 
 
 def forward(inputs: ScanInputs, options: ScanOptions, save_states: bool) -> dict[str, jax.Array]:
-    """`y` and `last_state`, and the `states` before every window if asked for; `inputs` are from `pad`."""
+    """`y` and `last_state`, and if asked for the `states` after every window but the last; `inputs` are from `pad`."""
     batch, length, channels = inputs.u.shape
     plan = forward_plan(inputs)
     outputs = dict(y=_like(inputs.u), last_state=_float32(batch, channels, plan.state))
     if save_states:
-        outputs["states"] = _float32(batch, plan.windows, channels, plan.state)
+        outputs["states"] = _float32(batch, max(plan.windows - 1, 1), channels, plan.state)
     arguments = [inputs, plan.summarize(options, inputs)]
     in_specs = [jax.tree.map(_input_spec, inputs), jax.tree.map(_output_spec, arguments[1])]
     return plan.call(_forward_kernel, options, arguments, in_specs, outputs)
@@ -198,13 +202,14 @@ def backward(inputs: ScanInputs, states, dy, d_last_state, options: ScanOptions)
     batch, length, channels = inputs.u.shape
     plan = backward_plan(inputs)
     constant, vector = _float32(batch, plan.chunks, channels, plan.state), _float32(batch, plan.chunks, channels)
-    varying = _float32(batch, plan.groups, plan.blocks, length, plan.state)
+    varying, padded_length = [name for name in "BC" if getattr(inputs, name).ndim == 4], plan.windows * plan.window
+    rows = _float32(batch, plan.groups, plan.blocks, len(varying), padded_length, plan.state) if varying else None
     partial = ScanInputs(
         u=_like(inputs.u),
         delta=_like(inputs.delta),
         A=constant,
-        B=constant if plan.constant_B else varying,
-        C=constant if plan.constant_C else varying,
+        B=constant if plan.constant_B else None,
+        C=constant if plan.constant_C else None,
         D=None if inputs.D is None else vector,
         z=None if inputs.z is None else _like(inputs.z),
         delta_bias=None if inputs.delta_bias is None else vector,
@@ -212,19 +217,19 @@ def backward(inputs: ScanInputs, states, dy, d_last_state, options: ScanOptions)
     )
     arguments = [inputs, states, dy, d_last_state, plan.summarize(options, inputs, dy)]
     in_specs = [jax.tree.map(_input_spec, inputs), *jax.tree.map(_output_spec, arguments[1:])]
-    partial = plan.call(_backward_kernel, options, arguments, in_specs, partial)
-
-    def total(x):
-        if x is None:
-            return None
-        return x.sum(2).swapaxes(1, 2) if x.ndim == 5 else x.sum((0, 1))
-
-    return partial._replace(**{name: total(getattr(partial, name)) for name in ("A", "B", "C", "D", "delta_bias")})
+    partial, rows = plan.call(_backward_kernel, options, arguments, in_specs, (partial, rows))
+    totals = {name: getattr(partial, name) for name in ("A", "B", "C", "D", "delta_bias")}
+    totals = {name: None if x is None else x.sum((0, 1)) for name, x in totals.items()}
+    if varying:
+        first = padded_length - length if options.reverse else 0
+        rows = jnp.moveaxis(rows.sum(2)[..., first : first + length, :], 2, 0).swapaxes(2, 3)
+        totals |= zip(varying, rows)
+    return partial._replace(**totals)
 
 
 def pad(inputs: ScanInputs, options: ScanOptions) -> ScanInputs:
     """With B and C, if they vary in time, as long as whole windows, so that no kernel asks whether a row exists."""
-    missing = -inputs.length % WINDOW
+    missing = -inputs.length % forward_plan(inputs).window
     width = ((0, 0), (missing, 0) if options.reverse else (0, missing), (0, 0), (0, 0))
     return inputs._replace(**{n: jnp.pad(x, width) for n, x in (("B", inputs.B), ("C", inputs.C)) if x.ndim == 4})
 
@@ -242,7 +247,7 @@ def _input_spec(x) -> pl.BlockSpec:
 
 
 def _output_spec(x) -> pl.BlockSpec:
-    """Of (batch, …) or of (batch, groups, blocks, length, state)."""
+    """Of (batch, …) or of (batch, groups, blocks, matrices, length, state)."""
     return _spec(x, batch=0) if x.ndim < 5 else _spec(x, batch=0, group=1, block=2)
 
 
@@ -285,14 +290,14 @@ def _forward_kernel(plan: Plan, options: ScanOptions, inputs: ScanInputs, summar
 
     def window(index, whole, carry):
         if "states" in outputs:
-            program.store_states(outputs["states"], carry[0], index)
+            program.store_states(outputs["states"], carry[0], index - 1, condition=index > 0)
         following = jnp.minimum(index + 1, plan.windows - 1)
         loaded = program.load_window(following, whole)
         h, tiles, B, C = carry
         for number, tile in enumerate(tiles):
             y = []
             for lane, (delta, delta_u) in enumerate(program.rows(tile.delta, tile.delta * tile.u)):
-                last = (number + 1) * program.steps == WINDOW and lane == program.steps - 1
+                last = (number + 1) * program.steps == plan.window and lane == program.steps - 1
                 ahead = [matrix(tile.first + lane + 1, not last) for matrix in (program.B, program.C)]
                 h = program.decay(delta) * h + delta_u * B
                 y.append(_sum(_split(h * C, 0)))
@@ -303,7 +308,7 @@ def _forward_kernel(plan: Plan, options: ScanOptions, inputs: ScanInputs, summar
 
     def start(h, index, whole):
         tiles = program.tiles(program.load_window(index, whole), index, whole)
-        return h, tiles, program.B(index * WINDOW), program.C(index * WINDOW)
+        return h, tiles, program.B(index * plan.window), program.C(index * plan.window)
 
     h = program.load_states(inputs.initial_state)
     if summary is not None:
@@ -324,22 +329,22 @@ class Sums(NamedTuple):
 
 
 def _backward_kernel(
-    plan: Plan, options: ScanOptions, inputs: ScanInputs, states, d_output, d_last_state, summary, gradients: ScanInputs
+    plan: Plan, options: ScanOptions, inputs: ScanInputs, states, d_output, d_last_state, summary, outputs
 ) -> None:
-    program = Program(plan, options, inputs)
+    program, (gradients, rows) = Program(plan, options, inputs), outputs
 
     def window(index, whole, sums):
-        tiles, history = _advance(program, index, whole, program.load_states(states, index))
+        h = program.load_states(states, jnp.maximum(index - 1, 0), condition=index > 0)
+        if inputs.initial_state is not None:
+            h = jnp.where(index > 0, h, program.load_states(inputs.initial_state))
+        tiles, history = _advance(program, index, whole, h)
         dB, dC = [], []
         for tile in reversed(tiles):
             sums = _pull_back_tile(program, tile, whole, history, d_output, dB, dC, gradients, sums)
-
-        def add(reference, total, rows):
-            if total is None:  # the matrix varies in time
-                return program.store_rows(reference, index * WINDOW, rows)
-            return total + _sum(rows)
-
-        return sums._replace(dB=add(gradients.B, sums.dB, dB), dC=add(gradients.C, sums.dC, dC))
+            if len(dB) >= ROWS or not history:
+                sums = _add_rows(program, rows, tile.first, dB, dC, sums)
+                dB, dC = [], []
+        return sums
 
     dh = program.load_states(d_last_state)
     if summary is not None:
@@ -359,28 +364,31 @@ def _backward_kernel(
     program.store_channels(gradients.delta_bias, sums.d_bias, program.chunk)
 
 
+def _add_rows(program, reference, first, dB: list, dC: list, sums: Sums) -> Sums:
+    """Stores what the steps from `first` on contribute to the gradients of B and C, or adds it if they are constant."""
+    both = (sums.dB, dB), (sums.dC, dC)
+    program.store_rows(reference, first, [row for total, rows in both if total is None for row in rows])
+    dB, dC = (None if total is None else total + _sum(rows) for total, rows in both)
+    return sums._replace(dB=dB, dC=dC)
+
+
 class Step(NamedTuple):
-    """One step of the recurrence: after = decay before + delta_u B."""
+    """One step of the recurrence, after = decay before + Δ u B, and what of it to keep rather than to compute again."""
 
     before: jax.Array  # the state
     after: jax.Array
     decay: jax.Array  # exp(Δ A)
     delta: jax.Array
-    delta_u: jax.Array  # Δ u
-    B: jax.Array
 
 
 def _advance(program, index, whole: bool, h) -> tuple[list, list[Step]]:
     """The tiles and the steps of a window, from the state `h` before it."""
     tiles, history = program.tiles(program.load_window(index, whole), index, whole), []
-    rows = program.rows(*(tile.delta for tile in tiles), *(tile.delta * tile.u for tile in tiles))
-    for number, tile in enumerate(tiles):
-        for lane, row in enumerate(rows):
-            delta, delta_u = row[number :: len(tiles)]
+    for tile in tiles:
+        for lane, (delta, delta_u) in enumerate(program.rows(tile.delta, tile.delta * tile.u)):
             decay, B = program.decay(delta), program.B(tile.first + lane)
-            step = Step(h, decay * h + delta_u * B, decay, delta, delta_u, B)
-            history.append(step)
-            h = step.after
+            before, h = h, decay * h + delta_u * B
+            history.append(Step(before, h, decay, delta))
     return tiles, history
 
 
@@ -416,14 +424,15 @@ def _pull_back_steps(program, tile, history, dy, dB, dC, dh, dA):
       A thread's part of Σ_n h_t C_t (for the gate), d(Δ_t u_t) and log2(e) Σ_n d(Δ_t A) A, each a list over the steps;
       `dh` before the tile; `dA`.
     """
-    rows, y, d_input, d_rate = program.rows(dy), [], [], []
+    rows, y, d_input, d_rate = program.rows(dy, tile.delta * tile.u), [], [], []
     for lane in reversed(range(program.steps)):
-        (dy,), step, C = rows[lane], history.pop(), program.C(tile.first + lane)
+        (dy, delta_u), step = rows[lane], history.pop()
+        B, C = program.B(tile.first + lane), program.C(tile.first + lane)
         y.insert(0, _sum(_split(step.after * C, 0)))
         dC.insert(0, dy * step.after)
         dh = dh + dy * C
-        dB.insert(0, dh * step.delta_u)
-        d_input.insert(0, _sum(_split(dh * step.B, 0)))
+        dB.insert(0, dh * delta_u)
+        d_input.insert(0, _sum(_split(dh * B, 0)))
         dh = dh * step.decay
         d_exponent = dh * step.before
         dA = dA + d_exponent * step.delta
@@ -496,7 +505,7 @@ class Program:
         plan, first = self.plan, self.chunk * self.plan.chunk
         end = jnp.minimum(first + plan.chunk, plan.windows) if plan.chunks > 1 else plan.windows
         # One loop even if the last window is incomplete: the time to compile grows with the cube of the code.
-        whole = plan.length % WINDOW == 0
+        whole = plan.length % plan.window == 0
 
         def body(number, carry):
             index = end - 1 - (number - first) if backward else number
@@ -516,13 +525,14 @@ class Program:
 
     def load_window(self, window, whole: bool) -> list[tuple]:
         """u, delta and z of one window as they are in memory, for each of its tiles."""
-        arrays = self.inputs.u, self.inputs.delta, self.inputs.z
-        firsts = range(0, WINDOW, self.steps)
-        return [tuple(self._load_last(x, window * WINDOW + first, whole) for x in arrays) for first in firsts]
+        arrays, start = (self.inputs.u, self.inputs.delta, self.inputs.z), window * self.plan.window
+        firsts = range(0, self.plan.window, self.steps)
+        return [tuple(self._load_last(x, start + first, whole) for x in arrays) for first in firsts]
 
     def tiles(self, loaded: list[tuple], window, whole: bool) -> list[Tile]:
         """The tiles of one window, in order, from what `load_window` returned."""
-        return [self._tile(*x, window * WINDOW + i * self.steps, whole) for i, x in enumerate(loaded)]
+        start = window * self.plan.window
+        return [self._tile(*x, start + i * self.steps, whole) for i, x in enumerate(loaded)]
 
     def _tile(self, u, raw, z, first, whole: bool) -> Tile:
         u, raw, z = (None if x is None else x.astype(jnp.float32) for x in (u, raw, z))
@@ -572,7 +582,7 @@ class Program:
         return self._load_row(self.inputs.C, step, exists) if self.constant_C is None else self.constant_C
 
     def rows(self, *tiles) -> list[list]:
-        """What tiles, as many as a power of two, hold for each step, to broadcast over the state."""
+        """What tiles hold for each step, to broadcast over the state."""
         return [_unstack(x) for x in _split(_stack(tiles), 2)]
 
     def sum_states(self, *rows: list) -> list:
@@ -583,7 +593,7 @@ class Program:
 
     def inside(self, first) -> jax.Array:
         """Which steps of the tile that begins at `first` exist."""
-        return first + self.state_lane < self.plan.length
+        return self.state_lane < self.plan.length - first
 
     def load(self, reference, first, whole: bool) -> jax.Array | None:
         """The tile of (length, channels) that begins at a step; 0 where nothing exists; None if there is no array."""
@@ -593,11 +603,11 @@ class Program:
         """The opposite of `load`."""
         self._store_elements(*self._tile_access(reference, first, whole), tile)
 
-    def load_states(self, reference, *index) -> jax.Array:
-        """The states in (…, channels, state), zeros if there is no such array."""
+    def load_states(self, reference, *index, condition=None) -> jax.Array:
+        """The states in (…, channels, state), zeros if there is no such array or the condition is not met."""
         if reference is None:
             return jnp.zeros(self.plan.shape, jnp.float32)
-        return self._load_matrix(reference, *index)
+        return self._load_matrix(reference, *index, condition=condition)
 
     def store_states(self, reference, states, *index, condition=None) -> None:
         """Stores in (…, channels, state), if there is such an array and the condition is met."""
@@ -612,16 +622,25 @@ class Program:
             self._store_elements(reference.at[*index, self.of_tile.channel], self.of_tile.mask, total)
 
     def store_rows(self, reference, first, rows: list) -> None:
-        """Stores in (length, state), from step `first` on, the sum of each of the rows over the program's channels."""
+        """Stores sums over the program's channels in (matrices, padded length, state), if there is such an array.
+
+        The rows to be summed are those of the steps from `first` on, of one matrix after the other.
+        """
+        if reference is None:
+            return
         total = jnp.sum(_sum(_split(_stack(rows), 3)), 1, keepdims=True)
-        step = first + lax.broadcasted_iota(jnp.int32, (1, 1, 1, 1, len(rows)), 4)
-        state = self.state[..., None]
-        mask = (step < self.plan.length) & (state < self.plan.state)
-        plgpu.store(reference.at[self._position(step), state], total, mask=mask)
+        number = lax.broadcasted_iota(jnp.int32, (1, 1, 1, 1, len(rows)), 4)
+        matrix, step = _divide(number, len(rows) // reference.shape[0])
+        mask = self.state[..., None] < self.plan.state if self.padded else None
+        plgpu.store(reference.at[matrix, self._row(first + step), self.state[..., None]], total, mask=mask)
+
+    def _row(self, step):
+        """Index of a step in the matrices, which `pad` has brought to whole windows."""
+        return self.plan.windows * self.plan.window - 1 - step if self.options.reverse else step
 
     def _tile_access(self, reference, first, whole: bool):
         step = first + self.of_tile.state_lane
-        mask = None if whole else step < self.plan.length
+        mask = None if whole else self.of_tile.state_lane < self.plan.length - first
         return reference.at[self._position(step, whole), self.of_tile.channel], _both(self.of_tile.mask, mask)
 
     def _matrix_access(self, reference, *index):
@@ -629,8 +648,9 @@ class Program:
         mask = state < self.plan.state if self.padded else None
         return reference.at[*index, self.of_matrix.channel, state], _both(self.of_matrix.mask, mask)
 
-    def _load_matrix(self, reference, *index):
-        return self._load_elements(*self._matrix_access(reference, *index)).astype(jnp.float32)
+    def _load_matrix(self, reference, *index, condition=None):
+        access, mask = self._matrix_access(reference, *index)
+        return self._load_elements(access, _both(mask, condition)).astype(jnp.float32)
 
     def _load_channels(self, reference, *index):
         if reference is None:
@@ -646,10 +666,9 @@ class Program:
         return self._load_elements(reference.at[step, self.of_tile.channel], self.of_tile.mask)
 
     def _load_row(self, reference, step, exists: bool):
-        last = self.plan.windows * WINDOW - 1  # to which `pad` has brought the matrices
-        step = step if exists else jnp.minimum(step, last)
+        step = step if exists else jnp.minimum(step, self.plan.windows * self.plan.window - 1)
         mask = self.state < self.plan.state if self.padded else None
-        return _load(reference.at[last - step if self.options.reverse else step, self.state], mask)
+        return _load(reference.at[self._row(step), self.state], mask)
 
     def _load_elements(self, access, mask):
         x = _load(access, mask)
@@ -678,7 +697,8 @@ def _split(x, axis: int) -> list[jax.Array]:
 
 
 def _stack(arrays) -> jax.Array:
-    """Arrays, as many as a power of two, along a new last axis in registers."""
+    """Arrays along a new last axis in registers, the last one again and again until they are a power of two."""
+    arrays = [*arrays, *arrays[-1:] * (pl.next_power_of_2(len(arrays)) - len(arrays))]
     shape = *arrays[0].shape, len(arrays)
     while len(arrays) > 1:
         half = len(arrays) // 2
