@@ -101,7 +101,10 @@ struct Roots {
   float of[kCount];
   constexpr explicit Roots(double root) : of() {
     double power = 1;
-    for (float& x : of) x = static_cast<float>(power), power *= root;
+    for (float& x : of) {
+      x = static_cast<float>(power);
+      power *= root;
+    }
   }
 };
 

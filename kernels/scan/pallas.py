@@ -103,8 +103,8 @@ class Plan:
         """Aims at `registers` states in a thread and `block` channels in a program."""
         (batch, length, channels), state, groups = inputs.u.shape, inputs.state, inputs.groups
         padded_state = pl.next_power_of_2(state)
-        window = WINDOW if padded_state <= 16 else min(WINDOW, 8)  # for more state lanes
-        state_lanes = min(max(padded_state // registers, 1), window & -window)  # a power of two that divides the window
+        window = WINDOW if padded_state <= 16 else min(WINDOW, 8)  # long states take 8 lanes, which do not divide 12
+        state_lanes = min(max(padded_state // registers, 1), window & -window)  # at most the window's power of two
         block = min(block, THREADS // state_lanes, pl.next_power_of_2(channels // groups))
         channel_lanes = min(32 // state_lanes, block)
         shape = padded_state // state_lanes, block // channel_lanes, state_lanes, channel_lanes
@@ -130,6 +130,11 @@ class Plan:
     def windows(self) -> int:
         """Windows in a sequence, counting an incomplete last one."""
         return pl.cdiv(self.length, self.window)
+
+    @property
+    def padded_length(self) -> int:
+        """Steps in all windows."""
+        return self.windows * self.window
 
     @property
     def chunk(self) -> int:
@@ -202,8 +207,8 @@ def backward(inputs: ScanInputs, states, dy, d_last_state, options: ScanOptions)
     batch, length, channels = inputs.u.shape
     plan = backward_plan(inputs)
     constant, vector = _float32(batch, plan.chunks, channels, plan.state), _float32(batch, plan.chunks, channels)
-    varying, padded_length = [name for name in "BC" if getattr(inputs, name).ndim == 4], plan.windows * plan.window
-    rows = _float32(batch, plan.groups, plan.blocks, len(varying), padded_length, plan.state) if varying else None
+    varying = [name for name in "BC" if getattr(inputs, name).ndim == 4]
+    rows = _float32(batch, plan.groups, plan.blocks, len(varying), plan.padded_length, plan.state) if varying else None
     partial = ScanInputs(
         u=_like(inputs.u),
         delta=_like(inputs.delta),
@@ -221,7 +226,7 @@ def backward(inputs: ScanInputs, states, dy, d_last_state, options: ScanOptions)
     totals = {name: getattr(partial, name) for name in ("A", "B", "C", "D", "delta_bias")}
     totals = {name: None if x is None else x.sum((0, 1)) for name, x in totals.items()}
     if varying:
-        first = padded_length - length if options.reverse else 0
+        first = plan.padded_length - length if options.reverse else 0
         rows = jnp.moveaxis(rows.sum(2)[..., first : first + length, :], 2, 0).swapaxes(2, 3)
         totals |= zip(varying, rows)
     return partial._replace(**totals)
@@ -229,7 +234,7 @@ def backward(inputs: ScanInputs, states, dy, d_last_state, options: ScanOptions)
 
 def pad(inputs: ScanInputs, options: ScanOptions) -> ScanInputs:
     """With B and C, if they vary in time, as long as whole windows, so that no kernel asks whether a row exists."""
-    missing = -inputs.length % forward_plan(inputs).window
+    missing = forward_plan(inputs).padded_length - inputs.length
     width = ((0, 0), (missing, 0) if options.reverse else (0, missing), (0, 0), (0, 0))
     return inputs._replace(**{n: jnp.pad(x, width) for n, x in (("B", inputs.B), ("C", inputs.C)) if x.ndim == 4})
 
@@ -582,7 +587,7 @@ class Program:
         return self._load_row(self.inputs.C, step, exists) if self.constant_C is None else self.constant_C
 
     def rows(self, *tiles) -> list[list]:
-        """What tiles hold for each step, to broadcast over the state."""
+        """What tiles, as many as a power of two, hold for each step, to broadcast over the state."""
         return [_unstack(x) for x in _split(_stack(tiles), 2)]
 
     def sum_states(self, *rows: list) -> list:
@@ -636,7 +641,7 @@ class Program:
 
     def _row(self, step):
         """Index of a step in the matrices, which `pad` has brought to whole windows."""
-        return self.plan.windows * self.plan.window - 1 - step if self.options.reverse else step
+        return self.plan.padded_length - 1 - step if self.options.reverse else step
 
     def _tile_access(self, reference, first, whole: bool):
         step = first + self.of_tile.state_lane
@@ -666,7 +671,7 @@ class Program:
         return self._load_elements(reference.at[step, self.of_tile.channel], self.of_tile.mask)
 
     def _load_row(self, reference, step, exists: bool):
-        step = step if exists else jnp.minimum(step, self.plan.windows * self.plan.window - 1)
+        step = step if exists else jnp.minimum(step, self.plan.padded_length - 1)
         mask = self.state < self.plan.state if self.padded else None
         return _load(reference.at[self._row(step), self.state], mask)
 
@@ -697,8 +702,7 @@ def _split(x, axis: int) -> list[jax.Array]:
 
 
 def _stack(arrays) -> jax.Array:
-    """Arrays along a new last axis in registers, the last one again and again until they are a power of two."""
-    arrays = [*arrays, *arrays[-1:] * (pl.next_power_of_2(len(arrays)) - len(arrays))]
+    """Arrays, as many as a power of two, along a new last axis in registers."""
     shape = *arrays[0].shape, len(arrays)
     while len(arrays) > 1:
         half = len(arrays) // 2
