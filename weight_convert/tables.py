@@ -14,6 +14,7 @@ import numpy as np
 from flax import linen as nn
 
 from vimd_jax.models.efficient_vmamba import SCANNING_STAGES, EfficientVMamba
+from vimd_jax.models.heads import POOL_SCALES
 from vimd_jax.models.positions import rotary_angles
 from vimd_jax.models.srvm import SRVM
 
@@ -223,6 +224,27 @@ def _efficient_vmamba(model: EfficientVMamba) -> tuple[Rule, ...]:
     return rules
 
 
+def _conv_norm(source: str, target: str) -> tuple[Rule, ...]:
+    """The rows of a convolution without bias and the batch norm behind it, as mmsegmentation calls them."""
+    kernel = Rule(f"{source}.conv.weight", f"params/{target}/kernel", _CONV2D)
+    return kernel, *_batch_norm(f"{source}.bn", f"{target}_norm")
+
+
+_CLASSES = (
+    Rule("conv_seg.weight", "params/classes/kernel", _CONV2D),
+    Rule("conv_seg.bias", "params/classes/bias"),
+)
+UPERNET = (
+    *(rule for i, scale in enumerate(POOL_SCALES) for rule in _conv_norm(f"psp_modules.{i}.1", f"pool_{scale}")),
+    *_conv_norm("bottleneck", "bottleneck"),
+    *_conv_norm("lateral_convs.{i}", "lateral_{i}"),
+    *_conv_norm("fpn_convs.{i}", "level_{i}"),
+    *_conv_norm("fpn_bottleneck", "fusion"),
+    *_CLASSES,
+)
+FCN = (*_conv_norm("convs.{i}", "conv_{i}"), *_conv_norm("conv_cat", "joint"), *_CLASSES)
+
+
 def _inside(part: str, rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
     """The rows of a network that is one part of a larger one."""
 
@@ -240,6 +262,8 @@ TABLES = {  # by class
     "SRResNet": SRRESNET,
     "LocalVMamba": LOCAL_VMAMBA,
     "VMamba": VMAMBA,
+    "UperNet": UPERNET,
+    "FCN": FCN,
     "EfficientVMamba": _efficient_vmamba,  # a function of the model: its depths are in the names
 }
 
