@@ -30,9 +30,9 @@ from kernels.scan.api import IMPLEMENTATIONS
 from vimd_jax.config import default_config
 from vimd_jax.models import create_model
 from vimd_jax.models.network import input_images
-from vimd_jax.training.networks import build_networks
 from vimd_jax.training.optimizer import create_optimizer
 from vimd_jax.training.parallel import replicate, shard
+from vimd_jax.training.roles import build_networks
 from vimd_jax.training.steps import create_state, make_train_step
 
 CLASSES = 200

@@ -180,7 +180,8 @@ def _compressed(megabytes: int) -> bytes:
 
 def serve(connection: Connection) -> None:
     """Reads the files that it is told to; answers with what came of each, the seconds, and the peak memory in MB."""
-    from weight_convert import CheckpointError, load_torch_checkpoint
+    from vimd_jax.errors import CheckpointError
+    from weight_convert import load_torch_checkpoint
 
     for path in iter(connection.recv, None):
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew

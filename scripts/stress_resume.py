@@ -22,8 +22,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from vimd_jax import load_model
 from vimd_jax.checkpoints import training_state
+from vimd_jax.load import load_model
 from vimd_jax.training.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict, config_flags
 
 from vimd_jax.config import DERIVED, STAGES, default_config, given_options
 from vimd_jax.models import CLASSIFIERS, create_model, model_options
-from vimd_jax.training.networks import build_networks
+from vimd_jax.training.roles import build_networks
 
 
 @pytest.mark.parametrize("name", CLASSIFIERS)

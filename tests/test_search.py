@@ -8,12 +8,13 @@ import pytest
 
 from configs import small_classifier
 from vimd_jax import search
-from vimd_jax.checkpoints.network import TrainedModel, save_model
+from vimd_jax.checkpoints.format import save_model
+from vimd_jax.checkpoints.trained_model import TrainedModel
 from vimd_jax.config import given_options
 from vimd_jax.models import create_model
 from vimd_jax.models.network import variable_shapes
 from vimd_jax.models.scan_order import DIRECTIONS
-from vimd_jax.training.networks import build_networks
+from vimd_jax.training.roles import build_networks
 
 
 def supernet(name, weights, **options):

@@ -19,14 +19,16 @@ import pytest
 import tiny
 from tiny import tiny_config
 
-from vimd_jax import evaluate, load_model, predict, train
+from vimd_jax import evaluate, predict, train
 from vimd_jax.checkpoints import training_state
-from vimd_jax.checkpoints.network import TrainedModel, save_model
-from vimd_jax.command import Stopped, StopRequest
-from vimd_jax.data.images import DatasetError, UnreadableImage, find_images
+from vimd_jax.checkpoints.format import save_model
+from vimd_jax.checkpoints.trained_model import TrainedModel
+from vimd_jax.command import StopRequest
+from vimd_jax.data.images import find_images
 from vimd_jax.data.sources import load_source
 from vimd_jax.data.transforms import eval_view
-from vimd_jax.log import TrainingError
+from vimd_jax.errors import DatasetError, Stopped, TrainingError, UnreadableImage
+from vimd_jax.load import load_model
 from vimd_jax.models import create_model
 from vimd_jax.training import workdirs
 from vimd_jax.training.metrics import read_metrics

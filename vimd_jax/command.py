@@ -11,6 +11,7 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from vimd_jax import log
+from vimd_jax.errors import Stopped
 from vimd_jax.training import parallel
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
@@ -44,10 +45,6 @@ def show_log() -> None:
     if not details:
         absl_logging.set_verbosity(absl_logging.FATAL)
     log.show_log(details)
-
-
-class Stopped(SystemExit):
-    """The end of a program that was asked to stop; its exit status is that of the signal, as shells count it."""
 
 
 class StopRequest:

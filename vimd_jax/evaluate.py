@@ -12,13 +12,13 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from vimd_jax.checkpoints.adapt import load_variables
-from vimd_jax.checkpoints.network import read_description
+from vimd_jax.checkpoints.format import read_description
 from vimd_jax.command import CONFIG, WORKDIR, run, show_log
 from vimd_jax.config import check_settings
 from vimd_jax.data.sources import load_source
+from vimd_jax.load import load_variables
 from vimd_jax.log import readable_errors
-from vimd_jax.training import networks, parallel, plots, steps, workdirs
+from vimd_jax.training import parallel, plots, roles, steps, workdirs
 from vimd_jax.training.evaluation import Scores, evaluate, passes
 
 _CHECKPOINT = flags.DEFINE_string(
@@ -42,7 +42,7 @@ def evaluate_run(config: ConfigDict, workdir: Path, split: str, checkpoint: Path
     check_settings(config)
     parallel.check_batch_size("eval_batch_size", config.eval_batch_size)
     source = load_source(config.dataset, split, seed=config.seed)
-    nets = networks.build_networks(config, len(source.class_names))
+    nets = roles.build_networks(config, len(source.class_names))
     path = checkpoint or workdir
     variables = load_variables(path, nets.product)
     if checkpoint is None and config.stage != "sr":

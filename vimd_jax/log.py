@@ -5,13 +5,9 @@ import logging
 import sys
 from collections.abc import Iterator
 
-from vimd_jax.data.images import DatasetError
+from vimd_jax.errors import TrainingError
 
 log = logging.getLogger(__name__)
-
-
-class TrainingError(Exception):
-    """A run that cannot go on; the one-line message says why and what to do."""
 
 
 def show_log(details: bool = False) -> None:
@@ -30,7 +26,7 @@ def readable_errors() -> Iterator[None]:
     """Turns an error of the request into one line on stderr and exit status 1; the debug log has the traceback."""
     try:
         yield
-    except (ValueError, OSError, DatasetError, TrainingError) as error:
+    except (ValueError, OSError, TrainingError) as error:
         log.debug("The error came from:", exc_info=True)
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(1)

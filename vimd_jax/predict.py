@@ -15,8 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from vimd_jax.checkpoints.network import TrainedModel, load_model
-from vimd_jax.data.images import DatasetError, find_images
+from vimd_jax.checkpoints.trained_model import TrainedModel
+from vimd_jax.data.images import find_images
+from vimd_jax.errors import DatasetError
+from vimd_jax.load import load_model
 from vimd_jax.log import readable_errors, show_log
 from vimd_jax.models.network import parse_option
 

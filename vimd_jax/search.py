@@ -17,11 +17,12 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from vimd_jax.checkpoints.network import load_model, replace_file
+from vimd_jax.files import replace_file
+from vimd_jax.load import load_model
 from vimd_jax.log import readable_errors, show_log
 from vimd_jax.models.scan_order import DIRECTIONS, LayerDirections
 from vimd_jax.training import plots
-from vimd_jax.training.networks import build_networks
+from vimd_jax.training.roles import build_networks
 
 CHOSEN = 4  # directions of a layer of the final network
 

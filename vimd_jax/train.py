@@ -25,14 +25,17 @@ from ml_collections import ConfigDict
 
 from kernels.choice import implementation_in_use
 from vimd_jax.checkpoints import training_state
-from vimd_jax.checkpoints.network import TrainedModel, load_model, read_description, save_model
-from vimd_jax.command import CONFIG, WORKDIR, Stopped, StopRequest, run, show_log
+from vimd_jax.checkpoints.format import read_description, save_model
+from vimd_jax.checkpoints.trained_model import TrainedModel
+from vimd_jax.command import CONFIG, WORKDIR, StopRequest, run, show_log
 from vimd_jax.config import check_settings
 from vimd_jax.data.augment import check_augment
 from vimd_jax.data.pipeline import steps_per_epoch, train_batches
 from vimd_jax.data.sources import Splits, check_readable, load_source
-from vimd_jax.log import TrainingError, readable_errors
-from vimd_jax.training import hidden_map, networks, parallel, plots, steps, workdirs
+from vimd_jax.errors import Stopped, TrainingError
+from vimd_jax.load import load_model
+from vimd_jax.log import readable_errors
+from vimd_jax.training import hidden_map, parallel, plots, roles, steps, workdirs
 from vimd_jax.training.evaluation import evaluate, passes, save_panel
 from vimd_jax.training.metrics import MetricWriter, Progress, read_metrics
 from vimd_jax.training.optimizer import create_optimizer, create_schedule, frozen_mask, scaled_schedule
@@ -62,13 +65,13 @@ def check(config: ConfigDict, workdir: Path, made_before: set[Path] = frozenset(
     parallel.check_batch_size("eval_batch_size", config.eval_batch_size)
     data = Splits(*(load_source(config.dataset, s, seed=config.seed) for s in ("train", config.selection, "test")))
     create_schedule(config.schedule, steps_per_epoch(data.train, config.dataset, config.batch_size))
-    nets = networks.build_networks(config, len(data.train.class_names))
+    nets = roles.build_networks(config, len(data.train.class_names))
     if config.optimizer.freeze:
-        frozen_mask(networks.zeros(nets.trained)["params"], config.optimizer.freeze)
+        frozen_mask(roles.zeros(nets.trained)["params"], config.optimizer.freeze)
     steps.check_objective(config, nets)
     parallel.check_alike(f"{implementation_in_use()} and {workdirs.identity(config, data)}")
     if parallel.is_first():
-        networks.check_sources_of_weights(config, workdir, made_before)
+        roles.check_sources_of_weights(config, workdir, made_before)
         workdirs.check(workdir, config, data)
         if not workdirs.is_begun(workdir):
             for split, source in {config.selection: data.held_out, "test": data.test}.items():
@@ -100,8 +103,8 @@ def train(config: ConfigDict, workdir: Path, data: Splits | None = None, stop: S
 def _train(config: ConfigDict, workdir: Path, data: Splits, stop: StopRequest) -> None:
     # 1. The trained network, the frozen networks around it, the optimiser. Then the folder belongs to the run.
     class_names = data.train.class_names
-    nets = networks.build_networks(config, len(class_names))
-    variables, frozen = networks.initial_variables(config, nets, workdir)
+    nets = roles.build_networks(config, len(class_names))
+    variables, frozen = roles.initial_variables(config, nets, workdir)
     epoch_steps = steps_per_epoch(data.train, config.dataset, config.batch_size)
     total_steps = epoch_steps * config.schedule.num_epochs
     variables = hidden_map.add(config, nets, variables)
@@ -112,7 +115,7 @@ def _train(config: ConfigDict, workdir: Path, data: Splits, stop: StopRequest) -
     log.info(
         "Stage %s: %s parameters, %d images of %d classes, %d epochs of %d steps of %d images, learning rate %.3g, "
         "%d devices.",
-        config.stage, f"{networks.count(state.params):,}", len(data.train), len(class_names),
+        config.stage, f"{roles.count(state.params):,}", len(data.train), len(class_names),
         config.schedule.num_epochs, epoch_steps, config.batch_size, scaled_schedule(config).learning_rate,
         jax.device_count(),
     )  # fmt: skip
@@ -200,7 +203,7 @@ def _train(config: ConfigDict, workdir: Path, data: Splits, stop: StopRequest) -
     batches.close()
 
     # 4. What came out: the best network on the test images, the curves, a panel to look at.
-    best_variables, best_step = networks.zeros(nets.product), 0
+    best_variables, best_step = roles.zeros(nets.product), 0
     if parallel.is_first():
         best = load_model(workdir)
         best_variables, best_step = best.variables, best.provenance["step"]
@@ -235,7 +238,7 @@ def is_finished(workdir: Path) -> bool:
 def save_if_best(
     workdir: Path,
     config: ConfigDict,
-    nets: networks.Networks,
+    nets: roles.Networks,
     variables: dict,
     class_names: tuple[str, ...],
     step: int,

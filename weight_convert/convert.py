@@ -21,7 +21,7 @@ from flax import linen as nn
 from flax.traverse_util import unflatten_dict
 
 from vimd_jax.checkpoints.adapt import MODES, fit
-from vimd_jax.checkpoints.network import save_model
+from vimd_jax.checkpoints.format import save_model
 from vimd_jax.models import create_model, describe, list_models
 from vimd_jax.models.network import parse_option, variable_shapes
 from weight_convert.load import as_trained_model, assumptions, model_for, provenance_of

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save
 
-from vimd_jax.checkpoints.network import load_model
+from vimd_jax.checkpoints.format import read_model
 from weight_convert.mapping import export_state_dict
 
 
@@ -41,7 +41,7 @@ def _export(checkpoint: Path, output: Path, part: str | None) -> None:
         raise ValueError(f"--output {output} must end in .safetensors")
     if output.exists():
         raise ValueError(f"--output {output} exists: name another file or remove it")
-    trained = load_model(checkpoint)
+    trained = read_model(checkpoint)
     counters = trained.provenance.get("num_batches_tracked", {})
     tensors = export_state_dict(trained.variables, trained.model) | {
         name: np.array(count) for name, count in counters.items()

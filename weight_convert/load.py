@@ -11,7 +11,7 @@ import numpy as np
 from flax import linen as nn
 from flax.traverse_util import unflatten_dict
 
-from vimd_jax.checkpoints.network import TrainedModel
+from vimd_jax.checkpoints.trained_model import TrainedModel
 from vimd_jax.models import create_model
 from vimd_jax.models.network import square, variable_shapes
 from vimd_jax.models.srresnet import SRResNet

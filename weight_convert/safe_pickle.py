@@ -9,9 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-
-class PickleError(ValueError):
-    """The pickle cannot be read as data."""
+from vimd_jax.errors import PickleError
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ import ml_dtypes
 import numpy as np
 from safetensors import safe_open
 
-from vimd_jax.checkpoints.network import CheckpointError
-from weight_convert.safe_pickle import Constructor, Inert, PickleError, construct, interpret, printable
+from vimd_jax.errors import CheckpointError, PickleError
+from weight_convert.safe_pickle import Constructor, Inert, construct, interpret, printable
 
 # Far beyond any real checkpoint (Vim-base with its optimizer state: 2,000 tensors); a hostile file stops here.
 _MAX_PICKLE_BYTES = 8 * 2**20

@@ -11,7 +11,7 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from vimd_jax.config import default_config
 from vimd_jax.data import augment
 from vimd_jax.data.augment import INCREASING_OPERATIONS, OPERATIONS, RandAugment, check_augment
-from vimd_jax.data.images import DatasetError
+from vimd_jax.errors import DatasetError
 from vimd_jax.models.layers import IMAGENET_MEAN, IMAGENET_STD
 
 BICUBIC, AFFINE = Image.Resampling.BICUBIC, Image.Transform.AFFINE

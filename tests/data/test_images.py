@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from vimd_jax.data import images
-from vimd_jax.data.images import UnreadableImage, check_header, decode_image, find_images, read_image
+from vimd_jax.data.images import check_header, decode_image, find_images, read_image
+from vimd_jax.errors import UnreadableImage
 
 
 def gradient(width=32, height=24):

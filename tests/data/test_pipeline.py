@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vimd_jax.data.images import DatasetError, UnreadableImage
 from vimd_jax.data.pipeline import eval_batches, samples_per_epoch, steps_per_epoch, train_batches
 from vimd_jax.data.sources import load_source
 from vimd_jax.data.transforms import eval_view, low_resolution_view
+from vimd_jax.errors import DatasetError, UnreadableImage
 
 
 def take(source, config, count, **arguments):

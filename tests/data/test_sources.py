@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from vimd_jax.data.catalog import DATASETS, DatasetInfo
-from vimd_jax.data.images import DatasetError, UnreadableImage
 from vimd_jax.data.sources import check_readable, load_source
+from vimd_jax.errors import DatasetError, UnreadableImage
 
 THREE_SPLITS = {"train/ant": 4, "train/bee": 3, "val/ant": 2, "test/ant": 1, "test/bee": 2}
 

@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 
-from vimd_jax.data.images import DatasetError
 from vimd_jax.data.sources import load_source
 from vimd_jax.data.synthetic import class_markings, draw_bird
 from vimd_jax.data.transforms import low_resolution_view
+from vimd_jax.errors import DatasetError
 
 
 def test_images_depend_only_on_split_and_index(dataset_config):

@@ -26,8 +26,8 @@ from vimd_jax.config import default_config
 from vimd_jax.models import create_model
 from vimd_jax.models.network import variable_shapes
 from vimd_jax.models.srvm import SRVM
-from vimd_jax.training.networks import build_networks
 from vimd_jax.training.optimizer import create_optimizer, create_schedule, decay_mask, layer_scales, scaled_schedule
+from vimd_jax.training.roles import build_networks
 from weight_convert import convert_state_dict
 from weight_convert.mapping import plan
 

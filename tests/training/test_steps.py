@@ -8,8 +8,8 @@ import tiny
 from tiny import tiny_config
 
 from vimd_jax.training import hidden_map, parallel, steps
-from vimd_jax.training.networks import build_networks
 from vimd_jax.training.optimizer import create_optimizer, create_schedule
+from vimd_jax.training.roles import build_networks
 
 
 def one_step(config, count=8, seed=0):

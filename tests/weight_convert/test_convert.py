@@ -16,10 +16,9 @@ import pytest
 import torch_writer
 from safetensors.numpy import load_file, save_file
 
-from vimd_jax import load_model
-from vimd_jax.checkpoints import network
-from vimd_jax.checkpoints.adapt import load_variables
-from vimd_jax.checkpoints.network import read_description
+from vimd_jax.checkpoints import format
+from vimd_jax.checkpoints.format import read_description
+from vimd_jax.load import load_model, load_variables
 from vimd_jax.models import create_model, list_models
 from weight_convert import convert as convert_command
 from weight_convert import export as export_command
@@ -413,7 +412,7 @@ def test_an_interrupted_conversion_leaves_nothing_behind(tmp_path, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(network, "save", interrupted)
+    monkeypatch.setattr(format, "save", interrupted)
     with pytest.raises(KeyboardInterrupt):
         convert(*VIM, "--output", tmp_path / "out")
     assert not list(tmp_path.iterdir())
@@ -423,7 +422,7 @@ def test_export_errors(tmp_path, capsys):
     assert export("--checkpoint", tmp_path, "--output", tmp_path / "x.pth") == 1
     assert "must end in .safetensors" in capsys.readouterr().err
     assert export("--checkpoint", tmp_path / "no", "--output", tmp_path / "x.safetensors") == 1
-    assert "no such workdir, converted checkpoint or PyTorch file" in capsys.readouterr().err
+    assert "no such workdir or converted checkpoint" in capsys.readouterr().err
     assert convert(*SR, "--output", tmp_path / "sr") == 0
     assert export("--checkpoint", tmp_path / "sr", "--output", tmp_path / "x.safetensors", "--part", "sr") == 1
     assert "holds a SRResNet, which has no such part" in capsys.readouterr().err

@@ -21,7 +21,8 @@ import torch_writer
 from safetensors.numpy import save_file
 from torch_writer import Call, Global, View
 
-from weight_convert import CheckpointError, load_torch_checkpoint
+from vimd_jax.errors import CheckpointError
+from weight_convert import load_torch_checkpoint
 
 FILES = golden.FOLDER / "checkpoints"
 

@@ -1,23 +1,16 @@
 """Weights to start a network from: of the same network, another number of classes, or another grid of patches."""
 
-import logging
 import math
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 
-from vimd_jax.checkpoints.network import load_model
 from vimd_jax.models import describe
 from vimd_jax.models.network import input_images, variable_shapes
 from vimd_jax.models.positions import CLASS_TOKENS, class_token_positions, resize_positions
-from vimd_jax.models.srresnet import SRResNet
-from vimd_jax.models.srvm import SRVM, part
-
-log = logging.getLogger(__name__)
 
 MODES = ("correct", "reference")
 
@@ -31,61 +24,6 @@ class Change(NamedTuple):
 
     difference: str
     remedy: str
-
-
-def load_variables(
-    path: str | Path, model: nn.Module, *, adapt: bool = False, key: str | None = None, position_mode: str = "correct"
-) -> dict[str, Any]:
-    """Variables of `model` from a checkpoint of the same network, or of an SRVM-Net that the model is one part of.
-
-    Args:
-      path: a workdir, a converted or exported folder, or a PyTorch file.
-      model: the network to fill.
-      adapt: where the number of classes differs, start the head anew; where the grid of patches differs, resize the
-        position embedding; log either. False: such a difference is an error too.
-      key: the entry of a PyTorch file, e.g. "model_ema".
-      position_mode: see `resize_position_embedding`.
-
-    Raises:
-      FileNotFoundError, ValueError: nothing is there, it cannot be read, or it holds another network.
-    """
-    path, grid = Path(path), None
-    if path.is_file():
-        from weight_convert import torch_variables  # only who hands over a PyTorch file needs the reader
-
-        leaves = torch_variables(path, model, flexible=True, key=key)
-        if not adapt and all(leaves[leaf].shape == x.shape for leaf, x in variable_shapes(model).items()):
-            return unflatten_dict(leaves, sep="/")  # for whatever grid: the file does not tell
-    else:
-        source, variables = _part_for(model, load_model(path))
-        _check_same_network(path, source, model)
-        leaves, grid = flatten_dict(variables, sep="/"), getattr(source, "grid", None)
-    leaves, changes = fit(leaves, model, grid=grid, mode=position_mode, source=str(path))
-    if changes and not adapt:
-        raise ValueError(f"{path} does not fit the network: {'; '.join(change.difference for change in changes)}")
-    for change in changes:
-        log.info("%s: %s: %s", path, *change)
-    return unflatten_dict(leaves, sep="/")
-
-
-def _part_for(model: nn.Module, trained: Any) -> tuple[nn.Module, dict[str, Any]]:
-    """A network and its variables; of an SRVM-Net the part that `model` could be."""
-    if not isinstance(trained.model, SRVM) or isinstance(model, SRVM):
-        return trained.model, trained.variables
-    name = "sr" if isinstance(model, SRResNet) else "classifier"
-    return getattr(trained.model, name), part(trained.variables, name)
-
-
-def _check_same_network(path: Path, source: nn.Module | None, model: nn.Module) -> None:
-    """Refuses a network of another class, or one that differs in an option that `fit` cannot make up for."""
-    if type(source) is not type(model):
-        found = "no such network" if source is None else f"a {type(source).__name__}"
-        raise ValueError(f"{path} holds {found}, but the model is a {type(model).__name__}")
-    there, here = describe(source)["options"], describe(model)["options"]
-    different = [option for option in here if there.get(option) != here[option] and option not in ADAPTABLE]
-    if different:
-        options = ", ".join(f"{o} is {there.get(o)!r} there, {here[o]!r} in the model" for o in different)
-        raise ValueError(f"{path} holds another network: {options}")
 
 
 def resize_position_embedding(

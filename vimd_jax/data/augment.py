@@ -15,7 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-from vimd_jax.data.images import DatasetError
+from vimd_jax.errors import DatasetError
 
 # Mean and standard deviation of the pixels of ImageNet, in 8-bit units.
 MEAN = 255 * np.array((0.485, 0.456, 0.406))

@@ -9,6 +9,8 @@ from typing import BinaryIO
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, features
 
+from vimd_jax.errors import UnreadableImage
+
 EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 if features.check("avif"):
     EXTENSIONS += (".avif",)
@@ -21,14 +23,6 @@ MAX_PIXELS = 64 * 10**6
 
 # From the (width, height) of an image when upright, the factor by which a JPEG may be decoded smaller.
 Reduction = Callable[[int, int], int]
-
-
-class DatasetError(ValueError):
-    """Something is wrong with the data; the one-line message names it and the remedy."""
-
-
-class UnreadableImage(DatasetError):
-    """An image that cannot be decoded; the message names the file and the cause."""
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:

@@ -22,9 +22,10 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from vimd_jax.data.augment import augment
-from vimd_jax.data.images import DatasetError, Reduction, UnreadableImage
+from vimd_jax.data.images import Reduction
 from vimd_jax.data.sources import Source
 from vimd_jax.data.transforms import eval_view, low_resolution_view, random_crop_box, train_view
+from vimd_jax.errors import DatasetError, UnreadableImage
 
 Batch = dict[str, np.ndarray]
 

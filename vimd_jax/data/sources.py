@@ -16,18 +16,10 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from vimd_jax.data.catalog import DATASETS
-from vimd_jax.data.images import (
-    EXTENSIONS,
-    DatasetError,
-    Reduction,
-    UnreadableImage,
-    check_header,
-    decode_image,
-    is_image_name,
-    read_image,
-)
+from vimd_jax.data.images import EXTENSIONS, Reduction, check_header, decode_image, is_image_name, read_image
 from vimd_jax.data.labels import cached_labels
 from vimd_jax.data.synthetic import class_markings, draw_bird
+from vimd_jax.errors import DatasetError, UnreadableImage
 
 log = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ from ml_collections import ConfigDict
 from vimd_jax.data.pipeline import Batch, eval_batches, read_or_skip
 from vimd_jax.data.sources import Source
 from vimd_jax.data.transforms import eval_view, low_resolution_view
-from vimd_jax.log import TrainingError
+from vimd_jax.errors import TrainingError
 from vimd_jax.training import parallel, plots, steps
-from vimd_jax.training.networks import Networks
+from vimd_jax.training.roles import Networks
 
 log = logging.getLogger(__name__)
 

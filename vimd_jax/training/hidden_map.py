@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from vimd_jax.models.network import input_images
 from vimd_jax.models.positions import class_token_positions
-from vimd_jax.training.networks import Networks
+from vimd_jax.training.roles import Networks
 
 NAME = "hidden_map"  # of the maps' parameters beside those of the student
 

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from tensorboardX import SummaryWriter
 
-from vimd_jax.checkpoints.network import replace_file
-from vimd_jax.log import TrainingError
+from vimd_jax.errors import TrainingError
+from vimd_jax.files import replace_file
 from vimd_jax.training import parallel
 
 log = logging.getLogger(__name__)

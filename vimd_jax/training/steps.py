@@ -19,8 +19,8 @@ from vimd_jax.models.network import input_images
 from vimd_jax.models.srvm import bicubic
 from vimd_jax.training import hidden_map
 from vimd_jax.training.mixing import mix
-from vimd_jax.training.networks import Networks
 from vimd_jax.training.parallel import AXIS, over_devices
+from vimd_jax.training.roles import Networks
 
 Batch = dict[str, jax.Array]
 

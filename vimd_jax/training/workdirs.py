@@ -11,10 +11,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from vimd_jax.checkpoints.network import replace_file
 from vimd_jax.config import STAGES, default_config, settings
-from vimd_jax.data.images import DatasetError
 from vimd_jax.data.sources import Source, Splits
+from vimd_jax.errors import DatasetError
+from vimd_jax.files import replace_file
 from vimd_jax.training import parallel
 
 HERE = "{workdir}"  # in the `init` of a network: the folder of the stage, so that one stage can name another's

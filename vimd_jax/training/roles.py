@@ -12,8 +12,8 @@ from flax import linen as nn
 from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
-from vimd_jax.checkpoints.adapt import load_variables
 from vimd_jax.config import DERIVED, STAGES, given_options
+from vimd_jax.load import load_variables
 from vimd_jax.models import CLASSIFIERS, SR_NETWORKS, create_model, model_options
 from vimd_jax.models.network import input_images, options_of, variable_shapes
 from vimd_jax.models.srvm import SRVM, bicubic, join

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vimd_jax import load_model
-from vimd_jax.checkpoints import network
-from vimd_jax.checkpoints.adapt import load_variables
-from vimd_jax.checkpoints.network import CheckpointError, TrainedModel, save_model
-from vimd_jax.data.images import DatasetError
+from vimd_jax.checkpoints import format
+from vimd_jax.checkpoints.format import save_model
+from vimd_jax.checkpoints.trained_model import TrainedModel
+from vimd_jax.errors import CheckpointError, DatasetError
+from vimd_jax.load import load_model, load_variables
 from vimd_jax.models import create_model
 
 VIM = {"num_classes": 3, "image_size": 32, "patch_size": 8, "stride": 8, "embed_dim": 16, "depth": 2}
@@ -86,7 +86,7 @@ def test_an_interrupted_write_leaves_the_last_network(vim, moment, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(f"{network.__name__}.{moment}", interrupted)
+    monkeypatch.setattr(f"{format.__name__}.{moment}", interrupted)
     with pytest.raises(KeyboardInterrupt):
         save_model(vim, better)
     monkeypatch.undo()
