@@ -1,8 +1,8 @@
 """The networks by name: `create_model("vim_tiny_stride8", num_classes=200)`.
 
 One module per family, from general to special: layers, positions, scan_order and mamba are parts; isotropic is the
-trunk of vim, local_vim and v2m, hierarchical that of vmamba, local_vmamba and efficient_vmamba; srresnet restores
-images; srvm is a classifier behind it, the student of ViMD. A family lists its names in `MODELS`.
+trunk of vim, local_vim and v2m, hierarchical that of vmamba, vmamba2, local_vmamba and efficient_vmamba; srresnet
+restores images; srvm is a classifier behind it, the student of ViMD. A family lists its names in `MODELS`.
 """
 
 import difflib
@@ -13,13 +13,13 @@ from typing import Any, Literal
 
 from flax import linen as nn
 
-from vimd_jax.models import efficient_vmamba, local_vim, local_vmamba, srresnet, v2m, vim, vmamba
+from vimd_jax.models import efficient_vmamba, local_vim, local_vmamba, srresnet, v2m, vim, vmamba, vmamba2
 from vimd_jax.models.network import COMPUTATION, from_plain, options_of
 from vimd_jax.models.srresnet import SRResNet
 from vimd_jax.models.srvm import SRVM
 
 _ISOTROPIC = vim.MODELS | local_vim.MODELS | v2m.MODELS
-_HIERARCHICAL = vmamba.MODELS | local_vmamba.MODELS | efficient_vmamba.MODELS
+_HIERARCHICAL = vmamba.MODELS | vmamba2.MODELS | local_vmamba.MODELS | efficient_vmamba.MODELS
 CLASSIFIERS = _ISOTROPIC | _HIERARCHICAL
 SR_NETWORKS = srresnet.MODELS
 
