@@ -116,7 +116,9 @@ _SETTINGS = {
     "dataset.crop_scale": Setting((0.08, 1.0), _SHARES, "share of the image's area that a random-resized crop takes"),
     "dataset.flip": Setting(True, _ANY, "mirror half of the training images"),
     "dataset.augment.rand_augment": Setting(
-        "", _ANY, 'RandAugment in timm\'s notation, as "rand-m9-mstd0.5-inc1"; empty: off'
+        "",
+        _ANY,
+        'RandAugment in timm\'s notation, as "rand-m9-mstd0.5-inc1", or LocalMamba\'s, "local-m9-mstd0.5"; empty: off',
     ),
     "dataset.augment.three_augment": Setting(False, _ANY, "greyscale, solarisation or blur, as in DeiT III"),
     "dataset.augment.color_jitter": Setting(
