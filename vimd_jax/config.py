@@ -162,6 +162,12 @@ _SETTINGS = {
     "mixing.switch_probability": Setting(
         0.5, _SHARE_OR_0, "share of these that cutmix gets where both are on", stages=_LABELLED
     ),
+    "mixing.group_size": Setting(
+        0,
+        _at_least(0),
+        "images that are mixed by one draw, as the originals do for each GPU's share; 0: the whole batch",
+        stages=_LABELLED,
+    ),
     "loss.label_smoothing": Setting(0.1, _BELOW_1, "label mass spread over all classes", stages=_LABELLED),
     "loss.logits_weight": Setting(
         1.0, _at_least(0), "alpha of the paper; 0 switches the term off", stages=("student",)
