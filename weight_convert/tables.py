@@ -370,8 +370,7 @@ def told_options(shapes: dict[str, tuple[int, ...]], model: nn.Module | None) ->
         "state_size": side("layers.0.mixer.A_log", 1)
         or side("layers.0.mixer.A_log_0", 1)
         or side("layers.0.blocks.0.op.A_logs", 1),
-        "expand": (side("layers.0.blocks.0.op.in_proj.weight", 0) or 0)
-        // (side("layers.0.blocks.0.norm.weight", 0) or 1),
+        "expand": inner // width if inner and width else None,
         "num_blocks": count(r"trunk\.(\d+)\."),
         "channels": side("conv3.weight", 1),
         "scale": 2 ** count(r"upsampling\.([0-2])\."),
