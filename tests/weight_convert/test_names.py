@@ -169,7 +169,7 @@ def test_a_classifier_whose_head_is_called_classifier(tmp_path):
 
 def test_options_that_names_depend_on_are_pointed_out():
     weights = weights_of(EFFICIENT.clone(mlp_ratio=2.0))
-    with pytest.raises(ValueError, match="unexpected.*; its tensors tell other options: mlp_ratio=2.0"):
+    with pytest.raises(ValueError, match="unexpected.*; its tensors imply other options: mlp_ratio=2.0"):
         convert_state_dict(weights, EFFICIENT)
     weights = weights_of(EFFICIENT.clone(downsample="conv"))
     with pytest.raises(ValueError, match="options: downsample='conv'"):
