@@ -7,7 +7,7 @@ PyTorch numbers may be stacked on leading axes.
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -49,12 +49,17 @@ def plan(model: Network) -> list[Entry]:
       ValueError: no table describes this kind of model, or the table leaves one of its variables without a source.
     """
     shapes = {path: leaf.shape for path, leaf in variable_shapes(model).items()}
-    entries = [entry for rule in table(model) for entry in _expand(rule, shapes)]
+    entries = expand(table(model), shapes)
     if uncovered := sorted(set(shapes) - {entry.target for entry in entries}):
         raise ValueError(
             f"no PyTorch name is known for {_listed(uncovered)} of {type(model).__name__}, with the options it has"
         )
     return entries
+
+
+def expand(rules: Iterable[Rule], shapes: dict[str, tuple[int, ...]]) -> list[Entry]:
+    """The entries of table rows for variables of these shapes, by path."""
+    return [entry for rule in rules for entry in _expand(rule, shapes)]
 
 
 def _expand(rule: Rule, shapes: dict[str, tuple[int, ...]]) -> Iterator[Entry]:
@@ -176,10 +181,10 @@ def fill(
     state_dict, prefixes = unwrapped(flat_state_dict(state_dict), model, {entry.source for entry in entries})
     if prefixes:
         log.info("%s: names without their prefix %s", source, ", ".join(map(printable, prefixes)))
-    state_dict = _as_in_table(state_dict, entries, model)
+    original, state_dict = state_dict, _as_in_table(state_dict, entries, model)
     if problems := _differences(state_dict, entries, model, flexible):
         raise ValueError(
-            f"{source}: the weights do not fit {type(model).__name__}: {_in_words(problems, state_dict, model)}"
+            f"{source}: the weights do not fit {type(model).__name__}: {_in_words(problems, original, model)}"
         )
     shapes = variable_shapes(model)
     leaves: dict[str, np.ndarray] = {}
