@@ -39,7 +39,7 @@ class TrainedModel:
     @property
     def image_size(self) -> int | tuple[int, int] | None:
         """Side, or (height, width), in pixels of the images that are classified; None for an SR network."""
-        return getattr(getattr(self.model, "classifier", self.model), "image_size", None)
+        return self.model.image_size
 
     def predict(
         self,
