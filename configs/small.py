@@ -9,7 +9,7 @@ Measured    see the README
 
 from ml_collections import config_dict
 
-from configs import quickstart
+from vimd_jax.configs import quickstart
 
 
 def get_config():

@@ -14,7 +14,7 @@ Published   top-1 92.12 % at the best epoch, chosen on the test set; 91.33 % at 
 Measured    not yet
 """
 
-from configs import recipes
+from vimd_jax.configs import recipes
 
 
 def get_config(recipe: str = "paper"):

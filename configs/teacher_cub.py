@@ -12,7 +12,7 @@ Published   top-1 84.47 % at the best epoch, chosen on the test set (the authors
 Measured    not yet
 """
 
-from configs import recipes
+from vimd_jax.configs import recipes
 
 
 def get_config(recipe: str = "paper"):

@@ -9,7 +9,7 @@ Published   no figure found (not in the authors' logs)
 Measured    not yet
 """
 
-from configs import recipes
+from vimd_jax.configs import recipes
 
 
 def get_config(recipe: str = "paper"):

@@ -87,5 +87,10 @@ def main(_: list[str]) -> None:
             print(f"{config.stage}  {_SPLIT.value}  {text}  images {scores.sums['count']:.0f}")
 
 
-if __name__ == "__main__":
+def program() -> None:
+    """The command `vimd-evaluate`."""
     run(main)
+
+
+if __name__ == "__main__":
+    program()
