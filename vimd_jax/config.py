@@ -116,7 +116,9 @@ _SETTINGS = {
     "dataset.crop_scale": Setting((0.08, 1.0), _SHARES, "share of the image's area that a random-resized crop takes"),
     "dataset.flip": Setting(True, _ANY, "mirror half of the training images"),
     "dataset.augment.rand_augment": Setting(
-        "", _ANY, 'RandAugment in timm\'s notation, as "rand-m9-mstd0.5-inc1"; empty: off'
+        "",
+        _ANY,
+        'RandAugment in timm\'s notation, as "rand-m9-mstd0.5-inc1", or LocalMamba\'s, "local-m9-mstd0.5"; empty: off',
     ),
     "dataset.augment.three_augment": Setting(False, _ANY, "greyscale, solarisation or blur, as in DeiT III"),
     "dataset.augment.color_jitter": Setting(
@@ -159,6 +161,12 @@ _SETTINGS = {
     "mixing.probability": Setting(1.0, _SHARE_OR_0, "share of the batches that are mixed", stages=_LABELLED),
     "mixing.switch_probability": Setting(
         0.5, _SHARE_OR_0, "share of these that cutmix gets where both are on", stages=_LABELLED
+    ),
+    "mixing.group_size": Setting(
+        0,
+        _at_least(0),
+        "images that are mixed by one draw, as the originals do for each GPU's share; 0: the whole batch",
+        stages=_LABELLED,
     ),
     "loss.label_smoothing": Setting(0.1, _BELOW_1, "label mass spread over all classes", stages=_LABELLED),
     "loss.logits_weight": Setting(

@@ -38,6 +38,7 @@ from vimd_jax.log import readable_errors
 from vimd_jax.training import hidden_map, parallel, plots, roles, steps, workdirs
 from vimd_jax.training.evaluation import evaluate, passes, save_panel
 from vimd_jax.training.metrics import MetricWriter, Progress, read_metrics
+from vimd_jax.training.mixing import check_groups
 from vimd_jax.training.optimizer import create_optimizer, create_schedule, frozen_mask, scaled_schedule
 
 log = logging.getLogger("vimd_jax.train")
@@ -63,6 +64,7 @@ def check(config: ConfigDict, workdir: Path, made_before: set[Path] = frozenset(
     check_augment(config.dataset.augment)
     parallel.check_batch_size("batch_size", config.batch_size, config.accumulation_steps)
     parallel.check_batch_size("eval_batch_size", config.eval_batch_size)
+    check_groups(config.batch_size, config.mixing.get("group_size", 0), jax.device_count())
     data = Splits(*(load_source(config.dataset, s, seed=config.seed) for s in ("train", config.selection, "test")))
     create_schedule(config.schedule, steps_per_epoch(data.train, config.dataset, config.batch_size))
     nets = roles.build_networks(config, len(data.train.class_names))

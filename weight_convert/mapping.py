@@ -8,7 +8,7 @@ import contextlib
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -43,12 +43,17 @@ def plan(model: nn.Module) -> list[Entry]:
       ValueError: no table describes this kind of model, or the table leaves one of its variables without a source.
     """
     shapes = {path: leaf.shape for path, leaf in variable_shapes(model).items()}
-    entries = [entry for rule in table(model) for entry in _expand(rule, shapes)]
+    entries = expand(table(model), shapes)
     if uncovered := sorted(set(shapes) - {entry.target for entry in entries}):
         raise ValueError(
             f"no PyTorch name is known for {_listed(uncovered)} of {type(model).__name__}, with the options it has"
         )
     return entries
+
+
+def expand(rules: Iterable[Rule], shapes: dict[str, tuple[int, ...]]) -> list[Entry]:
+    """The entries of table rows for variables of these shapes, by path."""
+    return [entry for rule in rules for entry in _expand(rule, shapes)]
 
 
 def _expand(rule: Rule, shapes: dict[str, tuple[int, ...]]) -> Iterator[Entry]:

@@ -14,6 +14,7 @@ import numpy as np
 from flax import linen as nn
 
 from vimd_jax.models.efficient_vmamba import SCANNING_STAGES, EfficientVMamba
+from vimd_jax.models.heads import POOL_SCALES
 from vimd_jax.models.positions import rotary_angles
 from vimd_jax.models.srvm import SRVM
 
@@ -139,9 +140,14 @@ SRRESNET = (
 
 _BLOCK, _STAGE = "layers.{s}.blocks.{b}", "params/stage_{s}"
 
+
+def _conv(source: str, target: str) -> tuple[Rule, ...]:
+    """The rows of a convolution with bias."""
+    return Rule(f"{source}.weight", f"params/{target}/kernel", _CONV2D), Rule(f"{source}.bias", f"params/{target}/bias")
+
+
 _STAGES = (  # what networks with stages have in common
-    Rule("patch_embed.0.weight", "params/patch_embed/kernel", _CONV2D),
-    Rule("patch_embed.0.bias", "params/patch_embed/bias"),
+    *_conv("patch_embed.0", "patch_embed"),
     *_layer_norm("patch_embed.2", "patch_norm"),
     *_layer_norm(f"{_BLOCK}.norm", "stage_{s}/norm"),
     Rule(f"{_BLOCK}.op.in_proj.weight", f"{_STAGE}/mixer/in_proj/kernel", _LINEAR),
@@ -154,6 +160,11 @@ _STAGES = (  # what networks with stages have in common
     Rule(f"{_BLOCK}.op.Ds", f"{_STAGE}/mixer/ssm/D", shape=lambda k, d: (k * d,)),
     *_layer_norm(f"{_BLOCK}.op.out_norm", "stage_{s}/mixer/norm"),
     Rule(f"{_BLOCK}.op.out_proj.weight", f"{_STAGE}/mixer/out_proj/kernel", _LINEAR),
+    *_layer_norm(f"{_BLOCK}.norm2", "stage_{s}/mlp_norm"),
+    Rule(f"{_BLOCK}.mlp.fc1.weight", f"{_STAGE}/mlp_in/kernel", _LINEAR),
+    Rule(f"{_BLOCK}.mlp.fc1.bias", f"{_STAGE}/mlp_in/bias"),
+    Rule(f"{_BLOCK}.mlp.fc2.weight", f"{_STAGE}/mlp_out/kernel", _LINEAR),
+    Rule(f"{_BLOCK}.mlp.fc2.bias", f"{_STAGE}/mlp_out/bias"),
     *_layer_norm("classifier.norm", "norm"),
     Rule("classifier.head.weight", "params/head/kernel", _LINEAR),
     Rule("classifier.head.bias", "params/head/bias"),
@@ -169,6 +180,16 @@ def _merging(source: str, stage: int | str) -> tuple[Rule, ...]:
 
 
 VMAMBA = (*_STAGES, *_merging("layers.{s}.downsample", "{s}"))
+
+VMAMBA2 = (
+    *_STAGES,
+    *_conv("patch_embed.0", "stem_0/conv"),
+    *_layer_norm("patch_embed.2", "stem_0/norm"),
+    *_conv("patch_embed.5", "stem_1/conv"),
+    *_layer_norm("patch_embed.7", "stem_1/norm"),
+    *_conv("layers.{s}.downsample.1", "downsample_{s}/conv"),
+    *_layer_norm("layers.{s}.downsample.3", "downsample_{s}/norm"),
+)
 
 LOCAL_VMAMBA = (
     *VMAMBA,
@@ -191,11 +212,6 @@ _EFFICIENT_STAGES = (
     Rule(f"{_BLOCK}.conv_branch.3.weight", f"{_STAGE}/conv_out/kernel", _CONV2D),
     Rule(f"{_BLOCK}.conv_branch.3.bias", f"{_STAGE}/conv_out/bias"),
     *_channel_gate(f"{_BLOCK}.se", "stage_{s}/gate"),
-    *_layer_norm(f"{_BLOCK}.norm2", "stage_{s}/mlp_norm"),
-    Rule(f"{_BLOCK}.mlp.fc1.weight", f"{_STAGE}/mlp_in/kernel", _LINEAR),
-    Rule(f"{_BLOCK}.mlp.fc1.bias", f"{_STAGE}/mlp_in/bias"),
-    Rule(f"{_BLOCK}.mlp.fc2.weight", f"{_STAGE}/mlp_out/kernel", _LINEAR),
-    Rule(f"{_BLOCK}.mlp.fc2.bias", f"{_STAGE}/mlp_out/bias"),
     Rule(f"{_CONVOLVING}.conv_pw.0.weight", f"{_STAGE}/expand/kernel", _CONV2D),
     *_batch_norm(f"{_CONVOLVING}.conv_pw.1", "stage_{s}/expand_norm"),
     Rule(f"{_CONVOLVING}.conv_dw.0.weight", f"{_STAGE}/depthwise/kernel", _CONV2D),
@@ -217,10 +233,29 @@ def _efficient_vmamba(model: EfficientVMamba) -> tuple[Rule, ...]:
         if model.downsample == "merge":
             rules += _merging(source, stage)
         else:
-            conv = Rule(f"{source}.1.weight", f"params/{target}/conv/kernel", _CONV2D)
-            rules += (conv, Rule(f"{source}.1.bias", f"params/{target}/conv/bias"))
-            rules += _layer_norm(f"{source}.3", f"{target}/norm")
+            rules += (*_conv(f"{source}.1", f"{target}/conv"), *_layer_norm(f"{source}.3", f"{target}/norm"))
     return rules
+
+
+def _conv_norm(source: str, target: str) -> tuple[Rule, ...]:
+    """The rows of a convolution without bias and the batch norm behind it, as mmsegmentation calls them."""
+    kernel = Rule(f"{source}.conv.weight", f"params/{target}/kernel", _CONV2D)
+    return kernel, *_batch_norm(f"{source}.bn", f"{target}_norm")
+
+
+_CLASSES = (
+    Rule("conv_seg.weight", "params/classes/kernel", _CONV2D),
+    Rule("conv_seg.bias", "params/classes/bias"),
+)
+UPERNET = (
+    *(rule for i, scale in enumerate(POOL_SCALES) for rule in _conv_norm(f"psp_modules.{i}.1", f"pool_{scale}")),
+    *_conv_norm("bottleneck", "bottleneck"),
+    *_conv_norm("lateral_convs.{i}", "lateral_{i}"),
+    *_conv_norm("fpn_convs.{i}", "level_{i}"),
+    *_conv_norm("fpn_bottleneck", "fusion"),
+    *_CLASSES,
+)
+FCN = (*_conv_norm("convs.{i}", "conv_{i}"), *_conv_norm("conv_cat", "joint"), *_CLASSES)
 
 
 def _inside(part: str, rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
@@ -240,6 +275,9 @@ TABLES = {  # by class
     "SRResNet": SRRESNET,
     "LocalVMamba": LOCAL_VMAMBA,
     "VMamba": VMAMBA,
+    "VMamba2": VMAMBA2,
+    "UperNet": UPERNET,
+    "FCN": FCN,
     "EfficientVMamba": _efficient_vmamba,  # a function of the model: its depths are in the names
 }
 
@@ -256,7 +294,11 @@ _ONE_FILE_NAMES = (  # of VMamba's version in one file
     (r"\.downsample\.1\.", ".downsample.norm."),
     (r"\.downsample\.2\.", ".downsample.reduction."),
 )
-RENAMES = {"VMamba": (*_FIRST_NAMES, *_ONE_FILE_NAMES), "EfficientVMamba": _FIRST_NAMES}
+RENAMES = {
+    "VMamba": (*_FIRST_NAMES, *_ONE_FILE_NAMES),
+    "VMamba2": _ONE_FILE_NAMES[:1],
+    "EfficientVMamba": _FIRST_NAMES,
+}
 
 
 def table(model: nn.Module) -> tuple[Rule, ...]:
@@ -319,21 +361,25 @@ def told_options(shapes: dict[str, tuple[int, ...]], model: nn.Module | None) ->
     def side(name: str, axis: int) -> int | None:
         return next(iter(shapes.get(name, ())[axis:]), None)
 
+    hidden, width, inner = (side(f"layers.0.blocks.0.{name}.weight", 0) for name in ("mlp.fc1", "norm", "op.in_proj"))
     stages = range(count(r"layers\.(\d+)\.(?:blocks|\d+)\."))
     counted = {
         "depth": count(r"layers\.(\d+)\.mixer\."),
         "embed_dim": side("norm_f.weight", 0),
         "patch_size": side("patch_embed.proj.weight", 2),
-        "state_size": side("layers.0.mixer.A_log", 1) or side("layers.0.mixer.A_log_0", 1),
+        "state_size": side("layers.0.mixer.A_log", 1)
+        or side("layers.0.mixer.A_log_0", 1)
+        or side("layers.0.blocks.0.op.A_logs", 1),
+        "expand": (side("layers.0.blocks.0.op.in_proj.weight", 0) or 0)
+        // (side("layers.0.blocks.0.norm.weight", 0) or 1),
         "num_blocks": count(r"trunk\.(\d+)\."),
         "channels": side("conv3.weight", 1),
         "scale": 2 ** count(r"upsampling\.([0-2])\."),
-        "dims": side("patch_embed.0.weight", 0),
+        "dims": width,
         "depths": tuple(count(rf"layers\.{stage}\.(blocks\.\d+\.norm|\d+\.conv_pw)\.") for stage in stages),
     }
     if not (counted["depth"] or counted["num_blocks"] or counted["depths"]):
         return {}  # another kind of network
-    hidden, width = (side("layers.0.blocks.0.mlp.fc1.weight", axis) for axis in (0, 1))
     there = {
         "rope": "rope.freqs_cos" in shapes,
         "class_token": "double" if "cls_token_head" in shapes else "middle" if "cls_token" in shapes else None,

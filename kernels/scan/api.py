@@ -16,13 +16,14 @@ where y is like u and the last state like the initial one. It is differentiable 
 import jax
 import jax.numpy as jnp
 
-from kernels.choice import Implementations
+from kernels.choice import OPERATIONS, Implementations
 from kernels.scan.inputs import ScanInputs, ScanOptions, canonical, check
 
 # Fastest first as scripts/benchmark_scan.py measured them. On a CPU "sequential" beats "associative" at every shape;
 # where a device runs wide operations cheaply and loops slowly, as GPUs and TPUs do, "associative" is what remains.
-IMPLEMENTATIONS = Implementations(
-    operation="selective scan",
+IMPLEMENTATIONS = OPERATIONS["scan"] = Implementations(
+    operation="scan",
+    title="selective scan",
     package="kernels.scan",
     names=("native", "pallas", "triton", "sequential", "associative"),
     fastest_first={"cpu": ("native", "sequential"), "gpu": ("pallas", "associative")},
@@ -69,9 +70,9 @@ def selective_scan(
       initial_state: the state before the first step (which is at the last position if `reverse`),
         (batch, channels, state); zero if None.
       return_last_state: also return the state after the final step, (batch, channels, state) float32.
-      implementation: "native", "pallas", "triton", "sequential" or "associative"; None takes the fastest that can run
-        where JAX runs: on the devices of the current mesh, else the default device. `jax.sharding.use_abstract_mesh`
-        with an abstract GPU lowers for a GPU without having one.
+      implementation: "native", "pallas", "triton", "sequential" or "associative"; None takes the one named by
+        `kernels.use`, else the fastest that can run where JAX runs: on the devices of the current mesh, else on the
+        default device. `jax.sharding.use_abstract_mesh` with an abstract GPU lowers for a GPU without having one.
 
     Returns:
       y, (batch, length, channels) in u's dtype; with `return_last_state` the pair (y, last state).

@@ -7,6 +7,7 @@ Parameters, stream, norms and head are float32; `dtype` is that of projections a
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -164,6 +165,12 @@ class Block(nn.Module):
         """What a branch adds to the stream, in float32, dropped for whole images at random where `drops` is on."""
         update = update.astype(jnp.float32)
         return drop_path(self, update, rate) if self.drops else update
+
+    def mlp(self, x: jax.Array, ratio: float, dtype: Any) -> jax.Array:
+        """What two linear layers make of every token, with `ratio` times the channels between them."""
+        dense = partial(nn.Dense, kernel_init=nn.initializers.normal(0.02), dtype=dtype)
+        hidden = dense(int(x.shape[-1] * ratio), name="mlp_in")(layer_norm(name="mlp_norm")(x))
+        return dense(x.shape[-1], name="mlp_out")(nn.gelu(hidden, approximate=False))
 
     def __call__(self, x: jax.Array, inputs: tuple[jax.Array, Any]) -> tuple[jax.Array, None]:
         """Maps x (batch, rows, columns, channels) and (drop rate, the block's inputs) to (the next x, None)."""

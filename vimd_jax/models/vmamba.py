@@ -68,11 +68,13 @@ class SS2D(nn.Module):
     dtype: Any
     scan_implementation: str | None
 
+    expand = EXPAND  # channels of the scans over those of the map
+
     @nn.compact
     def __call__(self, x: jax.Array, order: ScanOrder) -> jax.Array:
         """Maps x (batch, rows, columns, dim) to the same shape."""
         dim = x.shape[-1]
-        u, z = jnp.split(projection(2 * EXPAND * dim, self.dtype, "in_proj")(x), 2, axis=-1)
+        u, z = jnp.split(projection(2 * self.expand * dim, self.dtype, "in_proj")(x), 2, axis=-1)
         u = DepthwiseConv(activation=nn.silu, name="conv")(u)
         y = self.merge(self.scan(u.reshape(len(u), -1, u.shape[-1]), order))
         y = layer_norm(name="norm")(y).reshape(u.shape) * nn.silu(z)
@@ -87,6 +89,7 @@ class SS2D(nn.Module):
             dt_bias_init=inverse_softplus_of_steps,
             dtype=self.dtype,
             scan_implementation=self.scan_implementation,
+            expand=self.expand,
             name="ssm",
         )
         return to_tokens(ssm(to_sequences(u, order)), order)
