@@ -138,11 +138,11 @@ class Isotropic(Network):
             bias_init=self.patch_bias_init,
             name="patch_embed",
         )
-        patches = patch_embed(self.prepare(images)).reshape(len(images), -1, dim).astype(jnp.float32)
+        patches = patch_embed(self.prepare(images)).reshape(images.shape[0], -1, dim).astype(jnp.float32)
 
         names = {0: [], 1: ["class_token"], 2: ["class_token_head", "class_token_tail"]}[len(positions)]
         tokens = [self.param(name, self.class_token_init, (1, 1, dim)) for name in names]
-        tokens = [jnp.tile(token, (len(images), 1, 1)) for token in tokens]
+        tokens = [jnp.tile(token, (images.shape[0], 1, 1)) for token in tokens]
         table_length = math.prod(self.grid) + len(positions)
         table = self.param("position_embedding", normal, (1, table_length, dim))
         if grid != self.grid:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from vimd_jax.models.layers import BatchNorm, Conv, check_images, convolve
+from vimd_jax.models.layers import BatchNorm, Conv, check_images, convolve, on_cpu
 from vimd_jax.models.network import Network
 
 
@@ -108,7 +108,7 @@ def trunk_convolve(train: bool) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """
     if train:
         return convolve
-    return lambda x, kernel: jax.lax.platform_dependent(x, kernel, cpu=winograd, default=convolve)
+    return partial(on_cpu, winograd, convolve)
 
 
 def winograd(x: jax.Array, kernel: jax.Array) -> jax.Array:
