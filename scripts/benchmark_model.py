@@ -120,7 +120,7 @@ def training_step(implementation: str | None, batch: int, repeats: int, **option
 
 def student_step(config: ConfigDict, batch: int) -> tuple:
     """A student's training step as train.py runs it, and its arguments: state, frozen networks, a batch a device."""
-    networks = build_networks(config, CLASSES)
+    networks = build_networks(config, [str(i) for i in range(CLASSES)])
     count = batch * jax.local_device_count()
     images = {name: jnp.zeros((count, size, size, 3), jnp.uint8) for name, size in (("high", 224), ("low", 56))}
     images |= {"target": jnp.zeros(count, jnp.int32), "weight": jnp.ones(count)}
@@ -128,7 +128,7 @@ def student_step(config: ConfigDict, batch: int) -> tuple:
     def initial(model: nn.Module) -> dict:
         return jax.jit(model.init)(jax.random.key(0), jnp.zeros(input_images(model).shape))
 
-    frozen = {"sr": initial(networks.sr), "teacher": initial(networks.teacher)}
+    frozen = {role: initial(model) for role, model in networks.frozen.items()}
     variables = initial(networks.trained)
     optimizer = create_optimizer(config.optimizer, variables["params"], optax.constant_schedule(1e-5))
     state = create_state(config, variables, optimizer)
