@@ -16,6 +16,7 @@ import contextlib
 import logging
 import shutil
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import jax
@@ -23,7 +24,6 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from kernels.choice import implementation_in_use
-from vimd_jax import __version__
 from vimd_jax.checkpoints import training_state
 from vimd_jax.checkpoints.format import read_description, save_model
 from vimd_jax.checkpoints.trained_model import TrainedModel
@@ -252,7 +252,7 @@ def save_if_best(
         return
     if (folder / "network.json").exists() and score <= read_description(folder)["provenance"]["score"]:
         return
-    provenance = {"library": f"vimd_jax {__version__}", "stage": config.stage, "step": step, "score": score}
+    provenance = {"library": f"vimd_jax {version('vimd-jax')}", "stage": config.stage, "step": step, "score": score}
     save_model(
         folder,
         TrainedModel(

@@ -184,5 +184,5 @@ def test_it_fills_no_network_with_other_settings(vim, option, there, here):
 
 
 def test_how_a_network_is_computed_may_differ(vim):
-    model = MODELS["vim"].clone(dtype="bfloat16", remat=True, scan_implementation="sequential", drop_path_rate=0.1)
+    model = MODELS["vim"].clone(dtype="bfloat16", remat=True, drop_path_rate=0.1)
     assert load_variables(vim, model)["params"]
