@@ -26,6 +26,7 @@ from benchmark_scan import available, positive
 from flax import linen as nn
 from ml_collections import ConfigDict
 
+import kernels
 from kernels.scan.api import IMPLEMENTATIONS
 from vimd_jax.config import default_config
 from vimd_jax.models import create_model
@@ -81,14 +82,14 @@ def columns(row: dict) -> str:
 
 def vim(implementation: str | None, batch: int, repeats: int, **options: Any) -> dict:
     """Inference of the classifier at the published size, or with other options."""
-    model = create_model("vim_tiny_stride8", num_classes=CLASSES, scan_implementation=implementation, **options)
-    return inference(model, 224, batch, repeats)
+    with kernels.use(scan=implementation):
+        return inference(create_model("vim_tiny_stride8", num_classes=CLASSES, **options), 224, batch, repeats)
 
 
 def student(implementation: str | None, batch: int, repeats: int, **options: Any) -> dict:
     """Inference of the whole student, its classifier with these options."""
-    model = create_model("srvm_tiny", num_classes=CLASSES, scan_implementation=implementation, **options)
-    return inference(model, 56, batch, repeats)
+    with kernels.use(scan=implementation):
+        return inference(create_model("srvm_tiny", num_classes=CLASSES, **options), 56, batch, repeats)
 
 
 def inference(model: nn.Module, size: int, batch: int, repeats: int) -> dict:
@@ -104,9 +105,10 @@ def training_step(implementation: str | None, batch: int, repeats: int, **option
     """Median seconds and memory of one optimiser step on all local devices, both classifiers with these options."""
     config = default_config("student")
     for section in (config.teacher, config.student):
-        section.update(options, scan_implementation=implementation)
-    step, state, frozen, images = student_step(config, batch)
-    program = step.lower(state, frozen, images).compile()
+        section.update(options)
+    with kernels.use(scan=implementation):
+        step, state, frozen, images = student_step(config, batch)
+        program = step.lower(state, frozen, images).compile()
     seconds = []
     for _ in range(repeats + 1):
         began = time.perf_counter()
@@ -121,7 +123,7 @@ def student_step(config: ConfigDict, batch: int) -> tuple:
     networks = build_networks(config, CLASSES)
     count = batch * jax.local_device_count()
     images = {name: jnp.zeros((count, size, size, 3), jnp.uint8) for name, size in (("high", 224), ("low", 56))}
-    images |= {"label": jnp.zeros(count, jnp.int32), "weight": jnp.ones(count)}
+    images |= {"target": jnp.zeros(count, jnp.int32), "weight": jnp.ones(count)}
 
     def initial(model: nn.Module) -> dict:
         return jax.jit(model.init)(jax.random.key(0), jnp.zeros(input_images(model).shape))

@@ -78,13 +78,10 @@ def test_a_stage_has_the_sections_that_it_reads(stage):
 def test_options_reach_the_network_and_those_not_given_keep_its_own_value():
     config = default_config("teacher")
     config.dataset.high_resolution = 32
-    config.teacher.update(
-        {"name": "vim_tiny", "class_token": "none", "depth": 2, "scan_implementation": "sequential", "remat": True}
-    )
+    config.teacher.update({"name": "vim_tiny", "class_token": "none", "depth": 2, "remat": True})
     model = build_networks(config, num_classes=3).trained
     expected = {"num_classes": 3, "image_size": 32, "class_token": None, "depth": 2, "remat": True}
     assert {name: getattr(model, name) for name in expected} == expected
-    assert model.scan_implementation == "sequential"
     assert (model.embed_dim, model.merge) == (create_model("vim_tiny").embed_dim, "mean")
 
 

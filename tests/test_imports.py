@@ -24,7 +24,7 @@ ALLOWED = {
     "vimd_jax.losses": [],
     "vimd_jax.data": ["vimd_jax.data", "vimd_jax.errors", "vimd_jax.files", "vimd_jax.log"],
     "vimd_jax.checkpoints": [
-        *("vimd_jax.models", "vimd_jax.checkpoints", "vimd_jax.data.images", "vimd_jax.data.transforms"),
+        *("vimd_jax.models", "vimd_jax.checkpoints", "vimd_jax.data.images", "vimd_jax.data.geometry"),
         *("vimd_jax.errors", "vimd_jax.files"),
     ],
     "vimd_jax.training": ["vimd_jax"],

@@ -30,7 +30,7 @@ from vimd_jax.checkpoints.trained_model import TrainedModel
 from vimd_jax.command import CONFIG, WORKDIR, StopRequest, run, show_log
 from vimd_jax.config import check_settings
 from vimd_jax.data.augment import check_augment
-from vimd_jax.data.pipeline import steps_per_epoch, train_batches
+from vimd_jax.data.pipeline import class_index, steps_per_epoch, train_batches
 from vimd_jax.data.sources import Splits, check_readable, load_source
 from vimd_jax.errors import Stopped, TrainingError
 from vimd_jax.load import load_model
@@ -143,7 +143,7 @@ def _train(config: ConfigDict, workdir: Path, data: Splits, stop: StopRequest) -
     eval_step = steps.make_eval_step(nets)
     batches = train_batches(
         data.train, config.dataset, batch_size=config.batch_size, seed=config.seed, start_step=first_step,
-        views=nets.views, process_index=jax.process_index(), process_count=jax.process_count(),
+        views=nets.views, target=class_index, process_index=jax.process_index(), process_count=jax.process_count(),
     )  # fmt: skip
     held_out = passes(data.held_out, config)
     state, replicated_frozen = parallel.replicate(state), parallel.replicate(frozen)

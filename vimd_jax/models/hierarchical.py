@@ -42,7 +42,6 @@ class Hierarchical(Network):
       input_normalization: subtract ImageNet's mean and divide by its deviation first, as pretraining on ImageNet did.
       dtype: of the projections and convolutions and what they yield, float32 or bfloat16.
       remat: keep only each block's input for the backward pass and compute the block again there.
-      scan_implementation: see `kernels.selective_scan`; None is the fastest that runs here.
     """
 
     num_classes: int = 1000
@@ -54,7 +53,6 @@ class Hierarchical(Network):
     input_normalization: bool = False
     dtype: Any = jnp.float32
     remat: bool = False
-    scan_implementation: str | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -83,7 +81,7 @@ class Hierarchical(Network):
 
     def make_downsampling(self, stage: int) -> nn.Module:
         """What stands between a stage and the next."""
-        return PatchMerging(self.widths[stage + 1], self.dtype, name=f"downsample_{stage}")
+        return PatchMerging(dim=self.widths[stage + 1], dtype=self.dtype, name=f"downsample_{stage}")
 
     @staticmethod
     def decays(path: tuple[str, ...]) -> bool:
@@ -133,8 +131,12 @@ class Hierarchical(Network):
         images = normalize_images(images) if self.input_normalization else images
         bias_init = uniform((3 * PATCH_SIZE**2) ** -0.5)
         patches = patch_embedding(
-            *(self.widths[0], PATCH_SIZE, PATCH_SIZE, uniform_fan_in, self.dtype),
+            dim=self.widths[0],
+            size=PATCH_SIZE,
+            stride=PATCH_SIZE,
+            kernel_init=uniform_fan_in,
             bias_init=bias_init,
+            dtype=self.dtype,
             name="patch_embed",
         )
         return layer_norm(name="patch_norm")(patches(images))
@@ -148,7 +150,7 @@ class Hierarchical(Network):
             split_rngs={"params": True, "drop_path": True},
             length=self.depths[stage],
         )
-        blocks = scanned(*block.args, **block.keywords, name=f"stage_{stage}")
+        blocks = scanned(**block.keywords, name=f"stage_{stage}")
         return blocks(x, (jnp.asarray(drop_rates, jnp.float32), self.block_inputs(stage, x.shape[1:3])))[0]
 
 

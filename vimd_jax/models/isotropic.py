@@ -43,7 +43,6 @@ class Isotropic(Network):
       input_normalization: subtract ImageNet's mean and divide by its deviation first, as pretraining on ImageNet did.
       dtype: of the projections and what they yield, float32 or bfloat16.
       remat: keep only each layer's input for the backward pass and compute the layer again there.
-      scan_implementation: see `kernels.selective_scan`; None is the fastest that runs here.
     """
 
     num_classes: int = 1000
@@ -60,7 +59,6 @@ class Isotropic(Network):
     input_normalization: bool = False
     dtype: Any = jnp.float32
     remat: bool = False
-    scan_implementation: str | None = None
 
     # LeCun's deviation over that of a unit normal cut at ±2: the originals corrected for a cut but made none.
     patch_init = staticmethod(nn.initializers.variance_scaling(1 / 0.87962566**2, "fan_in", "normal"))
@@ -132,7 +130,11 @@ class Isotropic(Network):
         """Patches with the class tokens among them, plus positions: (batch, tokens, embed_dim) float32."""
         dim, normal = self.embed_dim, nn.initializers.normal(0.02)
         patch_embed = patch_embedding(
-            *(dim, self.patch_size, self.stride, self.patch_init, self.dtype),
+            dim=dim,
+            size=self.patch_size,
+            stride=self.stride,
+            kernel_init=self.patch_init,
+            dtype=self.dtype,
             bias_init=self.patch_bias_init,
             name="patch_embed",
         )

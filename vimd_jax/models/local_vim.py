@@ -105,7 +105,7 @@ class LocalVim(Isotropic):
     def make_mixer(self, grid: tuple[int, int]) -> Callable[..., nn.Module]:
         """See `Isotropic`."""
         search = self.directions is None
-        return partial(Mixer, self.depth, self.state_size, search, self.dtype, self.scan_implementation)
+        return partial(Mixer, depth=self.depth, state_size=self.state_size, search=search, dtype=self.dtype)
 
     def layer_inputs(self, grid: tuple[int, int]) -> ScanOrder:
         """See `Isotropic`."""
@@ -156,7 +156,6 @@ class Mixer(nn.Module):
     state_size: int
     search: bool
     dtype: Any
-    scan_implementation: str | None
 
     @nn.compact
     def __call__(self, x: jax.Array, order: ScanOrder) -> jax.Array:
@@ -165,9 +164,11 @@ class Mixer(nn.Module):
         in_proj = nn.Dense(2 * EXPAND * dim, use_bias=False, kernel_init=normal, dtype=self.dtype, name="in_proj")
         x, z = (to_sequences(part, order) for part in jnp.split(in_proj(x), 2, axis=-1))
         ssm = GroupedSSM(
-            self.state_size,
-            *(normal, normal, nn.initializers.zeros),
-            *(self.dtype, self.scan_implementation),
+            state_size=self.state_size,
+            x_proj_init=normal,
+            dt_proj_init=normal,
+            dt_bias_init=nn.initializers.zeros,
+            dtype=self.dtype,
             name="ssm",
         )
         y = to_tokens(ssm(GroupedShortConv(name="conv")(x), z), order)

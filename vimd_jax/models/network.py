@@ -18,7 +18,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
 # Options that say how a network is computed. The others say which network it is, and belong to a checkpoint.
-COMPUTATION = ("dtype", "remat", "scan_implementation", "bn_axis_name", "drop_path_rate")
+COMPUTATION = ("dtype", "remat", "bn_axis_name", "drop_path_rate")
 
 
 class Network(nn.Module):
@@ -49,7 +49,7 @@ class Network(nn.Module):
 
     @property
     def parts(self) -> dict[str, "Network"]:
-        """The networks that this one is made of, by the name of their sub-tree of its variables; a simple one has none."""
+        """The networks that this one is made of, by the name of their sub-tree of variables; a simple one has none."""
         fields = {name: getattr(self, name) for name in options_of(type(self))}
         return {name: value for name, value in fields.items() if isinstance(value, Network)}
 

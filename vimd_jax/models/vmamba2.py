@@ -51,13 +51,14 @@ class VMamba2(Hierarchical):
         """See `Hierarchical`; a quarter of the resolution by two convolutions."""
         check_images(images)
         x = normalize_images(images) if self.input_normalization else images
-        x = Halving(self.widths[0] // 2, self.dtype, name="stem_0")(x)
-        return Halving(self.widths[0], self.dtype, name="stem_1")(nn.gelu(x, approximate=False))
+        x = Halving(dim=self.widths[0] // 2, dtype=self.dtype, name="stem_0")(x)
+        return Halving(dim=self.widths[0], dtype=self.dtype, name="stem_1")(nn.gelu(x, approximate=False))
 
     def make_block(self, stage: int, train: bool) -> Callable[..., Block]:
         """See `Hierarchical`."""
-        mixer = partial(UngatedSS2D, self.state_size, self.dtype, self.scan_implementation, self.expand)
-        return partial(MLPBlock, train and self.drop_path_rate > 0, mixer, self.mlp_ratio)
+        drops = train and self.drop_path_rate > 0
+        mixer = partial(UngatedSS2D, state_size=self.state_size, dtype=self.dtype, expand=self.expand)
+        return partial(MLPBlock, drops=drops, mixer=mixer, mlp_ratio=self.mlp_ratio)
 
     def block_inputs(self, stage: int, grid: tuple[int, int]) -> ScanOrder:
         """The way of each block through the map: the same for all."""
@@ -65,7 +66,7 @@ class VMamba2(Hierarchical):
 
     def make_downsampling(self, stage: int) -> nn.Module:
         """See `Hierarchical`."""
-        return Halving(self.widths[stage + 1], self.dtype, name=f"downsample_{stage}")
+        return Halving(dim=self.widths[stage + 1], dtype=self.dtype, name=f"downsample_{stage}")
 
 
 class Halving(nn.Module):
@@ -78,7 +79,8 @@ class Halving(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps (batch, rows, columns, channels) to (batch, ⌈rows/2⌉, ⌈columns/2⌉, dim) float32."""
         conv = nn.Conv(
-            *(self.dim, (3, 3)),
+            features=self.dim,
+            kernel_size=(3, 3),
             strides=2,
             padding=1,
             kernel_init=uniform_fan_in,
