@@ -6,7 +6,7 @@ Command     python -m vimd_jax.train --config configs/quickstart.py --workdir wo
             The second trains the plain low-resolution classifier: bicubic up-sampling, no SR network, no teacher.
 Data        synthetic birds, generated on the spot
 Network     Vim, 4 layers of 64 channels, 8-pixel patches of 64-pixel images; SRResNet x4, 16 channels, 2 blocks
-Measured    see the README
+Measured    docs/reproduction.md
 """
 
 from ml_collections import ConfigDict

@@ -436,6 +436,7 @@ def test_a_workdir_of_before_a_field_existed_is_read(trained, tmp_path):
         ("--config.student.name=srvm_tiny", "config.student.name is 'srvm_tiny': choose one of"),
         ("--config.sr.name=vim_tiny", "config.sr.name is 'vim_tiny': choose one of srresnet_x2"),
         ("--config=configs/nothing.py", "configs/nothing.py"),
+        ("--config=recipes", "recipes is no config"),
         ("--config=configs/small_classifier.py:foo", "ValueError: The network is 'foo': choose one of vim_tiny"),
     ],
 )
