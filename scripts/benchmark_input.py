@@ -29,12 +29,12 @@ from PIL import Image, features
 
 from vimd_jax.config import default_config
 from vimd_jax.data.augment import augment
+from vimd_jax.data.geometry import draw_view, low_resolution_view
 from vimd_jax.data.images import decode_image, find_images
-from vimd_jax.data.pipeline import CropReduction, train_batches
+from vimd_jax.data.pipeline import Drawing, train_batches
 from vimd_jax.data.sources import load_source
-from vimd_jax.data.transforms import low_resolution_view, train_view
 
-CROP = ConfigDict({"high_resolution": 224, "crop_scale": (0.08, 1.0)})
+CROP = ConfigDict({"high_resolution": 224, "crop_scale": (0.08, 1.0), "flip": True})
 BATCH_SIZE = 32
 PARALLEL_IMAGES = 640  # a measurement of several processes
 PREPARED = 16  # more batches than a pipeline prepares ahead
@@ -118,11 +118,10 @@ def view(
     file: bytes, i: int, augmentations: ConfigDict | None = None, reduced: bool = False, low: int = 0
 ) -> list[np.ndarray]:
     """The training views of an encoded image, as the pipeline makes them; the second only if it has a size."""
-    reduction = CropReduction(CROP, (0, 1, i)) if reduced else None
-    image, rng = decode_image(io.BytesIO(file), "image", reduction), np.random.default_rng((0, 1, i))
-    full_size = reduction and reduction.full_size
-    high = train_view(image, 224, rng, crop_scale=CROP.crop_scale, flip=True, full_size=full_size)
-    high = augment(high, augmentations, rng) if augmentations else high
+    drawing = Drawing(CROP, (0, 1, i))
+    image = decode_image(io.BytesIO(file), "image", drawing.reduction if reduced else None)
+    high = (drawing.view or drawing.draw(image.size)).apply(image)
+    high = augment(high, augmentations, drawing.rng) if augmentations else high
     return [np.asarray(high), *([np.asarray(low_resolution_view(high, low))] if low else [])]
 
 
@@ -212,7 +211,7 @@ def view_paths(paths: list[str]) -> None:
             image = Image.open(file)
             image.load()
         rng = np.random.default_rng(i)
-        np.asarray(train_view(image, 224, rng, crop_scale=(0.08, 1.0), flip=True))
+        np.asarray(draw_view(image.size, 224, rng, crop_scale=(0.08, 1.0), flip=True).apply(image))
 
 
 def in_turn(rows: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:

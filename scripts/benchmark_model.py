@@ -123,7 +123,7 @@ def student_step(config: ConfigDict, batch: int) -> tuple:
     networks = build_networks(config, CLASSES)
     count = batch * jax.local_device_count()
     images = {name: jnp.zeros((count, size, size, 3), jnp.uint8) for name, size in (("high", 224), ("low", 56))}
-    images |= {"label": jnp.zeros(count, jnp.int32), "weight": jnp.ones(count)}
+    images |= {"target": jnp.zeros(count, jnp.int32), "weight": jnp.ones(count)}
 
     def initial(model: nn.Module) -> dict:
         return jax.jit(model.init)(jax.random.key(0), jnp.zeros(input_images(model).shape))

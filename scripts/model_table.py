@@ -1,6 +1,6 @@
 """Writes the table of classifiers: size, cost and what is published of each, as Markdown.
 
-    python scripts/model_table.py [PATTERN …] [--into README.md]
+    python scripts/model_table.py [PATTERN …] [--into docs/networks.md]
 
 Parameters and operations are counted from the code, by tracing each network at its own image size: nothing is computed.
 Results, checkpoints and published costs are what the authors state; the table names where.
@@ -86,6 +86,11 @@ FAMILIES = {
         "README of MzeroMiko/VMamba, first release (v0)",
         "https://github.com/MzeroMiko/VMamba/releases/tag/%23v0cls",
     ),
+    "VMamba 2": Family(
+        "[VMamba](https://arxiv.org/abs/2401.10166)",
+        "README of MzeroMiko/VMamba, second release (v2)",
+        "https://github.com/MzeroMiko/VMamba/releases/tag/%23v2cls",
+    ),
 }
 
 PUBLISHED = {
@@ -109,6 +114,12 @@ PUBLISHED = {
     "vmamba_tiny": Published("VMamba", 82.2, 5.6, "vssmtiny_dp01_ckpt_epoch_292.pth"),
     "vmamba_small": Published("VMamba", 83.5, 11.2, "vssmsmall_dp03_ckpt_epoch_238.pth"),
     "vmamba_base": Published("VMamba", 83.7, 18.0, "vssmbase_dp06_ckpt_epoch_241.pth"),
+    "vmamba2_tiny": Published("VMamba 2", 82.5, 4.9, "vssm_tiny_0230_ckpt_epoch_262.pth"),
+    "vmamba2_tiny_s1l8": Published("VMamba 2", 82.6, 4.9, "vssm1_tiny_0230s_ckpt_epoch_264.pth"),
+    "vmamba2_small": Published("VMamba 2", 83.6, 8.7, "vssm_small_0229_ckpt_epoch_222.pth"),
+    "vmamba2_small_s1l20": Published("VMamba 2", 83.3, 8.6, "vssm1_small_0229s_ckpt_epoch_240.pth"),
+    "vmamba2_base": Published("VMamba 2", 83.9, 15.4, "vssm_base_0229_ckpt_epoch_237.pth"),
+    "vmamba2_base_s1l20": Published("VMamba 2", 83.8, 15.2, "vssm1_base_0229s_ckpt_epoch_225.pth"),
 }
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -24,9 +24,9 @@ from vimd_jax.checkpoints import training_state
 from vimd_jax.checkpoints.format import save_model
 from vimd_jax.checkpoints.trained_model import TrainedModel
 from vimd_jax.command import StopRequest
+from vimd_jax.data.geometry import central_view
 from vimd_jax.data.images import find_images
 from vimd_jax.data.sources import load_source
-from vimd_jax.data.transforms import eval_view
 from vimd_jax.errors import DatasetError, Stopped, TrainingError, UnreadableImage
 from vimd_jax.load import load_model
 from vimd_jax.models import create_model
@@ -230,7 +230,7 @@ def test_unreadable_images_are_left_out_to_the_end(tmp_path):
         for label in "ab":
             (tmp_path / split / label).mkdir(parents=True)
             for i in range(count):
-                source.read(i % 10).save(tmp_path / split / label / f"{i:02d}.png")
+                source.read(i % 10).image.save(tmp_path / split / label / f"{i:02d}.png")
     for name in ("test/a/00.png", "test/b/05.png", "train/a/03.png"):  # the first and the last one of the panel too
         (tmp_path / name).write_bytes(b"broken")
     folder = {"dataset__name": "folder", "dataset__directory": str(tmp_path)}
@@ -468,8 +468,8 @@ def test_evaluate_agrees_with_the_training_log(trained, stage):
 
 def test_predict_labels_files_and_folders(trained, tmp_path, capsys):
     source = load_source(tiny_config("student").dataset, "test", seed=0)
-    source.read(0).resize((8, 8)).save(tmp_path / "small.png")
-    source.read(1).resize((50, 40)).save(tmp_path / "large.png")
+    source.read(0).image.resize((8, 8)).save(tmp_path / "small.png")
+    source.read(1).image.resize((50, 40)).save(tmp_path / "large.png")
     classifier = load_model(trained / "student")
     paths = find_images([tmp_path])
     labelled = dict(predict.label(classifier, paths, 2, downsample=False))
@@ -498,9 +498,9 @@ def test_predict_reads_a_file_as_it_is():
 def test_predict_looks_at_images_as_the_run_did(trained, tmp_path):
     save_model(tmp_path / "teacher", dataclasses.replace(load_model(trained / "teacher"), crop=0.5))
     classifier = load_model(tmp_path / "teacher")
-    image = load_source(tiny_config("teacher").dataset, "test", seed=0).read(0).resize((64, 64))
+    image = load_source(tiny_config("teacher").dataset, "test", seed=0).read(0).image.resize((64, 64))
     image.save(tmp_path / "x.png")
-    expected = np.asarray(eval_view(image, classifier.image_size, 0.5), np.float32) / 255
+    expected = np.asarray(central_view(image.size, classifier.image_size, 0.5).apply(image), np.float32) / 255
     np.testing.assert_array_equal(classifier.prepare(tmp_path / "x.png"), expected)
 
 

@@ -16,6 +16,7 @@ import contextlib
 import logging
 import shutil
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import jax
@@ -23,14 +24,13 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from kernels.choice import implementation_in_use
-from vimd_jax import __version__
 from vimd_jax.checkpoints import training_state
 from vimd_jax.checkpoints.format import read_description, save_model
 from vimd_jax.checkpoints.trained_model import TrainedModel
 from vimd_jax.command import CONFIG, WORKDIR, StopRequest, run, show_log
 from vimd_jax.config import check_settings
 from vimd_jax.data.augment import check_augment
-from vimd_jax.data.pipeline import steps_per_epoch, train_batches
+from vimd_jax.data.pipeline import class_index, steps_per_epoch, train_batches
 from vimd_jax.data.sources import Splits, check_readable, load_source
 from vimd_jax.errors import Stopped, TrainingError
 from vimd_jax.load import load_model
@@ -143,7 +143,7 @@ def _train(config: ConfigDict, workdir: Path, data: Splits, stop: StopRequest) -
     eval_step = steps.make_eval_step(nets)
     batches = train_batches(
         data.train, config.dataset, batch_size=config.batch_size, seed=config.seed, start_step=first_step,
-        views=nets.views, process_index=jax.process_index(), process_count=jax.process_count(),
+        views=nets.views, target=class_index, process_index=jax.process_index(), process_count=jax.process_count(),
     )  # fmt: skip
     held_out = passes(data.held_out, config)
     state, replicated_frozen = parallel.replicate(state), parallel.replicate(frozen)
@@ -252,7 +252,7 @@ def save_if_best(
         return
     if (folder / "network.json").exists() and score <= read_description(folder)["provenance"]["score"]:
         return
-    provenance = {"library": f"vimd_jax {__version__}", "stage": config.stage, "step": step, "score": score}
+    provenance = {"library": f"vimd_jax {version('vimd-jax')}", "stage": config.stage, "step": step, "score": score}
     save_model(
         folder,
         TrainedModel(

@@ -7,16 +7,15 @@ have, by its options, are skipped.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import numpy as np
-from flax import linen as nn
 
 from vimd_jax.models.efficient_vmamba import SCANNING_STAGES, EfficientVMamba
 from vimd_jax.models.heads import POOL_SCALES
+from vimd_jax.models.network import Network, options_of
 from vimd_jax.models.positions import rotary_angles
-from vimd_jax.models.srvm import SRVM
 
 
 class Rule(NamedTuple):
@@ -300,12 +299,17 @@ RENAMES = {
     "EfficientVMamba": _FIRST_NAMES,
 }
 
+# Where the files of a class come from, for those whose authors published two kinds under like names.
+RELEASES = {
+    "VMamba": "VMamba's first release (#v0cls)",
+    "VMamba2": "VMamba's second release (#v2cls: vssm_*_0229, vssm_*_0230 and vssm1_*)",
+}
 
-def table(model: nn.Module) -> tuple[Rule, ...]:
-    """The rows of a network; ValueError if no table describes it."""
-    if isinstance(model, SRVM):
-        sr = () if model.sr is None else _inside("sr", table(model.sr))
-        return sr + _inside("classifier", table(model.classifier))
+
+def table(model: Network) -> tuple[Rule, ...]:
+    """The rows of a network, of a composite those of its parts; ValueError if no table describes it."""
+    if model.parts:
+        return tuple(rule for name, inner in model.parts.items() for rule in _inside(name, table(inner)))
     kind = type(model).__name__
     if kind not in TABLES:
         raise ValueError(f"model {kind} has no PyTorch counterpart here; convertible: {', '.join(TABLES)}")
@@ -313,47 +317,49 @@ def table(model: nn.Module) -> tuple[Rule, ...]:
     return rules(model) if callable(rules) else rules
 
 
-def name_in_table(name: str, model: nn.Module | None) -> str:
-    """What the table of a network calls a tensor: its last name, where the original code has changed it."""
-    if isinstance(model, SRVM) and "." in name:
-        part, rest = name.split(".", 1)
-        return f"{part}.{name_in_table(rest, getattr(model, part, None))}"
+def name_in_table(name: str, model: Network) -> str:
+    """The table's name of a tensor: its last one, where the original code has changed it."""
+    part, _, rest = name.partition(".")
+    if part in model.parts:
+        return f"{part}.{name_in_table(rest, model.parts[part])}"
     for pattern, replacement in RENAMES.get(type(model).__name__, ()):
         name = re.sub(pattern, replacement, name)
     return name
 
 
-def computed_tensors(model: nn.Module) -> dict[str, np.ndarray]:
+def computed_tensors(model: Network) -> dict[str, np.ndarray]:
     """PyTorch's buffers that are computed here: the rotary tables."""
-    if isinstance(model, SRVM):
-        return {f"classifier.{name}": value for name, value in computed_tensors(model.classifier).items()}
-    if not getattr(model, "rope", False):
-        return {}
-    angles = rotary_angles(model.grid, None, model.embed_dim)
-    return {"rope.freqs_cos": np.cos(angles), "rope.freqs_sin": np.sin(angles)}
+    if getattr(model, "rope", False):
+        angles = rotary_angles(model.grid, None, model.embed_dim)
+        return {"rope.freqs_cos": np.cos(angles), "rope.freqs_sin": np.sin(angles)}
+    parts = {part: computed_tensors(inner) for part, inner in model.parts.items()}
+    return {f"{part}.{name}": value for part, tensors in parts.items() for name, value in tensors.items()}
 
 
-def halves(state_dict: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The tensors of an SRVM-Net by half, "sr" and "classifier", without what precedes that word; "" for all others.
+def tensors_by_part(state_dict: dict[str, Any], parts: Collection[str]) -> dict[str, dict[str, Any]]:
+    """The tensors of a composite by part, without what precedes the part's name; under "" all others.
 
-    VMamba calls its head a classifier, so that only a file in which most names say their half is one of an SRVM-Net.
+    VMamba calls its head a classifier, so that only a file in which most names contain a part is one of a composite.
     """
-    found = {name: re.match(r"(?:\w+\.){0,3}?(sr|classifier)\.(.+)", name) for name in state_dict}
+    pattern = re.compile(rf"(?:\w+\.){{0,3}}?({'|'.join(parts)})\.(.+)")
+    found = {name: pattern.match(name) for name in state_dict}
     if 2 * sum(match is not None for match in found.values()) <= len(found):
         return {"": state_dict}
-    parts: dict[str, dict[str, Any]] = {}
+    tensors: dict[str, dict[str, Any]] = {}
     for name, match in found.items():
         part, rest = match.groups() if match else ("", name)
-        parts.setdefault(part, {})[rest] = state_dict[name]
-    return parts
+        tensors.setdefault(part, {})[rest] = state_dict[name]
+    return tensors
 
 
-def told_options(shapes: dict[str, tuple[int, ...]], model: nn.Module | None) -> dict[str, Any]:
-    """Those options of `model` that names and shapes of a file tell otherwise."""
-    if isinstance(model, SRVM):
-        parts = halves(shapes)
-        sr, rest = (told_options(parts.get(part, {}), getattr(model, part)) for part in ("sr", "classifier"))
-        return {name if name == "scale" else f"sr_{name}": value for name, value in sr.items()} | rest
+_STATES = ("mixer.A_log", "mixer.A_log_0", "blocks.0.op.A_logs")
+
+
+def recorded_options(shapes: dict[str, tuple[int, ...]], kind: type[Network]) -> dict[str, Any]:
+    """Those options of a class of networks that names and shapes of a file record, in the form of `as_recorded`.
+
+    Not recorded is, for example, whether a class token stands in the middle or at the head.
+    """
 
     def count(pattern: str) -> int:
         return len({match[1] for name in shapes if (match := re.match(pattern, name))})
@@ -367,9 +373,7 @@ def told_options(shapes: dict[str, tuple[int, ...]], model: nn.Module | None) ->
         "depth": count(r"layers\.(\d+)\.mixer\."),
         "embed_dim": side("norm_f.weight", 0),
         "patch_size": side("patch_embed.proj.weight", 2),
-        "state_size": side("layers.0.mixer.A_log", 1)
-        or side("layers.0.mixer.A_log_0", 1)
-        or side("layers.0.blocks.0.op.A_logs", 1),
+        "state_size": next(filter(None, (side(f"layers.0.{name}", 1) for name in _STATES)), None),
         "expand": inner // width if inner and width else None,
         "num_blocks": count(r"trunk\.(\d+)\."),
         "channels": side("conv3.weight", 1),
@@ -378,19 +382,24 @@ def told_options(shapes: dict[str, tuple[int, ...]], model: nn.Module | None) ->
         "depths": tuple(count(rf"layers\.{stage}\.(blocks\.\d+\.norm|\d+\.conv_pw)\.") for stage in stages),
     }
     if not (counted["depth"] or counted["num_blocks"] or counted["depths"]):
-        return {}  # another kind of network
+        return {}  # a different kind of network
     there = {
-        "rope": "rope.freqs_cos" in shapes,
         "class_token": "double" if "cls_token_head" in shapes else "middle" if "cls_token" in shapes else None,
         "mlp_ratio": hidden / width if hidden and width else 0.0,
         "downsample": "conv" if "layers.0.downsample.1.weight" in shapes else "merge",
+        "directions": None if any(name.endswith("multi_scan.weights") for name in shapes) else "fixed",
     }
-    if any(name.endswith("multi_scan.weights") for name in shapes):
-        there["directions"] = None
-    told = {name: value for name, value in counted.items() if value} | there
-    has = {name: getattr(model, name) for name in told if hasattr(model, name)}
-    if isinstance(has.get("dims"), tuple):
-        has["dims"] = has["dims"][0]
-    if has.get("class_token") == "head":  # its tensors are those of one in the middle
-        has["class_token"] = "middle"
-    return {name: told[name] for name in has if told[name] != has[name]}
+    if "rope.freqs_cos" in shapes:  # a file may also leave its rotary tables out
+        there["rope"] = True
+    recorded = {name: value for name, value in counted.items() if value} | there
+    return {name: value for name, value in recorded.items() if name in options_of(kind)}
+
+
+def as_recorded(model: Network, option: str) -> Any:
+    """An option's value as far as the tensors of the network record it."""
+    value = getattr(model, option)
+    if option == "dims" and isinstance(value, tuple):
+        return value[0]
+    if option == "directions" and value is not None:
+        return "fixed"  # but not which
+    return "middle" if (option, value) == ("class_token", "head") else value

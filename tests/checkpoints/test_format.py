@@ -180,7 +180,7 @@ def test_class_names_can_be_given(vim):
 )
 def test_it_fills_no_network_with_other_settings(vim, option, there, here):
     model = MODELS["vim"].clone(**{option: {"merge": "mean", "pool": "mean"}.get(option, False)})
-    with pytest.raises(ValueError, match=f"holds another network: {option} is {there} there, {here} in the model"):
+    with pytest.raises(ValueError, match=f"holds a different network: {option} is {there} there, {here} in the model"):
         load_variables(vim, model, adapt=True)
 
 

@@ -18,7 +18,7 @@ def one_step(config, count=8, seed=0):
     rng = np.random.default_rng(seed)
     views = {"high": config.dataset.high_resolution, "low": config.dataset.low_resolution}
     batch = {name: rng.integers(0, 256, (count, size, size, 3), np.uint8) for name, size in views.items()}
-    batch["label"] = rng.integers(0, 4, count).astype(np.int32)
+    batch["target"] = rng.integers(0, 4, count).astype(np.int32)
 
     def variables(model, side):
         return jax.jit(model.init)(jax.random.key(3), jnp.zeros((1, side, side, 3)))

@@ -10,8 +10,8 @@ import jax
 import numpy as np
 from flax import linen as nn
 
+from vimd_jax.data.geometry import central_view, low_resolution_view
 from vimd_jax.data.images import find_images, read_image
-from vimd_jax.data.transforms import eval_view, low_resolution_view
 from vimd_jax.errors import DatasetError
 from vimd_jax.models.network import square
 
@@ -39,7 +39,7 @@ class TrainedModel:
     @property
     def image_size(self) -> int | tuple[int, int] | None:
         """Side, or (height, width), in pixels of the images that are classified; None for an SR network."""
-        return getattr(getattr(self.model, "classifier", self.model), "image_size", None)
+        return self.model.image_size
 
     def predict(
         self,
@@ -88,7 +88,7 @@ class TrainedModel:
             height, width = square(self.image_size)
             if height != width:
                 raise DatasetError(f"{path}: this network reads {width}x{height} pixels, but files are cut to squares")
-            image = eval_view(image, height, self.crop)
+            image = central_view(image.size, height, self.crop).apply(image)
             image = low_resolution_view(image, low) if low else image
         return np.asarray(image, np.float32) / 255
 

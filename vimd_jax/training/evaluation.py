@@ -12,9 +12,9 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from vimd_jax.data.pipeline import Batch, eval_batches, read_or_skip
+from vimd_jax.data.geometry import central_view, low_resolution_view
+from vimd_jax.data.pipeline import Batch, class_index, eval_batches, read_or_skip
 from vimd_jax.data.sources import Source
-from vimd_jax.data.transforms import eval_view, low_resolution_view
 from vimd_jax.errors import TrainingError
 from vimd_jax.training import parallel, plots, steps
 from vimd_jax.training.roles import Networks
@@ -52,7 +52,7 @@ class Scores:
 def passes(source: Source, config: ConfigDict) -> Iterator[Iterator[Batch]]:
     """Pass after pass over the images of a source; the input processes stay from one to the next."""
     batches = eval_batches(
-        source, config.dataset, batch_size=config.eval_batch_size,
+        source, config.dataset, batch_size=config.eval_batch_size, target=class_index,
         process_index=jax.process_index(), process_count=jax.process_count(), endless=True,
     )  # fmt: skip
     while True:
@@ -99,10 +99,12 @@ def save_panel(
     """Draws images spread over a source: low, restored and high resolution, and what the network says of them."""
     records = np.linspace(0, len(source) - 1, min(rows, len(source))).round().astype(int)
     images = {i: read_or_skip(source, i, config.dataset.on_error) for i in map(int, records)}
-    records = [i for i, image in images.items() if image]
+    records = [i for i, image in images.items() if image is not None]
     if not records:
         return
-    views = [eval_view(images[i], config.dataset.high_resolution, config.dataset.eval_crop) for i in records]
+    seen = [images[i].image for i in records]
+    side, crop = config.dataset.high_resolution, config.dataset.eval_crop
+    views = [central_view(image.size, side, crop).apply(image) for image in seen]
     high = np.stack([np.asarray(view) for view in views])
     low = np.stack([np.asarray(low_resolution_view(view, config.dataset.low_resolution)) for view in views])
     columns, captions = {"low resolution": low, "high resolution": high}, [""] * len(records)

@@ -1,7 +1,7 @@
 """What one step computes: the objective of each training stage, the update, and the sums of an evaluation.
 
 Everything here is a pure function of arrays, traced once and run on every device (see parallel.py).
-A batch holds uint8 images of the same crop, "high" (b, H, W, 3) and "low" (b, h, w, 3), "label" (b,), "weight" (b,).
+A batch holds uint8 images of the same crop, "high" (b, H, W, 3) and "low" (b, h, w, 3), "target" (b,), "weight" (b,).
 Mixup and cutmix make the images float32, in the same range, and add "targets" (b, classes), the soft labels.
 """
 
@@ -114,10 +114,10 @@ def _student_objective(config: ConfigDict, networks: Networks) -> Callable:
 def _label_loss(options: ConfigDict, logits: jax.Array, batch: Batch) -> jax.Array:
     """The loss of config.loss.label_loss on the labels, or on the soft labels of images that are mixed."""
     if options.label_loss == "cross_entropy" and "targets" not in batch:
-        return losses.label_smoothing_cross_entropy(logits, batch["label"], options.label_smoothing)
+        return losses.label_smoothing_cross_entropy(logits, batch["target"], options.label_smoothing)
     targets = batch.get("targets")
     if targets is None:
-        targets = losses.smoothed_targets(batch["label"], logits.shape[-1], options.label_smoothing)
+        targets = losses.smoothed_targets(batch["target"], logits.shape[-1], options.label_smoothing)
     if options.label_loss == "cross_entropy":
         return losses.soft_target_cross_entropy(logits, targets)
     return losses.binary_cross_entropy(logits, targets, options.target_threshold)
@@ -174,7 +174,7 @@ def check_objective(config: ConfigDict, networks: Networks) -> None:
         frozen = {role: variables(getattr(networks, role)) for role in ("sr", "teacher") if getattr(networks, role)}
         sizes = {"high": config.dataset.high_resolution, "low": config.dataset.low_resolution}
         batch = {name: jnp.zeros((1, size, size, 3), jnp.uint8) for name, size in sizes.items()}
-        batch["label"] = jnp.zeros(1, jnp.int32)
+        batch["target"] = jnp.zeros(1, jnp.int32)
         batch = _mixed(config, networks, key, batch)
         trained = hidden_map.add(config, networks, variables(networks.trained))
         return objective(trained, frozen, batch, {"drop_path": key})
@@ -198,7 +198,7 @@ def _mixed(config: ConfigDict, networks: Networks, key: jax.Array, batch: Batch)
         return batch
     views, classes = {name: batch[name] for name in networks.views}, networks.trained.num_classes
     views, targets = mix(
-        key, views, batch["label"], classes, **mixing, smoothing=config.loss.label_smoothing, axis_name=AXIS
+        key, views, batch["target"], classes, **mixing, smoothing=config.loss.label_smoothing, axis_name=AXIS
     )
     return {**batch, **views, "targets": targets}
 
@@ -267,7 +267,7 @@ def make_eval_step(networks: Networks) -> Callable[[Any, Batch], dict[str, jax.A
 
 
 def _classification_sums(logits: jax.Array, batch: Batch) -> dict[str, jax.Array]:
-    label, weight, classes = batch["label"], batch["weight"], logits.shape[-1]
+    label, weight, classes = batch["target"], batch["weight"], logits.shape[-1]
     true_logit = jnp.take_along_axis(logits, label[:, None], axis=-1)
     rank = jnp.sum(logits > true_logit, axis=-1)
     predicted = jax.nn.one_hot(jnp.argmax(logits, -1), classes)
