@@ -1,9 +1,9 @@
-"""Writes the table of classifiers: size, cost and what is published of each, as Markdown.
+"""Writes the table of classifiers, as Markdown: size, cost, and the published results of each.
 
-    python scripts/model_table.py [PATTERN …] [--into README.md]
+    python scripts/model_table.py [PATTERN …] [--into docs/networks.md]
 
 Parameters and operations are counted from the code, by tracing each network at its own image size: nothing is computed.
-Results, checkpoints and published costs are what the authors state; the table names where.
+Results, checkpoints and published costs are the authors'; the table names the sources.
 
 Operations are counted as VMamba does, the same for all networks: a multiply-add of a matrix product or convolution is
 one, a normalised number five, and a selective scan takes 9 LDN + LD, and LD more if it applies the gate, for L tokens,
@@ -35,16 +35,16 @@ from vimd_jax.models.network import input_images, square, variable_shapes
 from vimd_jax.models.published import FAMILIES, PUBLISHED, Published, page
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What is counted.
+# Counting.
 
-# Depthwise convolutions are computed as sums of shifted copies, in which nobody recognises them: multiply-adds of each
-# number of the result, by module.
+# Depthwise convolutions are computed as sums of shifted copies, so that a traced program shows no convolution. Their
+# multiply-adds for each number of the result, by module:
 TAPS = {mamba.ShortConv: CONV_WIDTH, mamba.GroupedShortConv: CONV_WIDTH, layers.DepthwiseConv: 3 * 3}
 NORMS = (nn.LayerNorm, nn.RMSNorm, layers.BatchNorm)
 
 
 class Operations(NamedTuple):
-    """What a network does with one image.
+    """The operations of a network on one image.
 
     Attributes:
       products: multiply-adds of matrix products and convolutions.
@@ -70,7 +70,7 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def count_operations(model: nn.Module) -> Operations:
-    """What the network does with an image of the size it is meant for."""
+    """The operations on an image of the network's own size."""
     images = input_images(model)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
     with _tallies():
@@ -110,7 +110,7 @@ def _tallies() -> Iterator[None]:
 
 
 def _count(program: Any) -> Counter:
-    """The operations of a traced program; of a loop as often as it runs."""
+    """The operations of a traced program; the body of a loop counts as often as it runs."""
     counts = Counter()
     for line in program.eqns:
         kind, parameters = line.primitive.name, line.params
@@ -124,7 +124,7 @@ def _count(program: Any) -> Counter:
             kernel = line.invars[1].aval
             outputs = kernel.shape[parameters["dimension_numbers"].rhs_spec[0]]
             counts["products"] += line.outvars[0].aval.size * kernel.size // outputs
-        elif parameters.get("branches_platforms"):  # of forms for several platforms the one that is for no one of them
+        elif parameters.get("branches_platforms"):  # of the forms for several platforms, the general one
             counts.update(_count(parameters["branches"][parameters["branches_platforms"].index(None)].jaxpr))
         else:
             times = parameters["length"] if kind == "scan" else 1
@@ -197,7 +197,7 @@ def listed(patterns: list[str]) -> list[str]:
 
 
 def table(patterns: list[str]) -> str:
-    """The table and where its figures come from, as Markdown."""
+    """The table and the sources of its figures, as Markdown."""
     names = listed(patterns)
     rows = [list(COLUMNS), ["---"] * 2 + ["---:"] * 6 + ["---"], *map(row, names)]
     lines = ["| " + " | ".join(cells) + " |" for cells in rows]

@@ -3,6 +3,7 @@
 import concurrent.futures
 import logging
 import sys
+import threading
 import types
 
 import jax
@@ -11,11 +12,12 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
+import kernels
 from kernels import choice, selective_scan
 from kernels.choice import Implementations, current_platform
 
 FASTEST_FIRST = dict.fromkeys(("cpu", "gpu"), ("quick", "simple"))
-PICKY = Implementations("test", "operation", ("quick", "simple"), FASTEST_FIRST)
+PICKY = Implementations("picky", "test", "operation", ("quick", "simple"), FASTEST_FIRST)
 
 
 @pytest.fixture(autouse=True)
@@ -88,3 +90,69 @@ def test_what_is_in_use_can_be_compared_between_processes(monkeypatch):
         PICKY.pick(None, 1)
         PICKY.pick("quick", 2)
     assert choice.implementation_in_use() == "test: quick on cpu, test: simple on cpu"
+
+
+def in_use(function, *arguments) -> str:
+    """The implementation that is picked while a function runs or is traced; "" if it is neither."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(choice, "_in_use", set())
+        function(*arguments)
+        return choice.implementation_in_use().removeprefix("selective scan: ").removesuffix(" on cpu")
+
+
+def test_an_environment_names_the_implementation():
+    u = jnp.ones((1, 5, 4))
+    with kernels.use(scan="associative"):
+        assert in_use(scan_of, u) == "associative"
+        with kernels.use(scan="sequential"):
+            assert in_use(scan_of, u) == "sequential"
+            with kernels.use(scan=None):
+                assert in_use(scan_of, u) == in_use_outside(u)
+        assert in_use(scan_of, u) == "associative"
+        named = in_use(lambda: selective_scan(u, u, *[-jnp.ones((4, 2))] * 3, implementation="sequential"))
+        assert named == "sequential"
+        with pytest.raises(RuntimeError), kernels.use(scan="sequential"):
+            raise RuntimeError
+        assert in_use(scan_of, u) == "associative"
+
+
+def in_use_outside(u) -> str:
+    """The implementation that a thread of its own, outside every environment, takes."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        return pool.submit(in_use, scan_of, u).result()
+
+
+def test_an_environment_is_its_threads_own():
+    u, together = jnp.ones((1, 5, 4)), threading.Barrier(2)
+
+    def chosen(name):
+        with kernels.use(scan=name):
+            together.wait(60)  # both are inside at the same time
+            jaxpr = str(jax.make_jaxpr(scan_of)(u))
+            together.wait(60)
+        return jaxpr
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        assert len(set(pool.map(chosen, ["sequential", "associative"]))) == 2
+
+
+def test_a_compiled_function_has_a_program_for_each_environment():
+    u = jnp.ones((1, 5, 4))
+    compiled = jax.jit(jax.value_and_grad(lambda u: scan_of(u).sum()))
+    traced = []
+    for name in ("sequential", "associative", "sequential", "associative"):
+        with kernels.use(scan=name):
+            traced.append(in_use(compiled, u))
+    assert traced == ["sequential", "associative", "", ""]
+
+
+@pytest.mark.parametrize(
+    ("implementations", "message"),
+    [
+        ({"scan": "cuda"}, "scan: unknown 'cuda', choose one of native, pallas, triton, sequential"),
+        ({"convolution": "native"}, "kernels.use: unknown operation 'convolution', choose one of scan"),
+    ],
+)
+def test_unknown_names_in_an_environment(implementations, message):
+    with pytest.raises(ValueError, match=f"^{message}"), kernels.use(**implementations):
+        pass

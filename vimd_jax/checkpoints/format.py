@@ -88,9 +88,10 @@ def read_model(path: Path) -> TrainedModel:
     shapes = {path: leaf.shape for path, leaf in variable_shapes(model).items()}
     if shapes != {path: leaf.shape for path, leaf in leaves.items()}:
         raise CheckpointError(f"{folder}: network.json describes another network than its variables are of")
-    classes = getattr(getattr(model, "classifier", model), "num_classes", 0)
-    if len(names) != classes:
-        raise CheckpointError(f"{folder}: network.json names {len(names)} classes, but the network has {classes}")
+    if len(names) != model.num_classes:
+        raise CheckpointError(
+            f"{folder}: network.json names {len(names)} classes, but the network has {model.num_classes}"
+        )
     return TrainedModel(model, variables, names, low_resolution, crop, provenance)
 
 

@@ -67,6 +67,11 @@ FAMILIES = {
         "README of MzeroMiko/VMamba, first release (v0)",
         "MIT (LICENSE of MzeroMiko/VMamba)",
     ),
+    "VMamba 2": Family(
+        "[VMamba](https://arxiv.org/abs/2401.10166)",
+        "README of MzeroMiko/VMamba, second release (v2)",
+        "MIT (LICENSE of MzeroMiko/VMamba)",
+    ),
     "SRResNet": Family(
         "[SRGAN](https://arxiv.org/abs/1609.04802)",
         "scripts/download_weights.sh of Lornatang/SRGAN-PyTorch; whether its x4 file has the same weights as "
@@ -77,6 +82,7 @@ FAMILIES = {
 
 _LOCAL_MAMBA = "https://github.com/hunto/LocalMamba/releases/download/v1.0.0"
 _VMAMBA = "https://github.com/MzeroMiko/VMamba/releases/download/%23v0cls"
+_VMAMBA_2 = "https://github.com/MzeroMiko/VMamba/releases/download/%23v2cls"
 _SRGAN = "hf://goodfellowliu/SRGAN-PyTorch"
 
 PUBLISHED = {
@@ -116,6 +122,18 @@ PUBLISHED = {
     "vmamba_tiny": Published("VMamba", 22_893_448, 82.2, 5.6, f"{_VMAMBA}/vssmtiny_dp01_ckpt_epoch_292.pth"),
     "vmamba_small": Published("VMamba", 44_417_416, 83.5, 11.2, f"{_VMAMBA}/vssmsmall_dp03_ckpt_epoch_238.pth"),
     "vmamba_base": Published("VMamba", 76_254_056, 83.7, 18.0, f"{_VMAMBA}/vssmbase_dp06_ckpt_epoch_241.pth"),
+    "vmamba2_tiny": Published("VMamba 2", 30_705_832, 82.5, 4.9, f"{_VMAMBA_2}/vssm_tiny_0230_ckpt_epoch_262.pth"),
+    "vmamba2_tiny_s1l8": Published(
+        "VMamba 2", 30_249_064, 82.6, 4.9, f"{_VMAMBA_2}/vssm1_tiny_0230s_ckpt_epoch_264.pth"
+    ),
+    "vmamba2_small": Published("VMamba 2", 50_147_752, 83.6, 8.7, f"{_VMAMBA_2}/vssm_small_0229_ckpt_epoch_222.pth"),
+    "vmamba2_small_s1l20": Published(
+        "VMamba 2", 49_012_840, 83.3, 8.6, f"{_VMAMBA_2}/vssm1_small_0229s_ckpt_epoch_240.pth"
+    ),
+    "vmamba2_base": Published("VMamba 2", 88_557_800, 83.9, 15.4, f"{_VMAMBA_2}/vssm_base_0229_ckpt_epoch_237.pth"),
+    "vmamba2_base_s1l20": Published(
+        "VMamba 2", 86_614_504, 83.8, 15.2, f"{_VMAMBA_2}/vssm1_base_0229s_ckpt_epoch_225.pth"
+    ),
     **{
         f"srresnet_x{scale}": Published(
             "SRResNet",
