@@ -6,8 +6,8 @@
     end, start          1e-5, 1e-6                                  1e-6, 1e-7
     images              each three times in a row, a third of them  every image once an epoch
                         an epoch
-    RandAugment         rand-m9-mstd0.5-inc1                        rand-m9-mstd0.5
-    mixup, cutmix       0.8, 1.0                                    0.2, 1.0
+    RandAugment         rand-m9-mstd0.5-inc1                        local-m9-mstd0.5 (four operations more)
+    mixup, cutmix       0.8, 1.0                                    0.2, 1.0; both drawn for every 128 images
     both                300 epochs, AdamW, label smoothing 0.1, random erasing 0.25, no clipping, the mean and deviation
                         of ImageNet taken out, evaluation on the centre 224 of 256 pixels
 
@@ -41,7 +41,7 @@ def deit(model: str, batch_size: int, learning_rate: float, weight_decay: float,
 def local_mamba(model: str, batch_size: int = 1024, learning_rate: float = 1e-3) -> ConfigDict:
     """The recipe of LocalMamba's training toolbox, which trained EfficientVMamba's published weights too."""
     config = _imagenet(model, batch_size, weight_decay=0.04, drop_path_rate=0.1)
-    config.dataset.augment.rand_augment = "rand-m9-mstd0.5"
+    config.dataset.augment.rand_augment = "local-m9-mstd0.5"
     config.mixing.mixup_alpha = 0.2
     config.schedule.name = "staircase"
     config.schedule.learning_rate = learning_rate
@@ -62,6 +62,7 @@ def _imagenet(model: str, batch_size: int, weight_decay: float, drop_path_rate: 
     config.dataset.eval_crop = 0.875
     config.dataset.augment.erasing_probability = 0.25
     config.mixing.cutmix_alpha = 1.0
+    config.mixing.group_size = 128  # images of one GPU in the originals
     config.optimizer.weight_decay = weight_decay
     config.schedule.num_epochs = 300
     config.selection = "test"  # the validation images of ImageNet, as published

@@ -1,19 +1,19 @@
 """The result of a direction search: what is read from a supernet, and the config that trains the final network."""
 
-import runpy
 import sys
 
 import numpy as np
 import pytest
 
-from configs import small_classifier
 from vimd_jax import search
-from vimd_jax.checkpoints.network import TrainedModel, save_model
+from vimd_jax.checkpoints.format import save_model
+from vimd_jax.checkpoints.trained_model import TrainedModel
 from vimd_jax.config import given_options
+from vimd_jax.configs import load_config, small_classifier
 from vimd_jax.models import create_model
 from vimd_jax.models.network import variable_shapes
 from vimd_jax.models.scan_order import DIRECTIONS
-from vimd_jax.training.networks import build_networks
+from vimd_jax.training.roles import build_networks
 
 
 def supernet(name, weights, **options):
@@ -55,18 +55,17 @@ def test_the_config_trains_the_final_network(tmp_path, monkeypatch):
     arguments = ["--base=configs/small_classifier.py:local_vim_tiny", f"--output={tmp_path}/found.py"]
     monkeypatch.setattr(sys, "argv", ["search", f"--workdir={tmp_path}/net", *arguments])
     search.main()
-    config = runpy.run_path(str(tmp_path / "found.py"))["get_config"]()
+    config = load_config(f"{tmp_path}/found.py")
     directions = search.most_probable(search.direction_probabilities({"params": {"x": {"direction_weights": weights}}}))
     assert given_options(config.classifier)["directions"] == directions
-    assert build_networks(config, 3).trained.directions == directions
+    assert build_networks(config, "abc").trained.directions == directions
     assert (tmp_path / "found.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
     ("base", "message"),
     [
-        ("/abs/config.py", "name a file in or below the current folder"),
-        ("configs/nothing.py", "name a file in or below"),
+        ("configs/nothing.py", "neither a file nor the name of a config"),
         ("configs/quickstart.py", "has no network 'classifier': name one with --role"),
     ],
 )

@@ -8,7 +8,6 @@ probabilities is written, FILE with the suffix .png.
 """
 
 import argparse
-import runpy
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,13 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from vimd_jax.checkpoints.network import load_model, replace_file
+from vimd_jax.configs import load_config
+from vimd_jax.files import replace_file
+from vimd_jax.load import load_model
 from vimd_jax.log import readable_errors, show_log
 from vimd_jax.models.scan_order import DIRECTIONS, LayerDirections
 from vimd_jax.training import plots
-from vimd_jax.training.networks import build_networks
+from vimd_jax.training.roles import build_networks
 
 CHOSEN = 4  # directions of a layer of the final network
 
@@ -31,7 +32,7 @@ Searched    {workdir}, step {step}
 Command     python -m vimd_jax.train --config {output} --workdir DIR
 """
 
-from {module} import get_config as base
+from vimd_jax.configs import load_config
 
 DIRECTIONS = (
 {rows}
@@ -39,7 +40,7 @@ DIRECTIONS = (
 
 
 def get_config():
-    config = base({argument})
+    config = load_config("{base}")
     config.{role}.directions = DIRECTIONS
     return config
 '''
@@ -68,24 +69,18 @@ def load_base(base: str, role: str) -> ConfigDict:
     """The config of the final network.
 
     Raises:
-      ValueError: it cannot be imported from here, or has no such network.
+      ValueError: it is not found, or has no such network.
     """
-    path, _, argument = base.partition(":")
-    if Path(path).is_absolute() or ".." in Path(path).parts or not Path(path).is_file():
-        raise ValueError(f"--base={base}: name a file in or below the current folder, as configs/small_classifier.py")
-    config = runpy.run_path(path)["get_config"](*([argument] if argument else []))
+    config = load_config(base)
     if role not in config:
         raise ValueError(f"--base={base} has no network {role!r}: name one with --role, in a config of one stage")
     return config
 
 
 def config_text(directions: LayerDirections, base: str, role: str, **texts: Any) -> str:
-    """A config file: that of `base`, PATH or PATH:ARGUMENT relative to the repository, with these directions."""
-    path, _, argument = base.partition(":")
+    """The text of a config file: the config `base`, as `--config` takes it, with these directions."""
     return _CONFIG.format(
         base=base,
-        module=".".join(Path(path).with_suffix("").parts),
-        argument=f'"{argument}"' if argument else "",
         rows="\n".join(f"    {of_layer!r}," for of_layer in directions).replace("'", '"'),
         role=role,
         **texts,
@@ -96,7 +91,7 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m vimd_jax.search", description=__doc__.splitlines()[0])
     parser.add_argument("--workdir", required=True, type=Path, help="of the supernet, or a checkpoint of one")
-    parser.add_argument("--base", required=True, help="config of the final network: a file of configs/, or FILE:NAME")
+    parser.add_argument("--base", required=True, help="config of the final network, as --config takes it")
     parser.add_argument("--role", default="classifier", help="the network's section in it (default: classifier)")
     parser.add_argument("--output", required=True, type=Path, help="the config to write")
     return parser.parse_args()
@@ -115,7 +110,7 @@ def main() -> None:
             raise ValueError(f"{arguments.workdir}: {error}") from error
         directions = most_probable(probabilities)
         base[arguments.role].directions = directions
-        build_networks(base, num_classes=2)  # an error now if the final network cannot have these directions
+        build_networks(base, ["a", "b"])  # an error now if the final network cannot have these directions
         text = config_text(
             directions, arguments.base, arguments.role,
             workdir=arguments.workdir, step=supernet.provenance.get("step", "unknown"), output=arguments.output,

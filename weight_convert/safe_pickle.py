@@ -9,9 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-
-class PickleError(ValueError):
-    """The pickle cannot be read as data."""
+from vimd_jax.errors import PickleError, printable
 
 
 @dataclass(frozen=True)
@@ -49,13 +47,6 @@ _COMMANDS = {"os", "posix", "nt", "sys", "subprocess", "pty", "shutil", "socket"
 _COMMANDS |= {
     f"{builtins} {name}" for builtins in _BUILTINS for name in ("eval", "exec", "compile", "open", "__import__")
 }
-
-
-def printable(text: Any, most: int = 200) -> str:
-    """Text from a file, fit for a message: escaped as `repr` does where it could act on a terminal, and cut."""
-    text = str(text)
-    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:most])
-    return shown + "..." * (len(text) > most)
 
 
 def interpret(pickle: bytes, names: dict[str, Any], persistent: Callable[[Any], Any]) -> Any:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from vimd_jax.checkpoints import training_state
-from vimd_jax.checkpoints.network import CheckpointError
+from vimd_jax.errors import CheckpointError
 
 
 def state(step):

@@ -1,17 +1,20 @@
 """Augmentation against its definition: Pillow's result or the arithmetic of each operation, and the distributions."""
 
+import dataclasses
 import itertools
 import math
 from collections import Counter
 
+import golden
 import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from vimd_jax.config import default_config
-from vimd_jax.data import augment
-from vimd_jax.data.augment import INCREASING_OPERATIONS, OPERATIONS, RandAugment, check_augment
-from vimd_jax.data.images import DatasetError
+from vimd_jax.data import augment, rand_augment
+from vimd_jax.data.augment import check_augment
+from vimd_jax.data.rand_augment import INCREASING_OPERATIONS, LOCAL_OPERATIONS, OPERATIONS, RandAugment
+from vimd_jax.errors import DatasetError
 from vimd_jax.models.layers import IMAGENET_MEAN, IMAGENET_STD
 
 BICUBIC, AFFINE = Image.Resampling.BICUBIC, Image.Transform.AFFINE
@@ -108,12 +111,36 @@ def test_translation_by_whole_pixels_moves_them_and_fills_with_the_mean():
 def test_posterize_keeps_from_0_to_8_bits():
     image = photograph()
     for bits in range(1, 9):
-        np.testing.assert_array_equal(augment.posterize(image, bits), ImageOps.posterize(image, bits))
-    np.testing.assert_array_equal(augment.posterize(image, 12), image)
-    assert not np.asarray(augment.posterize(image, 0)).any()
+        np.testing.assert_array_equal(rand_augment.posterize(image, bits), ImageOps.posterize(image, bits))
+    np.testing.assert_array_equal(rand_augment.posterize(image, 12), image)
+    assert not np.asarray(rand_augment.posterize(image, 0)).any()
 
 
-@pytest.mark.parametrize("operations", [OPERATIONS, INCREASING_OPERATIONS], ids=["plain", "increasing"])
+def test_local_mambas_operations_equal_the_originals_to_the_pixel():
+    recorded = golden.tensors("c05_randaugment_local")
+    names = {"PosterizeTpu": "Posterize", "TranslateXRel": "TranslateX", "TranslateYRel": "TranslateY"}
+    image = Image.fromarray(recorded.pop("in1/image"))
+    tried = set()
+    for key, expected in recorded.items():
+        _, operation, magnitude, sign = key.split("/")
+        name = names.get(operation, operation)
+        result = LOCAL_OPERATIONS[name](image, float(magnitude) / 10, 1 if sign == "+" else -1)
+        np.testing.assert_array_equal(np.asarray(result), expected, err_msg=key)
+        tried.add(name)
+    assert tried == LOCAL_OPERATIONS.keys() and len(tried) == 19
+
+
+def test_local_mambas_magnitudes_have_no_upper_limit():
+    drawn = []
+    transform = dataclasses.replace(
+        RandAugment.parse("local-m9-mstd0.5-p1.0"), operations=(lambda image, strength, sign: drawn.append(strength),)
+    )
+    for seed in range(500):
+        transform(None, np.random.default_rng(seed))
+    assert max(drawn) > 1 and np.mean(np.array(drawn) > 1) == pytest.approx(0.0228, abs=0.015)
+
+
+@pytest.mark.parametrize("operations", [INCREASING_OPERATIONS, LOCAL_OPERATIONS], ids=["increasing", "local"])
 @pytest.mark.parametrize("strength", [0.0, 1.0, 3.0])
 def test_every_operation_at_the_ends_of_the_range(operations, strength):
     image = photograph()
@@ -122,13 +149,17 @@ def test_every_operation_at_the_ends_of_the_range(operations, strength):
         assert (result.size, result.mode) == (image.size, "RGB")
 
 
+PLAIN_SET, INCREASING_SET = tuple(OPERATIONS.values()), tuple(INCREASING_OPERATIONS.values())
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("rand", RandAugment(10, 2, 0, 10, False, 0.5)),
-        ("rand-m9-mstd0.5-inc1", RandAugment(9, 2, 0.5, 10, True, 0.5)),
-        ("rand-m9-mstd0.5", RandAugment(9, 2, 0.5, 10, False, 0.5)),
-        ("rand-inc0-p1.0-n3-m12-mmax20", RandAugment(12, 3, 0, 20, False, 1.0)),
+        ("rand", RandAugment(PLAIN_SET, 10, 2, 0, 10, 0.5)),
+        ("rand-m9-mstd0.5-inc1", RandAugment(INCREASING_SET, 9, 2, 0.5, 10, 0.5)),
+        ("rand-m9-mstd0.5", RandAugment(PLAIN_SET, 9, 2, 0.5, 10, 0.5)),
+        ("rand-inc0-p1.0-n3-m12-mmax20", RandAugment(PLAIN_SET, 12, 3, 0, 20, 1.0)),
+        ("local-m9-mstd0.5", RandAugment(tuple(LOCAL_OPERATIONS.values()), 9, 2, 0.5, math.inf, 0.5)),
     ],
 )
 def test_notation(text, expected):
@@ -138,7 +169,8 @@ def test_notation(text, expected):
 @pytest.mark.parametrize(
     "text",
     ["rnd-m9", "m9", "rand-x9", "rand-m", "rand-m9-", "rand-mstd", "rand-m-1", "rand-n0", "rand-inc2", "rand-w0", "9",
-     "rand-p1.5", "rand_m9", "rand-m9-m8", "rand-mstd101", "rand-m9\n", "rand-mstdnan", "RAND-m9", "rand-m9 -n2"],
+     "rand-p1.5", "rand_m9", "rand-m9-m8", "rand-mstd101", "rand-m9\n", "rand-mstdnan", "RAND-m9", "rand-m9 -n2",
+     "local-m9-inc1"],
 )  # fmt: skip
 def test_malformed_notation_is_one_clear_line(text):
     config = default_config("classifier").dataset.augment
@@ -150,16 +182,14 @@ def test_malformed_notation_is_one_clear_line(text):
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("increasing", [False, True])
-def test_operations_are_drawn_as_defined(monkeypatch, increasing):
+def test_operations_are_drawn_as_defined():
     drawn = []
 
     def record(name):
         return lambda image, strength, sign: drawn.append((name, strength, sign)) or image
 
-    name = "INCREASING_OPERATIONS" if increasing else "OPERATIONS"
-    monkeypatch.setattr(augment, name, {name: record(name) for name in OPERATIONS})
-    transform, rng, images = RandAugment(9, 3, 0.5, 10, increasing, 0.25), np.random.default_rng(0), 8000
+    transform = RandAugment(tuple(map(record, OPERATIONS)), 9, 3, 0.5, 10, 0.25)
+    rng, images = np.random.default_rng(0), 8000
     counts = []
     for _ in range(images):
         before = len(drawn)
@@ -185,11 +215,11 @@ def chi_squared(counts, cells):
 
 def test_rand_augment_applies_one_operation_after_the_other():
     image = photograph()
-    transform = RandAugment(9, 1, 0, 10, True, 1.0)
+    transform = RandAugment(INCREASING_SET, 9, 1, 0, 10, 1.0)
     ways = {np.asarray(f(image, 0.9, sign)).tobytes() for f in INCREASING_OPERATIONS.values() for sign in (1, -1)}
     results = {np.asarray(transform(image, np.random.default_rng(seed))).tobytes() for seed in range(300)}
     assert results == ways
-    two = RandAugment(9, 2, 0, 10, True, 1.0)(image, np.random.default_rng(0))
+    two = RandAugment(INCREASING_SET, 9, 2, 0, 10, 1.0)(image, np.random.default_rng(0))
     pairs = itertools.product(INCREASING_OPERATIONS.values(), (1, -1), INCREASING_OPERATIONS.values(), (1, -1))
     assert any(np.array_equal(two, g(f(image, 0.9, s), 0.9, t)) for f, s, g, t in pairs)
 

@@ -21,6 +21,7 @@ SMALL = {
     "local_vim": ISOTROPIC | WINDOWS,
     "local_vim_search": ISOTROPIC,
     "vmamba": HIERARCHICAL,
+    "vmamba2": HIERARCHICAL | {"mlp_ratio": 2.0},
     "local_vmamba": HIERARCHICAL | WINDOWS,
     "local_vmamba_search": HIERARCHICAL,
     "efficient_vmamba": HIERARCHICAL,
@@ -28,7 +29,7 @@ SMALL = {
     "srvm": ISOTROPIC | {"sr_channels": 4, "sr_num_blocks": 1},
 }
 # One of each kind; the others of its family differ in size only.
-NAMES = [name for name in list_models() if not name.endswith(("_small", "_base", "_stride8", "_small_stride8", "_x8"))]
+NAMES = [name for name in list_models() if not name.endswith(("_small", "_base", "8", "l20"))]
 CLASSIFIERS = [name for name in NAMES if name not in SR_NETWORKS]
 
 

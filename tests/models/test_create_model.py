@@ -9,6 +9,7 @@ import pytest
 
 from vimd_jax.models import create_model, describe, list_models
 from vimd_jax.models.local_vim import UNSEARCHED
+from vimd_jax.models.published import PUBLISHED
 
 # Counted on the original PyTorch classes at full size (1,000 classes unless stated).
 PARAMETERS = [
@@ -57,6 +58,12 @@ PARAMETERS = [
 ]
 
 
+def test_published_parameters_are_those_of_the_originals():
+    assert {name: published.parameters for name, published in PUBLISHED.items()} == {
+        name: count for name, overrides, count in PARAMETERS if not overrides and name in PUBLISHED
+    }
+
+
 @pytest.mark.parametrize(("name", "overrides", "count"), PARAMETERS)
 def test_parameter_counts(name, overrides, count):
     images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
@@ -73,9 +80,8 @@ def test_list_models():
 def test_overrides_reach_the_module():
     model = create_model("vim_tiny_stride8", num_classes=3, image_size=(64, 48), class_token=None, pool="max")
     assert (model.num_classes, model.stride, model.grid, model.pool) == (3, 8, (7, 5), "max")
-    student = create_model("srvm_tiny", depth=2, sr_channels=8, scale=2, scan_implementation="sequential")
+    student = create_model("srvm_tiny", depth=2, sr_channels=8, scale=2)
     assert (student.classifier.depth, student.classifier.stride, student.sr.channels, student.sr.scale) == (2, 8, 8, 2)
-    assert student.classifier.scan_implementation == "sequential"
 
 
 @pytest.mark.parametrize(
@@ -124,4 +130,4 @@ def test_a_description_holds_what_decides_a_number_and_nothing_else():
     options = describe(student)["options"]
     assert (options["sr"], options["merge"], options["image_size"]) == ("bicubic", "sum", (64, 48))
     assert options["classifier"] == "vim_tiny_stride8"
-    assert not {"remat", "dtype", "scan_implementation"} & set(options)
+    assert not {"remat", "dtype"} & set(options)

@@ -50,7 +50,7 @@ def test_ways_by_hand():
 @pytest.mark.parametrize("case", MIXERS)
 def test_recorded_mixers(case):
     io = golden.tensors(case)
-    mixer = SS2D(16, jnp.float32, None)
+    mixer = SS2D(state_size=16, dtype=jnp.float32)
     order = atrous_scan_order(io["input"].shape[1:3])
 
     def apply(variables, x):
@@ -63,8 +63,9 @@ def test_recorded_mixers(case):
 def test_recorded_blocks(case):
     io, constructor = golden.tensors(case), golden.meta(case)["constructor"]
     whole = EfficientVMamba(dims=io["input"].shape[-1], depths=(1,), mlp_ratio=constructor["mlp_ratio"])
-    mixer, norm = functools.partial(SS2D, 16, jnp.float32, None), functools.partial(BatchNorm, False, None)
-    block = EVSSBlock(False, mixer, norm, whole.mlp_ratio, jnp.float32)
+    mixer = functools.partial(SS2D, state_size=16, dtype=jnp.float32)
+    norm = functools.partial(BatchNorm, train=False, axis_name=None)
+    block = EVSSBlock(drops=False, mixer=mixer, batch_norm=norm, mlp_ratio=whole.mlp_ratio, dtype=jnp.float32)
     order = atrous_scan_order(io["input"].shape[1:3])
 
     def apply(variables, x):

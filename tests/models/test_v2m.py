@@ -146,7 +146,7 @@ def test_mixers_with_weights_by_rule(routing, merge):
 def routed(grid: tuple[int, int], routing: str) -> np.ndarray:
     """How many views bring each patch (columns) to each place (rows), the scans replaced by the identity."""
     tokens = grid[0] * grid[1]
-    mixer = Mixer(1, 16, grid, "sum", routing, jnp.float32, None)
+    mixer = Mixer(depth=1, state_size=16, grid=grid, merge="sum", routing=routing, dtype=jnp.float32)
     to_x = np.eye(tokens, 4 * tokens, dtype=np.float32)
     params = {"in_proj": {"kernel": to_x}, "out_proj": {"kernel": np.eye(2 * tokens, tokens, dtype=np.float32)}}
     with mock.patch.object(LinePass, "__call__", lambda self, x, z, reverse: x):

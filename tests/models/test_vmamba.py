@@ -88,7 +88,7 @@ def test_ways_by_hand():
 @pytest.mark.parametrize("case", MIXERS)
 def test_recorded_mixers(case):
     io = golden.tensors(case)
-    mixer = SS2D(16, jnp.float32, None)
+    mixer = SS2D(state_size=16, dtype=jnp.float32)
     order = cross_scan_order(io["input"].shape[1:3])
 
     def apply(variables, x):
@@ -100,7 +100,7 @@ def test_recorded_mixers(case):
 @pytest.mark.parametrize("case", BLOCKS)
 def test_recorded_blocks(case):
     io = golden.tensors(case)
-    block = VSSBlock(False, functools.partial(SS2D, 16, jnp.float32, None))
+    block = VSSBlock(drops=False, mixer=functools.partial(SS2D, state_size=16, dtype=jnp.float32))
     order = cross_scan_order(io["input"].shape[1:3])
 
     def apply(variables, x):

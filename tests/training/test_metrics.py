@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from vimd_jax.log import TrainingError
+from vimd_jax.errors import TrainingError
 from vimd_jax.training.metrics import MetricWriter, Progress, read_metrics
 
 

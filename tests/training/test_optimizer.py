@@ -26,8 +26,8 @@ from vimd_jax.config import default_config
 from vimd_jax.models import create_model
 from vimd_jax.models.network import variable_shapes
 from vimd_jax.models.srvm import SRVM
-from vimd_jax.training.networks import build_networks
 from vimd_jax.training.optimizer import create_optimizer, create_schedule, decay_mask, layer_scales, scaled_schedule
+from vimd_jax.training.roles import build_networks
 from weight_convert import convert_state_dict
 from weight_convert.mapping import plan
 
@@ -250,7 +250,7 @@ def test_recipes(config, batch, peak, weight_decay, drop_path, clip, average):
 
 
 def test_drop_path_rates_grow_linearly():
-    model = build_networks(vim_small_imagenet.get_config(), 1000).trained
+    model = build_networks(vim_small_imagenet.get_config(), [str(i) for i in range(1000)]).trained
     np.testing.assert_allclose(model.drop_rates(), 0.05 * np.arange(24) / 23, rtol=1e-5)
 
 

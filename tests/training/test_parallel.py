@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from vimd_jax.log import TrainingError
+from vimd_jax.errors import TrainingError
 from vimd_jax.training import parallel
 from vimd_jax.training.metrics import read_metrics
 

@@ -120,10 +120,10 @@ def cast(name, dtype):
         (cast("head.bias", np.complex64), r"not floating point \(1\): head.bias is complex64$"),
         (
             lambda w: w.update({"rope.freqs_cos": np.zeros((4, 16))}),
-            "unexpected.*; its tensors tell other options: rope=True",
+            "unexpected.*; its tensors imply other options: rope=True",
         ),
         (lambda w: w.update({"layers.0.mixer.gamma": np.zeros(16)}), r"unexpected \(1\): layers.0.mixer.gamma$"),
-        (without("cls_token"), "missing.*; its tensors tell other options: class_token=None"),
+        (without("cls_token"), "missing.*; its tensors imply other options: class_token=None"),
         (lambda w: w.clear(), r"missing \(41\): .* and 38 more; no tensor has a name of Vim"),
     ],
 )

@@ -21,7 +21,8 @@ import torch_writer
 from safetensors.numpy import save_file
 from torch_writer import Call, Global, View
 
-from weight_convert import CheckpointError, load_torch_checkpoint
+from vimd_jax.errors import CheckpointError
+from weight_convert import load_torch_checkpoint
 
 FILES = golden.FOLDER / "checkpoints"
 
@@ -160,9 +161,12 @@ def test_plain_containers_of_other_kinds_are_accepted(protocol, tmp_path):
 def test_key_chooses_the_state_dict(tmp_path):
     torch_writer.save(tmp_path / "x.pth", {"weights": {"x": np.ones(3, np.float32)}, "epoch": 3})
     assert list(load_torch_checkpoint(tmp_path / "x.pth", key="weights")) == ["x"]
-    with pytest.raises(CheckpointError, match="no state dict named model or state_dict.*weights, epoch"):
+    assert list(load_torch_checkpoint(tmp_path / "x.pth")) == ["x"]  # the only one
+    two = {"weights": {"x": np.ones(3, np.float32)}, "average": {"x": np.ones(3, np.float32)}}
+    torch_writer.save(tmp_path / "x.pth", two)
+    with pytest.raises(CheckpointError, match="no state dict named model or state_dict.*weights, average"):
         load_torch_checkpoint(tmp_path / "x.pth")
-    with pytest.raises(CheckpointError, match="no state dict named 'ema'.*weights, epoch"):
+    with pytest.raises(CheckpointError, match="no state dict named 'ema'.*weights, average"):
         load_torch_checkpoint(tmp_path / "x.pth", key="ema")
 
 

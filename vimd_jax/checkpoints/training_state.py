@@ -16,7 +16,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from vimd_jax.checkpoints.network import CheckpointError, check_finite, checksum_of
+from vimd_jax.checkpoints.format import check_finite, checksum_of
+from vimd_jax.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ import math
 import numpy as np
 from PIL import Image, ImageDraw
 
-from vimd_jax.data.images import DatasetError
+from vimd_jax.errors import DatasetError
 
 Point = tuple[float, float]
 Colour = tuple[int, int, int]

@@ -48,12 +48,12 @@ class EfficientVMamba(Hierarchical):
 
     def make_block(self, stage: int, train: bool) -> Callable[..., Block]:
         """See `Hierarchical`."""
-        norm = partial(BatchNorm, train, self.bn_axis_name)
+        norm = partial(BatchNorm, train=train, axis_name=self.bn_axis_name)
         drops = train and self.drop_path_rate > 0
         if stage >= SCANNING_STAGES:
-            return partial(InvertedResidual, drops, norm, self.dtype)
-        mixer = partial(SS2D, self.state_size, self.dtype, self.scan_implementation)
-        return partial(EVSSBlock, drops, mixer, norm, self.mlp_ratio, self.dtype)
+            return partial(InvertedResidual, drops=drops, batch_norm=norm, dtype=self.dtype)
+        mixer = partial(SS2D, state_size=self.state_size, dtype=self.dtype)
+        return partial(EVSSBlock, drops=drops, mixer=mixer, batch_norm=norm, mlp_ratio=self.mlp_ratio, dtype=self.dtype)
 
     def block_inputs(self, stage: int, grid: tuple[int, int]) -> ScanOrder | None:
         """The ways of scanning blocks through the map: the same for all."""
@@ -65,7 +65,7 @@ class EfficientVMamba(Hierarchical):
         """See `Hierarchical`."""
         if self.downsample == "merge":
             return super().make_downsampling(stage)
-        return Downsampling(self.widths[stage + 1], self.dtype, name=f"downsample_{stage}")
+        return Downsampling(dim=self.widths[stage + 1], dtype=self.dtype, name=f"downsample_{stage}")
 
 
 class EVSSBlock(Block):
@@ -92,7 +92,7 @@ class EVSSBlock(Block):
         scanned = gate(self.mixer(name="mixer")(normalized, order))
         x = x + self.drop(scanned + gate(self.convolve(normalized)), drop_rate)
         if self.mlp_ratio:
-            x = x + self.drop(self.mlp(layer_norm(name="mlp_norm")(x)), drop_rate)
+            x = x + self.drop(self.mlp(x, self.mlp_ratio, self.dtype), drop_rate)
         return x, None
 
     def convolve(self, x: jax.Array) -> jax.Array:
@@ -100,12 +100,6 @@ class EVSSBlock(Block):
         x = DepthwiseConv(name="conv")(x.astype(self.dtype))
         x = nn.gelu(self.batch_norm(name="conv_norm")(x.astype(jnp.float32)), approximate=False)
         return _pointwise(x.shape[-1], x.shape[-1], self.dtype, "conv_out")(x)
-
-    def mlp(self, x: jax.Array) -> jax.Array:
-        """Two linear layers, token by token."""
-        dense = partial(nn.Dense, kernel_init=nn.initializers.normal(0.02), dtype=self.dtype)
-        hidden = nn.gelu(dense(int(x.shape[-1] * self.mlp_ratio), name="mlp_in")(x), approximate=False)
-        return dense(x.shape[-1], name="mlp_out")(hidden)
 
 
 class InvertedResidual(Block):
@@ -156,7 +150,8 @@ class Downsampling(nn.Module):
         if min(x.shape[1:3]) < 2:
             raise ValueError(f"images: too small, a map of {x.shape[1:3]} tokens remains, which cannot be halved")
         conv = nn.Conv(
-            *(self.dim, (2, 2)),
+            features=self.dim,
+            kernel_size=(2, 2),
             strides=2,
             padding="VALID",
             kernel_init=uniform_fan_in,

@@ -6,7 +6,8 @@ A family is a subclass that says what the blocks of a stage are. The stream is a
 Parameters, stream, norms and head are float32; `dtype` is that of projections and convolutions.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -32,7 +33,7 @@ class Hierarchical(Network):
     """Image classifier of stages.
 
     Attributes:
-      num_classes: classes of the head.
+      num_classes: classes of the head; 0: there is none.
       image_size: side, or (height, width), in pixels, that the network is meant for. It takes images of any size.
       dims: channels of each stage; a number is that of the first, which then double.
       depths: number of blocks of each stage.
@@ -41,7 +42,6 @@ class Hierarchical(Network):
       input_normalization: subtract ImageNet's mean and divide by its deviation first, as pretraining on ImageNet did.
       dtype: of the projections and convolutions and what they yield, float32 or bfloat16.
       remat: keep only each block's input for the backward pass and compute the block again there.
-      scan_implementation: see `kernels.selective_scan`; None is the fastest that runs here.
     """
 
     num_classes: int = 1000
@@ -53,7 +53,6 @@ class Hierarchical(Network):
     input_normalization: bool = False
     dtype: Any = jnp.float32
     remat: bool = False
-    scan_implementation: str | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -82,14 +81,13 @@ class Hierarchical(Network):
 
     def make_downsampling(self, stage: int) -> nn.Module:
         """What stands between a stage and the next."""
-        return PatchMerging(self.widths[stage + 1], self.dtype, name=f"downsample_{stage}")
+        return PatchMerging(dim=self.widths[stage + 1], dtype=self.dtype, name=f"downsample_{stage}")
 
     @staticmethod
     def decays(path: tuple[str, ...]) -> bool:
         """See `Network`: here all but vectors and what is called a bias, which leaves the steps' biases, a matrix."""
         return Network.decays(path) or path[-1] == "dt_proj_bias"
 
-    @nn.compact
     def __call__(
         self, images: jax.Array, *, train: bool = False, return_features: bool = False
     ) -> jax.Array | tuple[jax.Array, dict[str, Any]]:
@@ -102,7 +100,8 @@ class Hierarchical(Network):
           return_features: also return the features below.
 
         Returns:
-          logits (batch, num_classes) float32; with `return_features` the pair (logits, features):
+          logits (batch, num_classes) float32, without a head (num_classes 0) the head's input; with `return_features`
+          the pair (logits, features):
           features["hidden_states"]: the map after the last block of each stage, a tuple of arrays
           (batch, rows, columns, channels);
           features["pre_logits"]: the head's input, (batch, channels of the last stage).
@@ -110,6 +109,32 @@ class Hierarchical(Network):
         Raises:
           ValueError: images have a wrong rank, channel count or dtype, or are smaller than a patch.
         """
+        return self._run(images, train, partial(self._classify, return_features=return_features))
+
+    def feature_maps(
+        self,
+        images: jax.Array,
+        layers: Sequence[int] | None = None,
+        *,
+        train: bool = False,
+        neck: Callable[..., nn.Module] | None = None,
+    ) -> tuple[jax.Array, ...]:
+        """What chosen stages make of images, as maps of falling resolution.
+
+        Args:
+          images: (batch, height, width, 3) floats in [0, 1].
+          layers: numbers of stages, from 0; None: all.
+          train: see `__call__`.
+          neck: makes a module of this network, given a name, that the maps go through.
+
+        Returns:
+          Arrays (batch, rows, columns, channels of the stage) float32, or what the neck makes of them.
+        """
+        return self._run(images, train, partial(self._maps, layers=layers, neck=neck))
+
+    @nn.compact
+    def _run(self, images: jax.Array, train: bool, finish: Callable[..., Any]) -> Any:
+        """The stages, and then, in the same scope, finish(the map after each)."""
         x, states = self.embed(images), []
         rates = np.split(np.linspace(0.0, self.drop_path_rate, sum(self.depths)), np.cumsum(self.depths)[:-1])
         for stage, stage_rates in enumerate(rates):
@@ -117,11 +142,17 @@ class Hierarchical(Network):
             states.append(x)
             if stage < len(self.depths) - 1:
                 x = self.make_downsampling(stage)(x)
+        return finish(tuple(states))
 
-        pre_logits = layer_norm(name="norm")(x).mean(axis=(1, 2))
-        head = nn.Dense(self.num_classes, kernel_init=nn.initializers.normal(0.02), name="head")
-        logits = head(pre_logits)
-        return (logits, {"hidden_states": tuple(states), "pre_logits": pre_logits}) if return_features else logits
+    def _classify(self, states: tuple[jax.Array, ...], return_features: bool) -> Any:
+        logits = pre_logits = layer_norm(name="norm")(states[-1]).mean(axis=(1, 2))
+        if self.num_classes:
+            logits = nn.Dense(self.num_classes, kernel_init=nn.initializers.normal(0.02), name="head")(pre_logits)
+        return (logits, {"hidden_states": states, "pre_logits": pre_logits}) if return_features else logits
+
+    def _maps(self, states, layers: Sequence[int] | None, neck: Callable[..., nn.Module] | None):
+        maps = states if layers is None else tuple(states[stage] for stage in layers)
+        return maps if neck is None else neck(name="neck")(maps)
 
     def embed(self, images: jax.Array) -> jax.Array:
         """Normalised patches, (batch, rows, columns, channels)."""
@@ -132,8 +163,12 @@ class Hierarchical(Network):
         images = normalize_images(images) if self.input_normalization else images
         bias_init = uniform((3 * PATCH_SIZE**2) ** -0.5)
         patches = patch_embedding(
-            *(self.widths[0], PATCH_SIZE, PATCH_SIZE, uniform_fan_in, self.dtype),
+            dim=self.widths[0],
+            size=PATCH_SIZE,
+            stride=PATCH_SIZE,
+            kernel_init=uniform_fan_in,
             bias_init=bias_init,
+            dtype=self.dtype,
             name="patch_embed",
         )
         return layer_norm(name="patch_norm")(patches(images))
@@ -147,7 +182,7 @@ class Hierarchical(Network):
             split_rngs={"params": True, "drop_path": True},
             length=self.depths[stage],
         )
-        blocks = scanned(*block.args, **block.keywords, name=f"stage_{stage}")
+        blocks = scanned(**block.keywords, name=f"stage_{stage}")
         return blocks(x, (jnp.asarray(drop_rates, jnp.float32), self.block_inputs(stage, x.shape[1:3])))[0]
 
 
@@ -164,6 +199,12 @@ class Block(nn.Module):
         """What a branch adds to the stream, in float32, dropped for whole images at random where `drops` is on."""
         update = update.astype(jnp.float32)
         return drop_path(self, update, rate) if self.drops else update
+
+    def mlp(self, x: jax.Array, ratio: float, dtype: Any) -> jax.Array:
+        """What two linear layers make of every token, with `ratio` times the channels between them."""
+        dense = partial(nn.Dense, kernel_init=nn.initializers.normal(0.02), dtype=dtype)
+        hidden = dense(int(x.shape[-1] * ratio), name="mlp_in")(layer_norm(name="mlp_norm")(x))
+        return dense(x.shape[-1], name="mlp_out")(nn.gelu(hidden, approximate=False))
 
     def __call__(self, x: jax.Array, inputs: tuple[jax.Array, Any]) -> tuple[jax.Array, None]:
         """Maps x (batch, rows, columns, channels) and (drop rate, the block's inputs) to (the next x, None)."""

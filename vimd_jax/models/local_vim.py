@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from vimd_jax.models.isotropic import Isotropic, Rotation, out_projection
-from vimd_jax.models.layers import ChannelGate, layer_norm, uniform, uniform_fan_in
+from vimd_jax.models.layers import ChannelGate, layer_norm, rms_norm, uniform, uniform_fan_in
 from vimd_jax.models.mamba import EXPAND, GroupedShortConv, GroupedSSM
 from vimd_jax.models.network import Network
 from vimd_jax.models.positions import class_token_positions, resize_positions, rotary_angles
@@ -73,6 +73,7 @@ class LocalVim(Isotropic):
       directions: names of the ways that each layer scans (see scan_order.py), a tuple for each layer or one for all;
         equally many in every layer. SEARCHED serves networks of up to 20 layers. None is the network of the search:
         all ways in every layer, each result normalised and weighed by a learned softmax.
+      norm: in front of the layers and of the head, "rms" as published, or "layer" as in the authors' segmenters.
       vertical_reverse: "correct", or "published": on grids that are not square the original returns the results of
         vertical scans to the wrong tokens (see `scan_order.reverse_map`).
 
@@ -84,6 +85,7 @@ class LocalVim(Isotropic):
     class_token: Literal["middle", "head"] | None = None
     rope: bool = True
     directions: LayerDirections | None = SEARCHED
+    norm: Literal["rms", "layer"] = "rms"
     vertical_reverse: VerticalReverse = "correct"
 
     patch_init = staticmethod(uniform_fan_in)
@@ -102,10 +104,15 @@ class LocalVim(Isotropic):
         """See `Isotropic`."""
         return uniform((3 * self.patch_size**2) ** -0.5)
 
+    @property
+    def norm_layer(self) -> Callable[..., nn.Module]:
+        """See `Isotropic`."""
+        return {"rms": rms_norm, "layer": layer_norm}[self.norm]
+
     def make_mixer(self, grid: tuple[int, int]) -> Callable[..., nn.Module]:
         """See `Isotropic`."""
         search = self.directions is None
-        return partial(Mixer, self.depth, self.state_size, search, self.dtype, self.scan_implementation)
+        return partial(Mixer, depth=self.depth, state_size=self.state_size, search=search, dtype=self.dtype)
 
     def layer_inputs(self, grid: tuple[int, int]) -> ScanOrder:
         """See `Isotropic`."""
@@ -156,7 +163,6 @@ class Mixer(nn.Module):
     state_size: int
     search: bool
     dtype: Any
-    scan_implementation: str | None
 
     @nn.compact
     def __call__(self, x: jax.Array, order: ScanOrder) -> jax.Array:
@@ -165,9 +171,11 @@ class Mixer(nn.Module):
         in_proj = nn.Dense(2 * EXPAND * dim, use_bias=False, kernel_init=normal, dtype=self.dtype, name="in_proj")
         x, z = (to_sequences(part, order) for part in jnp.split(in_proj(x), 2, axis=-1))
         ssm = GroupedSSM(
-            self.state_size,
-            *(normal, normal, nn.initializers.zeros),
-            *(self.dtype, self.scan_implementation),
+            state_size=self.state_size,
+            x_proj_init=normal,
+            dt_proj_init=normal,
+            dt_bias_init=nn.initializers.zeros,
+            dtype=self.dtype,
             name="ssm",
         )
         y = to_tokens(ssm(GroupedShortConv(name="conv")(x), z), order)

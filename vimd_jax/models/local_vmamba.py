@@ -105,8 +105,8 @@ class LocalVMamba(Hierarchical):
     def make_block(self, stage: int, train: bool) -> Callable[..., Block]:
         """See `Hierarchical`."""
         search = self.directions is None
-        mixer = partial(LocalSS2D, self.state_size, self.dtype, self.scan_implementation, search)
-        return partial(VSSBlock, train and self.drop_path_rate > 0, mixer)
+        mixer = partial(LocalSS2D, state_size=self.state_size, dtype=self.dtype, search=search)
+        return partial(VSSBlock, drops=train and self.drop_path_rate > 0, mixer=mixer)
 
     def block_inputs(self, stage: int, grid: tuple[int, int]) -> ScanOrder:
         """See `Hierarchical`."""

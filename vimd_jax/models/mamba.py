@@ -24,14 +24,12 @@ class SSM(nn.Module):
       reverse: look and run from the last token to the first, by index: nothing is flipped.
       delta_bias_init: what the step sizes start from.
       dtype: of the projections.
-      scan_implementation: see `kernels.selective_scan`.
     """
 
     state_size: int
     reverse: bool
     delta_bias_init: nn.initializers.Initializer
     dtype: Any
-    scan_implementation: str | None
 
     @nn.compact
     def __call__(self, x: jax.Array, z: jax.Array) -> jax.Array:
@@ -42,10 +40,7 @@ class SSM(nn.Module):
         A = state_matrix(self, "A_log", channels, self.state_size)
         D = self.param("D", nn.initializers.ones, (channels,))
         return selective_scan(
-            *(u, delta, A, B, C, D, z, delta_bias),
-            delta_softplus=True,
-            reverse=self.reverse,
-            implementation=self.scan_implementation,
+            u, delta, A, B, C, D=D, z=z, delta_bias=delta_bias, delta_softplus=True, reverse=self.reverse
         )
 
 
@@ -58,7 +53,7 @@ class GroupedSSM(nn.Module):
       dt_proj_init: of the projection of the steps, (directions, delta_rank, channels).
       dt_bias_init: what the step sizes start from, (directions, channels).
       dtype: of the projections.
-      scan_implementation: see `kernels.selective_scan`.
+      expand: channels here over those of a token outside the mixer.
     """
 
     state_size: int
@@ -66,13 +61,13 @@ class GroupedSSM(nn.Module):
     dt_proj_init: nn.initializers.Initializer
     dt_bias_init: nn.initializers.Initializer
     dtype: Any
-    scan_implementation: str | None
+    expand: float = EXPAND
 
     @nn.compact
     def __call__(self, u: jax.Array, z: jax.Array | None = None) -> jax.Array:
         """Maps u and, where there is one, the gate z (batch, length, directions, channels) to the same shape."""
         *sequence, groups, channels = u.shape
-        rank, state = delta_rank(channels), self.state_size
+        rank, state = delta_rank(channels, self.expand), self.state_size
         x_proj = self.param("x_proj_kernel", self.x_proj_init, (groups, channels, rank + 2 * state))
         dt_proj = self.param("dt_proj_kernel", self.dt_proj_init, (groups, rank, channels))
         dt_bias = self.param("dt_proj_bias", self.dt_bias_init, (groups, channels))
@@ -84,10 +79,15 @@ class GroupedSSM(nn.Module):
         delta = jnp.einsum("blkr,krc->blkc", code, dt_proj.astype(self.dtype))
         flat = (*sequence, groups * channels)
         y = selective_scan(
-            *(u.reshape(flat), delta.reshape(flat), A, B, C, D.reshape(-1)),
-            *(None if z is None else z.reshape(flat), dt_bias.reshape(-1)),
+            u.reshape(flat),
+            delta.reshape(flat),
+            A,
+            B,
+            C,
+            D=D.reshape(-1),
+            z=None if z is None else z.reshape(flat),
+            delta_bias=dt_bias.reshape(-1),
             delta_softplus=True,
-            implementation=self.scan_implementation,
         )
         return y.reshape(u.shape)
 
@@ -116,9 +116,9 @@ def selective_projections(
     return delta, B, C, delta_bias
 
 
-def delta_rank(channels: int) -> int:
+def delta_rank(channels: int, expand: float = EXPAND) -> int:
     """Numbers per token that the step sizes of all channels are made from: a sixteenth of the token's channels."""
-    return math.ceil(channels // EXPAND / 16)
+    return math.ceil(channels // expand / 16)
 
 
 def state_matrix(module: nn.Module, name: str, channels: int, state_size: int) -> jax.Array:

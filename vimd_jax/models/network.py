@@ -1,4 +1,4 @@
-"""What every registered network is: a Flax module whose dataclass fields are its options.
+"""The base class of every registered network, a Flax module whose dataclass fields are its options, and of composites.
 
 The fields are the only place where an option is written down. Configs, `--option`, `create_model`, the checks and their
 messages all derive from them.
@@ -18,15 +18,27 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
 # Options that say how a network is computed. The others say which network it is, and belong to a checkpoint.
-COMPUTATION = ("dtype", "remat", "scan_implementation", "bn_axis_name", "drop_path_rate")
+COMPUTATION = ("dtype", "remat", "bn_axis_name", "drop_path_rate")
 
 
 class Network(nn.Module):
     """A module whose options are checked when it is made.
 
+    Attributes:
+      num_classes: number of scores that it gives an image; 0 where it gives none.
+      image_size: side, or (height, width), in pixels of the images that it classifies; None where any are as good.
+      grid: (rows, columns) of patches that its position table is made for; None where there is none.
+      class_token: where its class tokens stand among the patches; None where there are none.
+
     Raises:
       ValueError: an option has a wrong type or value; the message starts with the option's name.
     """
+
+    # Of a network that has no field or property of that name.
+    num_classes = 0
+    image_size = None
+    grid = None
+    class_token = None
 
     def __post_init__(self):
         if hasattr(self, "dtype"):
@@ -35,6 +47,31 @@ class Network(nn.Module):
         for option, kind in options_of(type(self)).items():
             _check(option, getattr(self, option), kind)
 
+    @property
+    def parts(self) -> dict[str, "Network"]:
+        """The networks that this one is made of, by the name of their sub-tree of variables; a simple one has none."""
+        fields = {name: getattr(self, name) for name in options_of(type(self))}
+        return {name: value for name, value in fields.items() if isinstance(value, Network)}
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """(height, width) in pixels of images that `init` can be given."""
+        return square(self.image_size or 16)
+
+    @classmethod
+    def option_types(cls, chosen: dict[str, Any]) -> dict[str, Any]:
+        """Name → type of what `from_options` takes; of some networks that depends on options chosen."""
+        return options_of(cls)
+
+    @classmethod
+    def from_options(cls, **options: Any) -> "Network":
+        """The network with these options."""
+        return cls(**options)
+
+    def to_options(self) -> dict[str, Any]:
+        """The options from which `from_options` makes it again, but for `COMPUTATION`; fit for JSON."""
+        return {option: getattr(self, option) for option in options_of(type(self)) if option not in COMPUTATION}
+
     @staticmethod
     def decays(path: tuple[str, ...]) -> bool:
         """Whether weight decay shrinks the parameter at this path, as in the authors' training.
@@ -42,6 +79,28 @@ class Network(nn.Module):
         The rule of Vim: kernels and state matrices do; biases, scales, D, class tokens and positions do not.
         """
         return path[-1].endswith("kernel") or path[-1].startswith("A_log")
+
+
+class Composite(Network):
+    """A network made of networks: each is a field, and its variables are the sub-tree of that field's name."""
+
+    def decays(self, path: tuple[str, ...]) -> bool:
+        """See `Network`: each part by its own rule."""
+        return self.parts[path[0]].decays(path[1:])
+
+
+def join(parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The variables of a composite from those of its parts, by name."""
+    collections = sorted({collection for variables in parts.values() for collection in variables})
+    return {
+        collection: {name: variables[collection] for name, variables in parts.items() if collection in variables}
+        for collection in collections
+    }
+
+
+def part(variables: dict[str, Any], name: str) -> dict[str, Any]:
+    """The variables of one part of a composite."""
+    return {collection: tree[name] for collection, tree in variables.items() if name in tree}
 
 
 def options_of(network: type) -> dict[str, Any]:
@@ -57,8 +116,9 @@ def _check(option: str, value: Any, kind: Any) -> None:
         fits = False
     if not fits:
         raise ValueError(f"{option}: {value!r} is not valid, expected {_in_words(kind)}")
-    if isinstance(value, int) and int in (kind, *get_args(kind)) and value < 1:
-        raise ValueError(f"{option}: {value} is not valid, expected at least 1")
+    least = 0 if option == "num_classes" else 1  # a network may have no head
+    if isinstance(value, int) and int in (kind, *get_args(kind)) and value < least:
+        raise ValueError(f"{option}: {value} is not valid, expected at least {least}")
     if option == "drop_path_rate" and not 0 <= value < 1:
         raise ValueError(f"drop_path_rate: {value} is not valid, expected a probability from 0 to below 1")
 
@@ -102,13 +162,12 @@ def parse_option(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def input_images(model: nn.Module) -> jax.ShapeDtypeStruct:
+def input_images(model: Network) -> jax.ShapeDtypeStruct:
     """A batch of one image as `model.init` expects it."""
-    size = getattr(getattr(model, "classifier", model), "image_size", 16)  # super-resolution takes any size
-    return jax.ShapeDtypeStruct((1, *square(size), 3), jnp.float32)
+    return jax.ShapeDtypeStruct((1, *model.input_size, 3), jnp.float32)
 
 
-def variable_shapes(model: nn.Module) -> dict[str, jax.ShapeDtypeStruct]:
+def variable_shapes(model: Network) -> dict[str, jax.ShapeDtypeStruct]:
     """Path → shape and dtype of every leaf of `model.init`, computed without running the model."""
     return flatten_dict(jax.eval_shape(model.init, jax.random.key(0), input_images(model)), sep="/")
 

@@ -2,17 +2,22 @@
 Fine-grained Image Classification", IEEE SPL 2025, https://arxiv.org/abs/2411.17980, figure 1).
 """
 
-from typing import Any
+import inspect
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 
-from vimd_jax.models.network import square
+from vimd_jax.models import network
+from vimd_jax.models.network import Composite, Network, square
+from vimd_jax.models.network import part as part
+from vimd_jax.models.registry import CLASSIFIERS, create_model, describe, model_options
 from vimd_jax.models.srresnet import SRResNet
 
+_CLASSIFIER = "vim_tiny_stride8"  # unless another is chosen
 
-class SRVM(nn.Module):
+
+class SRVM(Composite):
     """A frozen super-resolution network followed by a classifier.
 
     Attributes:
@@ -21,9 +26,67 @@ class SRVM(nn.Module):
     """
 
     sr: SRResNet | None
-    classifier: nn.Module
+    classifier: Network
 
-    @nn.compact
+    @property
+    def num_classes(self) -> int:
+        """See `Network`."""
+        return self.classifier.num_classes
+
+    @property
+    def image_size(self) -> int | tuple[int, int]:
+        """Side, or (height, width), in pixels of the enlarged images, which the classifier reads."""
+        return self.classifier.image_size
+
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """See `Network`."""
+        return self.classifier.grid
+
+    @property
+    def class_token(self) -> str | None:
+        """See `Network`."""
+        return self.classifier.class_token
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """See `Network`."""
+        scale = 1 if self.sr is None else self.sr.scale
+        return tuple(-(-side // scale) for side in self.classifier.input_size)
+
+    @classmethod
+    def option_types(cls, chosen: dict[str, Any]) -> dict[str, Any]:
+        """See `Network`: the parameters of `from_options`, and the options of the classifier that is chosen."""
+        parameters = inspect.signature(cls.from_options).parameters
+        own = {name: parameter.annotation for name, parameter in parameters.items() if name != "options"}
+        classifier = chosen.get("classifier")
+        return own | model_options(classifier if classifier in CLASSIFIERS else _CLASSIFIER)
+
+    @classmethod
+    def from_options(
+        cls,
+        sr: Literal["srresnet", "bicubic"] = "srresnet",
+        scale: int = 4,
+        sr_channels: int = 64,
+        sr_num_blocks: int = 16,
+        classifier: str = _CLASSIFIER,
+        **options: Any,
+    ) -> "SRVM":
+        """The network whose parts have these options; `options` are those of the classifier."""
+        if sr not in ("srresnet", "bicubic"):
+            raise ValueError(f'sr: {sr!r} is not valid, expected "srresnet" or "bicubic"')
+        if classifier not in CLASSIFIERS:
+            raise ValueError(f"classifier: {classifier!r} is not a classifier, choose one of {', '.join(CLASSIFIERS)}")
+        first = SRResNet(scale=scale, channels=sr_channels, num_blocks=sr_num_blocks) if sr == "srresnet" else None
+        return cls(sr=first, classifier=create_model(classifier, **options))
+
+    def to_options(self) -> dict[str, Any]:
+        """See `Network`."""
+        own, sr, classifier = {"sr": "bicubic"}, self.sr, describe(self.classifier)
+        if sr is not None:
+            own = {"sr": "srresnet", "scale": sr.scale, "sr_channels": sr.channels, "sr_num_blocks": sr.num_blocks}
+        return own | {"classifier": classifier["architecture"]} | classifier["options"]
+
     def __call__(
         self, images: jax.Array, *, train: bool = False, return_features: bool = False
     ) -> jax.Array | tuple[jax.Array, dict[str, jax.Array]]:
@@ -38,28 +101,22 @@ class SRVM(nn.Module):
           logits (batch, num_classes); with `return_features` the pair (logits, features): the classifier's features and
           features["super_resolved"], the image that it saw.
         """
-        enlarged = bicubic(images, self.classifier.image_size) if self.sr is None else self.sr(images)
-        image = jax.lax.stop_gradient(enlarged)
+        image = self.enlarge(images)
         output = self.classifier(image, train=train, return_features=return_features)
         if not return_features:
             return output
         logits, features = output
         return logits, features | {"super_resolved": image}
 
+    def enlarge(self, images: jax.Array) -> jax.Array:
+        """What the classifier reads of low-resolution images, without a gradient."""
+        enlarged = bicubic(images, self.classifier.image_size) if self.sr is None else self.sr(images)
+        return jax.lax.stop_gradient(enlarged)
+
 
 def join(sr: dict[str, Any] | None, classifier: dict[str, Any]) -> dict[str, Any]:
     """The variables of an SRVM from those of its parts; `sr` is None where there is no such network."""
-    parts = {"classifier": classifier} | ({} if sr is None else {"sr": sr})
-    collections = sorted({collection for variables in parts.values() for collection in variables})
-    return {
-        collection: {name: variables[collection] for name, variables in parts.items() if collection in variables}
-        for collection in collections
-    }
-
-
-def part(variables: dict[str, Any], name: str) -> dict[str, Any]:
-    """Of the variables of an SRVM those of one part, "sr" or "classifier"."""
-    return {collection: tree[name] for collection, tree in variables.items() if name in tree}
+    return network.join({"classifier": classifier} | ({} if sr is None else {"sr": sr}))
 
 
 def bicubic(images: jax.Array, size: int | tuple[int, int]) -> jax.Array:
@@ -69,3 +126,6 @@ def bicubic(images: jax.Array, size: int | tuple[int, int]) -> jax.Array:
     """
     resized = jax.image.resize(images, (images.shape[0], *square(size), images.shape[3]), "bicubic")
     return jnp.clip(resized, 0.0, 1.0)
+
+
+MODELS = {"srvm_tiny": SRVM}

@@ -59,7 +59,13 @@ class V2M(Isotropic):
     def make_mixer(self, grid: tuple[int, int]) -> Callable[..., nn.Module]:
         """See `Isotropic`."""
         return partial(
-            Mixer, self.depth, self.state_size, grid, self.merge, self.routing, self.dtype, self.scan_implementation
+            Mixer,
+            depth=self.depth,
+            state_size=self.state_size,
+            grid=grid,
+            merge=self.merge,
+            routing=self.routing,
+            dtype=self.dtype,
         )
 
 
@@ -92,7 +98,6 @@ class Mixer(nn.Module):
     merge: str
     routing: str
     dtype: Any
-    scan_implementation: str | None
 
     @nn.compact
     def __call__(self, x: jax.Array, inputs: None = None) -> jax.Array:
@@ -107,11 +112,11 @@ class Mixer(nn.Module):
 
     def scan(self, x: jax.Array, z: jax.Array) -> jax.Array:
         """The four views, summed: x and the gate z (batch, rows, columns, channels) to the same shape."""
-        line_pass = partial(LinePass, self.state_size, dtype=self.dtype, scan_implementation=self.scan_implementation)
-        along = line_pass("B", delta_bias_init=inverse_softplus_of_steps, name="along")
+        line_pass = partial(LinePass, state_size=self.state_size, dtype=self.dtype)
+        along = line_pass(selective="B", delta_bias_init=inverse_softplus_of_steps, name="along")
         # The second bias starts at 0, a step of 0.69 against 0.001 to 0.1 in the first pass: an oversight of the
         # original, with which its results were obtained.
-        across = line_pass("C", delta_bias_init=nn.initializers.zeros, name="across")
+        across = line_pass(selective="C", delta_bias_init=nn.initializers.zeros, name="across")
 
         def output(view: View) -> jax.Array:
             turn = _transpose if view.columns else _keep
@@ -137,14 +142,12 @@ class LinePass(nn.Module):
       selective: the matrix that depends on the token, "B" or "C".
       delta_bias_init: what the step sizes start from.
       dtype: of the projections.
-      scan_implementation: see `kernels.selective_scan`.
     """
 
     state_size: int
     selective: str
     delta_bias_init: nn.initializers.Initializer
     dtype: Any
-    scan_implementation: str | None
 
     @nn.compact
     def __call__(self, x: jax.Array, z: jax.Array, reverse: bool) -> jax.Array:
@@ -162,12 +165,7 @@ class LinePass(nn.Module):
         ones = jnp.ones_like(A)
         B, C = (matrix, ones) if self.selective == "B" else (ones, matrix)
         D = self.param("D", nn.initializers.ones, (channels,))
-        y = selective_scan(
-            *(u, delta, A, B, C, D, z, delta_bias),
-            delta_softplus=True,
-            reverse=reverse,
-            implementation=self.scan_implementation,
-        )
+        y = selective_scan(u, delta, A, B, C, D=D, z=z, delta_bias=delta_bias, delta_softplus=True, reverse=reverse)
         return y.reshape(shape)
 
 

@@ -29,7 +29,7 @@ class Vim(Isotropic):
 
     def make_mixer(self, grid: tuple[int, int]) -> Callable[..., nn.Module]:
         """See `Isotropic`."""
-        return partial(Mixer, self.depth, self.state_size, self.merge, self.dtype, self.scan_implementation)
+        return partial(Mixer, depth=self.depth, state_size=self.state_size, merge=self.merge, dtype=self.dtype)
 
 
 class Mixer(nn.Module):
@@ -39,7 +39,6 @@ class Mixer(nn.Module):
     state_size: int
     merge: str
     dtype: Any
-    scan_implementation: str | None
 
     @nn.compact
     def __call__(self, x: jax.Array, inputs: None = None) -> jax.Array:
@@ -53,7 +52,7 @@ class Mixer(nn.Module):
 
     def scan(self, x: jax.Array, z: jax.Array) -> jax.Array:
         """Both directions, merged: x and the gate z (batch, tokens, channels) to the same shape."""
-        ssm = partial(SSM, state_size=self.state_size, dtype=self.dtype, scan_implementation=self.scan_implementation)
+        ssm = partial(SSM, state_size=self.state_size, dtype=self.dtype)
         forward = ssm(reverse=False, delta_bias_init=inverse_softplus_of_steps, name="forward")(x, z)
         # The backward bias starts at 0, a step of 0.69 against 0.001 to 0.1 forward: an oversight of the original, with
         # which its published weights were trained.

@@ -30,7 +30,7 @@ class VMamba(Hierarchical):
     def make_block(self, stage: int, train: bool) -> Callable[..., Block]:
         """See `Hierarchical`."""
         drops = train and self.drop_path_rate > 0
-        return partial(VSSBlock, drops, partial(SS2D, self.state_size, self.dtype, self.scan_implementation))
+        return partial(VSSBlock, drops=drops, mixer=partial(SS2D, state_size=self.state_size, dtype=self.dtype))
 
     def block_inputs(self, stage: int, grid: tuple[int, int]) -> ScanOrder:
         """The way of each block through the map: the same for all."""
@@ -61,18 +61,18 @@ class SS2D(nn.Module):
     Attributes:
       state_size: state of the scan per channel.
       dtype: of the projections.
-      scan_implementation: see `kernels.selective_scan`.
     """
 
     state_size: int
     dtype: Any
-    scan_implementation: str | None
+
+    expand = EXPAND  # channels of the scans over those of the map
 
     @nn.compact
     def __call__(self, x: jax.Array, order: ScanOrder) -> jax.Array:
         """Maps x (batch, rows, columns, dim) to the same shape."""
         dim = x.shape[-1]
-        u, z = jnp.split(projection(2 * EXPAND * dim, self.dtype, "in_proj")(x), 2, axis=-1)
+        u, z = jnp.split(projection(2 * self.expand * dim, self.dtype, "in_proj")(x), 2, axis=-1)
         u = DepthwiseConv(activation=nn.silu, name="conv")(u)
         y = self.merge(self.scan(u.reshape(len(u), -1, u.shape[-1]), order))
         y = layer_norm(name="norm")(y).reshape(u.shape) * nn.silu(z)
@@ -81,12 +81,12 @@ class SS2D(nn.Module):
     def scan(self, u: jax.Array, order: ScanOrder) -> jax.Array:
         """What every direction makes of every token: (batch, tokens, channels) to (batch, tokens, visits, channels)."""
         ssm = GroupedSSM(
-            self.state_size,
+            state_size=self.state_size,
             x_proj_init=_uniform_fan_in,
             dt_proj_init=_uniform_fan_in,
             dt_bias_init=inverse_softplus_of_steps,
             dtype=self.dtype,
-            scan_implementation=self.scan_implementation,
+            expand=self.expand,
             name="ssm",
         )
         return to_tokens(ssm(to_sequences(u, order)), order)

@@ -21,7 +21,7 @@ import numpy as np
 from flax import jax_utils
 from jax.experimental import multihost_utils
 
-from vimd_jax.log import TrainingError
+from vimd_jax.errors import TrainingError
 from vimd_jax.models.layers import DEVICES
 
 AXIS = DEVICES  # the name under which steps average and sum over all devices of all hosts

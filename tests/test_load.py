@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch_writer
 
-from vimd_jax.checkpoints import adapt
-from vimd_jax.checkpoints.adapt import load_variables
+from vimd_jax import load
+from vimd_jax.load import load_variables
 from vimd_jax.models.srresnet import SRResNet
 from vimd_jax.models.srvm import SRVM
 from vimd_jax.models.vim import Vim
@@ -89,7 +89,7 @@ def test_bad_arguments(arguments, message):
 @pytest.fixture
 def logged(monkeypatch) -> list[str]:
     lines = []
-    monkeypatch.setattr(adapt.log, "info", lambda line, *values: lines.append(line % values))
+    monkeypatch.setattr(load.log, "info", lambda line, *values: lines.append(line % values))
     return lines
 
 
