@@ -1,10 +1,13 @@
 """Training states: two are kept, damage is noticed, and nothing that is not finite is written."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
 
 from vimd_jax.checkpoints import training_state
+from vimd_jax.checkpoints.format import checksum_of
 from vimd_jax.errors import CheckpointError
 
 
@@ -77,3 +80,20 @@ def test_a_ruined_state_is_not_written(folder):
     with pytest.raises(CheckpointError, match="params/a of the training state of step 4 is not finite"):
         training_state.save_state(manager, 4, ruined, {})
     assert int(restored(folder)[0]["step"]) == 3
+
+
+def test_a_changed_record_is_noticed(folder):
+    """A flipped bit there would rename a metric or change a step."""
+    file = next(path for path in (folder / "3" / "record").rglob("*") if b'"window"' in path.read_bytes())
+    file.write_bytes(file.read_bytes().replace(b'"loss"', b'"lors"'))
+    assert int(restored(folder)[0]["step"]) == 2
+
+
+def test_records_of_earlier_versions_are_read(folder):
+    file = next(path for path in (folder / "3" / "record").rglob("*") if b'"window"' in path.read_bytes())
+    record = json.loads(file.read_bytes())
+    del record["sha256"]
+    record["checksum"] = checksum_of({"step": np.int32(3), "params/a": state(3)["params"]["a"]})
+    file.write_text(json.dumps(record))
+    arrays, record = restored(folder)
+    assert int(arrays["step"]) == 3 and record == {"window": [{"loss": 1.0}]}
