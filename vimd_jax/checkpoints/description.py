@@ -54,7 +54,7 @@ def _is_low_resolution(value: Any) -> bool:
 # Every field: whether a value is valid, and in words what is. Fields of fields are joined by dots.
 _FIELDS: dict[str, tuple[Check, str]] = {
     "architecture": (_is_text, "a name"),
-    "options": (lambda x: isinstance(x, dict) and all(map(_is_option, x.values())), "options of a network by name"),
+    "options": (lambda x: isinstance(x, dict), "options of a network by name"),
     "class_names": (lambda x: isinstance(x, list) and all(map(_is_text, x)), "a list of names"),
     "view": (lambda x: isinstance(x, dict), "low_resolution and crop"),
     "view.low_resolution": (_is_low_resolution, "0, or the side or [height, width] in pixels"),
@@ -63,6 +63,7 @@ _FIELDS: dict[str, tuple[Check, str]] = {
     "variables": (lambda x: _matches(r"variables-[0-9a-f]{16}\.safetensors", x), "the name of a file beside this one"),
     "checksum": (lambda x: _matches(r"[0-9a-f]{64}", x), "a SHA-256"),
 }
+_OPTION = f"a number up to {_MOST_NUMBER:,}, a text or a short list of them"
 _SEAL = "description_checksum"
 
 
@@ -133,6 +134,9 @@ def _problem(content: dict[str, Any]) -> str | None:
     for name, (is_valid, expected) in _FIELDS.items():
         if not is_valid(present[name]):
             return f"has {name} {printable(repr(present[name]), 100)}, expected {expected}"
+    for name, value in content["options"].items():
+        if not _is_option(value):
+            return f"has options.{printable(name)} {printable(repr(value), 100)}, expected {_OPTION}"
     return None
 
 
