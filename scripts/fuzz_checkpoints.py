@@ -38,7 +38,7 @@ PATIENCE = 30.0  # seconds until a process that does not answer is ended
 
 
 def small_files(folder: Path) -> dict[str, bytes]:
-    """What is mutated, by ending."""
+    """The files that are mutated, by ending."""
     storage = np.arange(24, dtype=np.float32)
     tensors = {"a": np.ones((2, 3), np.float16), "b": View((storage, 2, (3, 4), (4, 1))), "n": np.array(7)}
     state = {"state": {0: {"step": 3, "m": storage}}, "groups": [{"lr": 1e-3, "betas": (0.9, 0.999)}]}
@@ -262,7 +262,7 @@ def small_network(folder: Path) -> dict[str, Any]:
 
 
 def serve(connection: Connection) -> None:
-    """Reads the files that it is told to; answers with what came of each, the seconds, and the peak memory in MB."""
+    """Reads the files that it is told to; answers with the outcome, the seconds and the peak memory in MB."""
     from vimd_jax import load_model
     from vimd_jax.errors import CheckpointError, printable
     from weight_convert import load_torch_checkpoint
@@ -299,7 +299,7 @@ class Watched:
         self._process = None
 
     def read(self, path: Path) -> tuple[str, float, float]:
-        """What came of a file, the seconds, and the peak memory in MB."""
+        """The outcome of reading a file, the seconds and the peak memory in MB."""
         if self._process is None:
             context = multiprocessing.get_context("spawn")
             self._connection, there = context.Pipe()

@@ -1,6 +1,9 @@
 """Training states: two are kept, damage is noticed, and nothing that is not finite is written."""
 
 import json
+import re
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -97,3 +100,29 @@ def test_records_of_earlier_versions_are_read(folder):
     file.write_text(json.dumps(record))
     arrays, record = restored(folder)
     assert int(arrays["step"]) == 3 and record == {"window": [{"loss": 1.0}]}
+
+
+_FULL_DISK = """
+import logging, resource, signal, sys
+import numpy as np
+from pathlib import Path
+from vimd_jax.checkpoints import training_state
+from vimd_jax.log import readable_errors
+manager = training_state.open_folder(Path(sys.argv[1]))
+training_state.save_state(manager, 1, {"a": np.ones(10)}, {})
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
+with readable_errors():
+    training_state.save_state(manager, 2, {"a": np.random.default_rng(0).normal(size=10**6)}, {})
+"""
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    """Here files that may not grow; the threads that write have no word beside it."""
+    command = [sys.executable, "-c", _FULL_DISK, str(tmp_path / "checkpoints")]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 1
+    expected = (
+        "error: A checkpoint could not be written to .*checkpoints: File too large. Make room there; .* from step 1."
+    )
+    assert re.fullmatch(expected, ended.stderr.strip()), ended.stderr

@@ -7,9 +7,12 @@ A checkpoint counts only once it is whole, so a kill while writing leaves the on
 next is written, in case the disk damages the latest. Of several processes only the first one opens the folder.
 """
 
+import contextlib
 import json
 import logging
+import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from vimd_jax.checkpoints.format import check_finite, checksum_of
-from vimd_jax.errors import CheckpointError
+from vimd_jax.errors import CheckpointError, printable
 
 log = logging.getLogger(__name__)
 
@@ -54,10 +57,11 @@ def save_state(manager: ocp.CheckpointManager, step: int, state: Any, record: di
     record |= {_CHECKSUM: checksum_of(leaves, record)}
     arrays = jax.tree.map(np.asarray, state)
     try:
-        manager.save(
-            step,
-            args=ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(record)),
-        )
+        with _without_logged_tracebacks():
+            manager.save(
+                step,
+                args=ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(record)),
+            )
     except Exception as error:  # Orbax and TensorStore have no common error
         raise CheckpointError(
             f"A checkpoint could not be written to {manager.directory}: {_cause(error)}. Make room there; the same "
@@ -113,5 +117,20 @@ def _leaves(state: Any) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
 
 
+@contextlib.contextmanager
+def _without_logged_tracebacks() -> Iterator[None]:
+    """Keeps the threads of Orbax from logging what is raised anyway, unless details are asked for."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    if not logger.isEnabledFor(logging.DEBUG):
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def _cause(error: Exception) -> str:
-    return " ".join(str(error).split(": ")[-1].split())[:200] or type(error).__name__
+    """The last part of a message of TensorStore, which begins with paths of its own."""
+    text = re.sub(r" \[\w+='[^']*'\]", "", " ".join(str(error).split()))
+    return printable(text.split(": ")[-1]) or type(error).__name__
