@@ -6,7 +6,7 @@ A family is a subclass that says what the blocks of a stage are. The stream is a
 Parameters, stream, norms and head are float32; `dtype` is that of projections and convolutions.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -33,7 +33,7 @@ class Hierarchical(Network):
     """Image classifier of stages.
 
     Attributes:
-      num_classes: classes of the head.
+      num_classes: classes of the head; 0: there is none.
       image_size: side, or (height, width), in pixels, that the network is meant for. It takes images of any size.
       dims: channels of each stage; a number is that of the first, which then double.
       depths: number of blocks of each stage.
@@ -88,7 +88,6 @@ class Hierarchical(Network):
         """See `Network`: here all but vectors and what is called a bias, which leaves the steps' biases, a matrix."""
         return Network.decays(path) or path[-1] == "dt_proj_bias"
 
-    @nn.compact
     def __call__(
         self, images: jax.Array, *, train: bool = False, return_features: bool = False
     ) -> jax.Array | tuple[jax.Array, dict[str, Any]]:
@@ -101,7 +100,8 @@ class Hierarchical(Network):
           return_features: also return the features below.
 
         Returns:
-          logits (batch, num_classes) float32; with `return_features` the pair (logits, features):
+          logits (batch, num_classes) float32, without a head (num_classes 0) the head's input; with `return_features`
+          the pair (logits, features):
           features["hidden_states"]: the map after the last block of each stage, a tuple of arrays
           (batch, rows, columns, channels);
           features["pre_logits"]: the head's input, (batch, channels of the last stage).
@@ -109,6 +109,32 @@ class Hierarchical(Network):
         Raises:
           ValueError: images have a wrong rank, channel count or dtype, or are smaller than a patch.
         """
+        return self._run(images, train, partial(self._classify, return_features=return_features))
+
+    def feature_maps(
+        self,
+        images: jax.Array,
+        layers: Sequence[int] | None = None,
+        *,
+        train: bool = False,
+        neck: Callable[..., nn.Module] | None = None,
+    ) -> tuple[jax.Array, ...]:
+        """What chosen stages make of images, as maps of falling resolution.
+
+        Args:
+          images: (batch, height, width, 3) floats in [0, 1].
+          layers: numbers of stages, from 0; None: all.
+          train: see `__call__`.
+          neck: makes a module of this network, given a name, that the maps go through.
+
+        Returns:
+          Arrays (batch, rows, columns, channels of the stage) float32, or what the neck makes of them.
+        """
+        return self._run(images, train, partial(self._maps, layers=layers, neck=neck))
+
+    @nn.compact
+    def _run(self, images: jax.Array, train: bool, finish: Callable[..., Any]) -> Any:
+        """The stages, and then, in the same scope, finish(the map after each)."""
         x, states = self.embed(images), []
         rates = np.split(np.linspace(0.0, self.drop_path_rate, sum(self.depths)), np.cumsum(self.depths)[:-1])
         for stage, stage_rates in enumerate(rates):
@@ -116,11 +142,17 @@ class Hierarchical(Network):
             states.append(x)
             if stage < len(self.depths) - 1:
                 x = self.make_downsampling(stage)(x)
+        return finish(tuple(states))
 
-        pre_logits = layer_norm(name="norm")(x).mean(axis=(1, 2))
-        head = nn.Dense(self.num_classes, kernel_init=nn.initializers.normal(0.02), name="head")
-        logits = head(pre_logits)
-        return (logits, {"hidden_states": tuple(states), "pre_logits": pre_logits}) if return_features else logits
+    def _classify(self, states: tuple[jax.Array, ...], return_features: bool) -> Any:
+        logits = pre_logits = layer_norm(name="norm")(states[-1]).mean(axis=(1, 2))
+        if self.num_classes:
+            logits = nn.Dense(self.num_classes, kernel_init=nn.initializers.normal(0.02), name="head")(pre_logits)
+        return (logits, {"hidden_states": states, "pre_logits": pre_logits}) if return_features else logits
+
+    def _maps(self, states, layers: Sequence[int] | None, neck: Callable[..., nn.Module] | None):
+        maps = states if layers is None else tuple(states[stage] for stage in layers)
+        return maps if neck is None else neck(name="neck")(maps)
 
     def embed(self, images: jax.Array) -> jax.Array:
         """Normalised patches, (batch, rows, columns, channels)."""

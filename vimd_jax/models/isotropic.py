@@ -8,7 +8,8 @@ that of the projections.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -21,13 +22,14 @@ from vimd_jax.models.network import Network, square
 from vimd_jax.models.positions import class_token_positions, insert_tokens, resize_positions, rotary_angles, rotate
 
 Rotation = tuple[jax.Array, jax.Array]  # cosines and sines, (tokens, embed_dim)
+Tapped = Literal["stream", "update", "rotated_stream"]  # see `Isotropic.feature_maps`
 
 
 class Isotropic(Network):
     """Image classifier of equal layers.
 
     Attributes:
-      num_classes: classes of the head.
+      num_classes: classes of the head; 0: there is none.
       image_size: side, or (height, width), in pixels, that the position table is made for. For images of another size
         the table is resized.
       patch_size: side of a patch in pixels.
@@ -92,7 +94,6 @@ class Isotropic(Network):
             raise ValueError(f"{field}: (height, width) {size} is less than one patch of {self.patch_size} pixels")
         return tuple((side - self.patch_size) // self.stride + 1 for side in size)
 
-    @nn.compact
     def __call__(
         self, images: jax.Array, *, train: bool = False, return_features: bool = False
     ) -> jax.Array | tuple[jax.Array, dict[str, jax.Array]]:
@@ -104,7 +105,8 @@ class Isotropic(Network):
           return_features: also return the features below.
 
         Returns:
-          logits (batch, num_classes) float32; with `return_features` the pair (logits, features):
+          logits (batch, num_classes) float32, without a head (num_classes 0) the head's input; with `return_features`
+          the pair (logits, features):
           features["hidden_states"]: (depth, batch, tokens, embed_dim), the stream after each layer, normalised as the
           last one is for the head;
           features["pre_logits"]: the head's input, (batch, embed_dim), or (batch, tokens, embed_dim) with pool "max".
@@ -112,19 +114,75 @@ class Isotropic(Network):
         Raises:
           ValueError: images have a wrong rank, channel count or dtype, or are smaller than a patch.
         """
+        finish = partial(self._classify, return_features=return_features)
+        return self._run(images, train, "stream" if return_features else None, finish)
+
+    def feature_maps(
+        self,
+        images: jax.Array,
+        layers: Sequence[int] | None = None,
+        *,
+        train: bool = False,
+        tapped: Tapped = "stream",
+        neck: Callable[..., nn.Module] | None = None,
+    ) -> tuple[jax.Array, ...]:
+        """What chosen layers make of images, as maps; class tokens are left out.
+
+        Args:
+          images: (batch, height, width, 3) floats in [0, 1].
+          layers: numbers of layers, from 0; None: the last of each quarter of them.
+          train: see `__call__`.
+          tapped: the "stream" after a layer; the "update" that a layer adds, as the authors of Vim-Ti's and LocalVim's
+            segmenters take it; or the "rotated_stream", as those of Vim-S's do: with rotary positions what the next
+            layer makes of it at once, after the last layer the stream.
+          neck: makes a module of this network, given a name, that the maps go through.
+
+        Returns:
+          Arrays (batch, rows, columns, embed_dim) float32, or what the neck makes of them.
+        """
+        return self._run(images, train, tapped, partial(self._maps, layers=layers, tapped=tapped, neck=neck))
+
+    @nn.compact
+    def _run(self, images: jax.Array, train: bool, tapped: Tapped | None, finish: Callable[..., Any]) -> Any:
+        """The layers, and then, in the same scope, finish(stream, what is tapped after each layer, grid)."""
         check_images(images)
         grid = self.grid_of(images.shape[1:3])
         positions = class_token_positions(self.class_token, math.prod(grid))
-        x, states = self.run_layers(self.embed(images, grid, positions), grid, train, return_features)
+        x, states = self.run_layers(self.embed(images, grid, positions), grid, train, tapped)
+        return finish(x, states, grid)
 
+    def _classify(self, x: jax.Array, states: jax.Array | None, grid: tuple[int, int], return_features: bool) -> Any:
         norm = self.norm_layer(name="norm")
-        pre_logits = self.pool_tokens(norm(x), positions)
-        logits = nn.Dense(self.num_classes, kernel_init=self.head_init, dtype=jnp.float32, name="head")(pre_logits)
+        logits = pre_logits = self.pool_tokens(norm(x), class_token_positions(self.class_token, math.prod(grid)))
+        if self.num_classes:
+            head = nn.Dense(self.num_classes, kernel_init=self.head_init, dtype=jnp.float32, name="head")
+            logits = head(pre_logits)
         if logits.ndim == 3:
             logits = logits.max(axis=1)
-        if not return_features:
-            return logits
-        return logits, {"hidden_states": norm(states), "pre_logits": pre_logits}
+        return (logits, {"hidden_states": norm(states), "pre_logits": pre_logits}) if return_features else logits
+
+    def _maps(
+        self,
+        x: jax.Array,
+        states: jax.Array,
+        grid: tuple[int, int],
+        layers: Sequence[int] | None,
+        tapped: Tapped,
+        neck: Callable[..., nn.Module] | None,
+    ) -> tuple[jax.Array, ...]:
+        if layers is None:
+            layers = self.quarters
+        if tapped == "rotated_stream" and self.rope:
+            states = jnp.concatenate([rotate(states[:-1], *self.rotation(grid)), states[-1:]])
+        class_tokens = class_token_positions(self.class_token, math.prod(grid))
+        patches = np.delete(np.arange(states.shape[2]), class_tokens)
+        maps = tuple(states[layer][:, patches].reshape(len(x), *grid, self.embed_dim) for layer in layers)
+        return maps if neck is None else neck(name="neck")(maps)
+
+    @property
+    def quarters(self) -> tuple[int, ...]:
+        """The last layer of each quarter of the layers."""
+        return tuple(max(self.depth * quarter // 4, 1) - 1 for quarter in (1, 2, 3, 4))
 
     def embed(self, images: jax.Array, grid: tuple[int, int], positions: tuple[int, ...]) -> jax.Array:
         """Patches with the class tokens among them, plus positions: (batch, tokens, embed_dim) float32."""
@@ -154,13 +212,13 @@ class Isotropic(Network):
         return normalize_images(images) if self.input_normalization else images
 
     def run_layers(
-        self, x: jax.Array, grid: tuple[int, int], train: bool, return_states: bool
+        self, x: jax.Array, grid: tuple[int, int], train: bool, tapped: Tapped | None
     ) -> tuple[jax.Array, jax.Array | None]:
-        """The stream after the last layer and, stacked, after each layer."""
-        layers = self.stack(Layer, grid, train, return_states)
+        """The stream after the last layer and, stacked, what is tapped after each layer."""
+        layers = self.stack(Layer, grid, train, tapped)
         return layers(x, self.drop_rates(), self.layer_inputs(grid), self.rotation(grid) if self.rope else None)
 
-    def stack(self, layer: type, grid: tuple[int, int], train: bool, return_states: bool) -> nn.Module:
+    def stack(self, layer: type, grid: tuple[int, int], train: bool, tapped: Tapped | None) -> nn.Module:
         """The layers under nn.scan: one compiled body, parameters stacked on a leading axis."""
         scanned = nn.scan(
             nn.remat(layer, prevent_cse=False) if self.remat else layer,
@@ -170,7 +228,7 @@ class Isotropic(Network):
             length=self.depth,
         )
         drops = train and self.drop_path_rate > 0
-        return scanned(self.make_mixer(grid), self.norm_layer, drops, return_states, name="layers")
+        return scanned(self.make_mixer(grid), self.norm_layer, drops, tapped, name="layers")
 
     def drop_rates(self) -> jax.Array:
         """Stochastic depth of each layer, (depth,)."""
@@ -195,13 +253,13 @@ class Layer(nn.Module):
       mixer: makes the mixer, given a name.
       norm: makes the norm, given a name.
       drops: whether drop rates apply.
-      return_state: whether to return the stream for stacking too.
+      tapped: what to return for stacking too, see `Isotropic.feature_maps`; None: nothing.
     """
 
     mixer: Callable[..., nn.Module]
     norm: Callable[..., nn.Module]
     drops: bool
-    return_state: bool
+    tapped: Tapped | None
 
     @nn.compact
     def __call__(
@@ -210,13 +268,9 @@ class Layer(nn.Module):
         """Maps x (batch, tokens, dim) to (next x, the same for the stack of states or None): a step of nn.scan."""
         if rotation is not None:
             x = rotate(x, *rotation)
-        x = x + self.update(x, drop_rate, inputs)
-        return x, (x if self.return_state else None)
-
-    def update(self, x: jax.Array, drop_rate: jax.Array, inputs: Any) -> jax.Array:
-        """What the layer adds to the stream."""
-        y = self.mixer(name="mixer")(self.norm(name="norm")(x), inputs).astype(jnp.float32)
-        return drop_path(self, y, drop_rate) if self.drops else y
+        update = self.mixer(name="mixer")(self.norm(name="norm")(x), inputs).astype(jnp.float32)
+        x = x + (drop_path(self, update, drop_rate) if self.drops else update)
+        return x, {None: None, "update": update}.get(self.tapped, x)
 
 
 def out_projection(dim: int, depth: int, dtype: Any) -> nn.Dense:

@@ -116,8 +116,9 @@ def _check(option: str, value: Any, kind: Any) -> None:
         fits = False
     if not fits:
         raise ValueError(f"{option}: {value!r} is not valid, expected {_in_words(kind)}")
-    if isinstance(value, int) and int in (kind, *get_args(kind)) and value < 1:
-        raise ValueError(f"{option}: {value} is not valid, expected at least 1")
+    least = 0 if option == "num_classes" else 1  # a network may have no head
+    if isinstance(value, int) and int in (kind, *get_args(kind)) and value < least:
+        raise ValueError(f"{option}: {value} is not valid, expected at least {least}")
     if option == "drop_path_rate" and not 0 <= value < 1:
         raise ValueError(f"drop_path_rate: {value} is not valid, expected a probability from 0 to below 1")
 
