@@ -35,6 +35,7 @@ class Segmenter(Composite):
         the layers, or all stages.
       auxiliary_tap: which of the maps the auxiliary head reads, counted from 0; None: the last but one.
       tapped: what is taken there, see `Isotropic.feature_maps`; of networks with stages the "stream".
+      normalize_last: normalise the last map, an option of Vim's segmenters that no published one uses; also of V2M's.
     """
 
     backbone: Network
@@ -43,6 +44,7 @@ class Segmenter(Composite):
     taps: tuple[int, ...] | None = None
     auxiliary_tap: Literal[0, 1, 2, 3] | None = None
     tapped: Tapped = "stream"
+    normalize_last: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -53,6 +55,10 @@ class Segmenter(Composite):
             raise ValueError(f"auxiliary_tap: {self.auxiliary_tap} is not valid, there are not as many taps")
         if self.tapped != "stream" and not self.isotropic:
             raise ValueError(f'tapped: {self.tapped!r} is not valid, of networks with stages it is the "stream"')
+        if self.normalize_last and not self._pyramid:
+            raise ValueError("normalize_last: True is not valid, here every map has a norm")
+        if self._pyramid and self.backbone.stride not in (4, 8, 16):
+            raise ValueError(f"stride: {self.backbone.stride} is not valid in a segmenter, expected 4, 8 or 16")
 
     @property
     def isotropic(self) -> bool:
@@ -93,6 +99,7 @@ class Segmenter(Composite):
         auxiliary_tap: Literal[0, 1, 2, 3] | None = None,
         taps: tuple[int, ...] | None = None,
         tapped: Tapped = "stream",
+        normalize_last: bool = False,
         bn_axis_name: str | None = None,
         dtype: Any = jnp.float32,
         **options: Any,
@@ -109,6 +116,7 @@ class Segmenter(Composite):
           auxiliary_tap: see the attributes.
           taps: see the attributes.
           tapped: see the attributes.
+          normalize_last: see the attributes.
           bn_axis_name: axis of devices whose batches are normalised together while training.
           dtype: of all parts.
           **options: of the backbone.
@@ -125,7 +133,8 @@ class Segmenter(Composite):
         if auxiliary_channels != 0:
             auxiliary_head = _named("auxiliary", FCN, channels=auxiliary_channels, **convolving)
         trunk = create_model(backbone, num_classes=0, dtype=dtype, **own, **options)
-        return cls(trunk, decode_head, auxiliary_head, taps=taps, auxiliary_tap=auxiliary_tap, tapped=tapped)
+        how = {"auxiliary_tap": auxiliary_tap, "tapped": tapped, "normalize_last": normalize_last}
+        return cls(backbone=trunk, decode_head=decode_head, auxiliary_head=auxiliary_head, taps=taps, **how)
 
     def to_options(self) -> dict[str, Any]:
         """See `Network`."""
@@ -134,7 +143,8 @@ class Segmenter(Composite):
         if isinstance(head, UperNet):
             own |= {"head": "upernet", "head_channels": head.channels, "head_dropout_rate": head.dropout_rate}
         own |= {"auxiliary_channels": auxiliary.channels if auxiliary else 0, "auxiliary_tap": self.auxiliary_tap}
-        return backbone["options"] | own | {"taps": self.taps, "tapped": self.tapped}
+        own |= {"taps": self.taps, "tapped": self.tapped, "normalize_last": self.normalize_last}
+        return backbone["options"] | own
 
     def decays(self, path: tuple[str, ...]) -> bool:
         """See `Network`: Vim's rule for Vim and V2M, for the other families all but norms and positions.
@@ -185,8 +195,14 @@ class Segmenter(Composite):
     def _neck(self, train: bool) -> Callable[..., nn.Module]:
         if not self._pyramid:
             return OutputNorms
-        head, stride = self.decode_head, self.backbone.stride
-        return partial(Pyramid, stride=stride, train=train, bn_axis_name=head.bn_axis_name, dtype=self.backbone.dtype)
+        return partial(
+            Pyramid,
+            stride=self.backbone.stride,
+            normalize_last=self.normalize_last,
+            train=train,
+            bn_axis_name=self.decode_head.bn_axis_name,
+            dtype=self.backbone.dtype,
+        )
 
     def segment(
         self,
