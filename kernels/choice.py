@@ -130,7 +130,7 @@ def _given_platform() -> str | None:
     mesh_device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     if platform := getattr(mesh_device, "platform", None):  # JAX 0.10.0 has no such attribute
         return platform
-    device = jax.config.jax_default_device
+    device = jax.config.jax_default_device  # type: ignore[attr-defined]
     if isinstance(device, str):
         device = jax.devices(device)[0]
     return device.platform if device else None

@@ -1,7 +1,7 @@
 """Reads damaged and hostile checkpoints in a watched process: each must be read, or refused by the reader's own error,
 in less than 2 s of processor time and with less than 200 MB beyond its size.
 
-python scripts/fuzz_checkpoints.py [--files 10000] [--seed 0]     (Linux, whose kernel tells a process's peak memory)
+    python scripts/fuzz_checkpoints.py [--files 10000] [--seed 0]     (Linux only: it reads a process's peak memory)
 """
 
 import argparse
@@ -30,11 +30,11 @@ import torch_writer  # noqa: E402
 from torch_writer import View  # noqa: E402
 
 MOST_SECONDS, MOST_MB = 2.0, 200.0
-PATIENCE = 30.0  # seconds until a process that does not answer is ended
+PATIENCE = 30.0  # seconds until a process that does not answer is killed
 
 
 def small_files(folder: Path) -> dict[str, bytes]:
-    """What is mutated, by ending."""
+    """Small intact files, by suffix, which are then mutated."""
     storage = np.arange(24, dtype=np.float32)
     tensors = {"a": np.ones((2, 3), np.float16), "b": View((storage, 2, (3, 4), (4, 1))), "n": np.array(7)}
     state = {"state": {0: {"step": 3, "m": storage}}, "groups": [{"lr": 1e-3, "betas": (0.9, 0.999)}]}
@@ -64,7 +64,7 @@ def mutated(data: bytes, chance: random.Random) -> bytes:
 
 
 def mutations(folder: Path, count: int, chance: random.Random) -> Iterator[tuple[str, bytes]]:
-    """So many mutated files of each kind; of the .pth half are mutated in the pickle alone, behind good check sums."""
+    """Yields `count` mutated files of each kind; half of the .pth in the pickle alone, with valid checksums."""
     files = small_files(folder)
     with zipfile.ZipFile(io.BytesIO(files["pth"])) as archive:
         entries = {entry.filename.removeprefix("archive/"): archive.read(entry) for entry in archive.infolist()}
@@ -77,19 +77,19 @@ def mutations(folder: Path, count: int, chance: random.Random) -> Iterator[tuple
 
 
 def pth(pickled: bytes, entries: dict[str, bytes] | None = None) -> bytes:
-    """The archive around a pickle."""
+    """A .pth file around a pickle."""
     file = io.BytesIO()
     torch_writer.write_archive(file, (entries or {}) | {"data.pkl": pickled})
     return file.getvalue()
 
 
 def safetensors(header: bytes, length: int | None = None) -> bytes:
-    """A file of a header alone, which says that it has that length."""
+    """A file that is only a header, which claims that length."""
     return struct.pack("<Q", len(header) if length is None else length) + header
 
 
 def archive(count: int, name: bytes = b"") -> bytes:
-    """A zip archive of a directory alone, of so many empty entries."""
+    """A zip archive that is only a directory, of that many empty entries."""
     entry = struct.pack("<4s6H3I5H2I", b"PK\1\2", 20, 20, *[0] * 7, len(name), *[0] * 6) + name
     end = struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, min(count, 65535), min(count, 65535), len(entry) * count, 0, 0)
     return entry * count + end
@@ -107,7 +107,7 @@ def model(pickled: bytes) -> bytes:
 
 
 def tensors(count: int, shape: Sequence[int], strides: Sequence[int]) -> bytes:
-    """The file of so many tensors, all on one storage of 1,000 numbers."""
+    """A file of that many tensors, all on one storage of 1,000 numbers."""
     file, storage = io.BytesIO(), np.zeros(1000, np.float32)
     torch_writer.save(file, {str(i): View((storage, 0, shape, strides)) for i in range(count)})
     return file.getvalue()
@@ -179,12 +179,12 @@ def _compressed(megabytes: int) -> bytes:
 
 
 def serve(connection: Connection) -> None:
-    """Reads the files that it is told to; answers with what came of each, the seconds, and the peak memory in MB."""
+    """Reads the files named on a pipe; answers with the outcome of each, the seconds, and the peak memory in MB."""
     from vimd_jax.errors import CheckpointError
     from weight_convert import load_torch_checkpoint
 
     for path in iter(connection.recv, None):
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         before, start = _megabytes("VmRSS"), time.process_time()
         try:
             for array in load_torch_checkpoint(path).values():
@@ -203,13 +203,13 @@ def _megabytes(field: str) -> float:
 
 
 class Watched:
-    """A process that reads files; it is started again whenever a file was the end of it."""
+    """A process that reads files; it is started again whenever a file ended it."""
 
     def __init__(self):
         self._process = None
 
     def read(self, path: Path) -> tuple[str, float, float]:
-        """What came of a file, the seconds, and the peak memory in MB."""
+        """Returns the outcome of a file, the seconds, and the peak memory in MB."""
         if self._process is None:
             context = multiprocessing.get_context("spawn")
             self._connection, there = context.Pipe()

@@ -110,7 +110,7 @@ def main() -> None:
             raise ValueError(f"{arguments.workdir}: {error}") from error
         directions = most_probable(probabilities)
         base[arguments.role].directions = directions
-        build_networks(base, num_classes=2)  # an error now if the final network cannot have these directions
+        build_networks(base, ["a", "b"])  # an error now if the final network cannot have these directions
         text = config_text(
             directions, arguments.base, arguments.role,
             workdir=arguments.workdir, step=supernet.provenance.get("step", "unknown"), output=arguments.output,

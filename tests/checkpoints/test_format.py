@@ -9,12 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image
 
 from vimd_jax.checkpoints import format
 from vimd_jax.checkpoints.format import save_model
 from vimd_jax.checkpoints.trained_model import TrainedModel
-from vimd_jax.errors import CheckpointError, DatasetError
+from vimd_jax.errors import CheckpointError
 from vimd_jax.load import load_model, load_variables
 from vimd_jax.models import create_model
 
@@ -187,37 +186,3 @@ def test_it_fills_no_network_with_other_settings(vim, option, there, here):
 def test_how_a_network_is_computed_may_differ(vim):
     model = MODELS["vim"].clone(dtype="bfloat16", remat=True, drop_path_rate=0.1)
     assert load_variables(vim, model)["params"]
-
-
-@pytest.fixture
-def files(tmp_path) -> Path:
-    folder = tmp_path / "images"
-    folder.mkdir()
-    random = np.random.default_rng(0)
-    for name, size in (("b.png", (8, 8)), ("a.png", (8, 8)), ("c.png", (20, 30))):
-        Image.fromarray(random.integers(0, 256, (*size, 3), np.uint8)).save(folder / name)
-    return folder
-
-
-def test_predicting_arrays_files_and_folders(files):
-    vim = trained("vim")
-    arrays = np.stack([vim.prepare(files / name) for name in ("a.png", "b.png", "c.png")])
-    expected = jax.nn.softmax(vim.model.apply(vim.variables, arrays))
-    for images in (arrays, files, str(files), [files / "a.png", files / "b.png", str(files / "c.png")]):
-        for batch_size in (2, 32):
-            actual = vim.predict(images, batch_size=batch_size)
-            np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(vim.predict(files / "a.png"), expected[:1], rtol=1e-4, atol=1e-6)
-
-
-def test_a_student_resizes_only_when_asked(files):
-    student = trained("srvm")
-    assert student.predict([files / "a.png", files / "b.png"]).shape == (2, 3)
-    with pytest.raises(DatasetError, match="c.png: 30x20 pixels, but this network reads 8x8; add --downsample"):
-        student.predict(files)
-    assert student.predict(files, downsample=True).shape == (3, 3)
-
-
-def test_a_super_resolution_network_predicts_nothing(files):
-    with pytest.raises(ValueError, match="super-resolution network"):
-        trained("srresnet").predict(files)

@@ -9,6 +9,7 @@ import pytest
 
 from vimd_jax.models import create_model, describe, list_models
 from vimd_jax.models.local_vim import UNSEARCHED
+from vimd_jax.models.published import PUBLISHED
 
 # Counted on the original PyTorch classes at full size (1,000 classes unless stated).
 PARAMETERS = [
@@ -55,6 +56,12 @@ PARAMETERS = [
     ("srresnet_x8", {}, 1_695_063),
     ("srvm_tiny", {"num_classes": 200}, 8_643_294),
 ]
+
+
+def test_published_parameters_are_those_of_the_originals():
+    assert {name: published.parameters for name, published in PUBLISHED.items()} == {
+        name: count for name, overrides, count in PARAMETERS if not overrides and name in PUBLISHED
+    }
 
 
 @pytest.mark.parametrize(("name", "overrides", "count"), PARAMETERS)

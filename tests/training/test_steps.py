@@ -14,7 +14,7 @@ from vimd_jax.training.roles import build_networks
 
 def one_step(config, count=8, seed=0):
     """State before and after a step on random images, and the metrics."""
-    networks = build_networks(config, 4)
+    networks = build_networks(config, "abcd")
     rng = np.random.default_rng(seed)
     views = {"high": config.dataset.high_resolution, "low": config.dataset.low_resolution}
     batch = {name: rng.integers(0, 256, (count, size, size, 3), np.uint8) for name, size in views.items()}
@@ -23,11 +23,8 @@ def one_step(config, count=8, seed=0):
     def variables(model, side):
         return jax.jit(model.init)(jax.random.key(3), jnp.zeros((1, side, side, 3)))
 
-    frozen = {}
-    if networks.teacher is not None:
-        frozen = {"teacher": variables(networks.teacher, views["high"])}
-        if networks.sr is not None:
-            frozen["sr"] = variables(networks.sr, views["low"])
+    sides = {"teacher": views["high"], "sr": views["low"]}
+    frozen = {role: variables(model, sides[role]) for role, model in networks.frozen.items()}
     trained = hidden_map.add(config, networks, variables(networks.trained, views["high"]))
     optimizer = create_optimizer(
         config.optimizer, trained["params"], create_schedule(config.schedule, 2), networks.trained.decays
@@ -77,9 +74,9 @@ def test_hidden_states_of_any_shapes_through_maps(student, teacher):
     config.student.update(shapes[student] | ({"embed_dim": 16, "depth": 2} if student == "tokens" else {}))
     if student != teacher:
         with pytest.raises(ValueError, match="config.loss: .*hidden states can be distilled only.*hidden_map"):
-            steps.check_objective(config, build_networks(config, 4))
+            steps.check_objective(config, build_networks(config, "abcd"))
     config.loss.hidden_map = True
-    steps.check_objective(config, build_networks(config, 4))
+    steps.check_objective(config, build_networks(config, "abcd"))
     before, after, metrics = one_step(config)
     assert metrics["hidden"] > 0 and np.isfinite(metrics["loss"])
     maps = before.params[hidden_map.NAME], after.params[hidden_map.NAME]

@@ -86,7 +86,7 @@ class Archive:
                 elif member.isreg() and wanted(path, member.size):
                     self._check_size(path, member.size)
                     yield path, tar.extractfile(member).read()
-                tar.members.clear()  # tarfile would keep them all
+                tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all
 
     def _read_zip(self, wanted: Wanted) -> Iterator[tuple[str, bytes]]:
         with zipfile.ZipFile(self.path) as archive:

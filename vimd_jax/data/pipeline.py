@@ -97,11 +97,6 @@ def eval_batches(
     return _batches(example, range(ENDLESS if endless else steps), config, batch_size, process_index, process_count)
 
 
-def class_index(record: Record, view: View) -> np.int32:
-    """The target of classification; 0 for a record without one."""
-    return np.int32(record.target or 0)
-
-
 def steps_per_epoch(source: Source, config: ConfigDict, batch_size: int) -> int:
     """Whole training batches in an epoch, at least one."""
     return max(1, samples_per_epoch(len(source), config.repeats) // batch_size)
@@ -158,17 +153,20 @@ class Drawing:
 
 def _eval_example(source: Source, config: ConfigDict, target: Target | None, period: int, i: int) -> Batch:
     i %= period
-    record = read_or_skip(source, i, config.on_error) if i < len(source) else None
-    seen = record or Record(Image.new("RGB", (config.high_resolution, config.high_resolution)))
-    view = central_view(seen.image.size, config.high_resolution, config.eval_crop)
-    return _example(
-        view.apply(seen.image),
-        config,
-        i if i < len(source) else PADDING,
-        _beside(target, seen, view),
-        weight=float(record is not None),
-        skipped=record is None and i < len(source),
-    )
+    if i >= len(source):
+        return blank_example(config, target)
+    record = read_or_skip(source, i, config.on_error)
+    if record is None:
+        return {**blank_example(config, target), "index": np.int32(i), "skipped": np.int32(1)}
+    view = central_view(record.image.size, config.high_resolution, config.eval_crop)
+    return _example(view.apply(record.image), config, i, _beside(target, record, view))
+
+
+def blank_example(config: ConfigDict, target: Target | None) -> Batch:
+    """An example that does not count: black, weight 0, index -1, and the target of a record without one."""
+    record = Record(Image.new("RGB", (config.high_resolution, config.high_resolution)))
+    view = central_view(record.image.size, config.high_resolution)
+    return _example(record.image, config, PADDING, _beside(target, record, view), weight=0)
 
 
 def _beside(target: Target | None, record: Record, view: View) -> Batch:
