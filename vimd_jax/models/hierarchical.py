@@ -6,7 +6,7 @@ A family is a subclass that says what the blocks of a stage are. The stream is a
 Parameters, stream, norms and head are float32; `dtype` is that of projections and convolutions.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -23,7 +23,7 @@ from vimd_jax.models.layers import (
     uniform,
     uniform_fan_in,
 )
-from vimd_jax.models.network import Network
+from vimd_jax.models.network import Network, check_layers
 
 PATCH_SIZE = 4  # pixels; patches do not overlap, and what remains at the borders is left out
 
@@ -32,7 +32,7 @@ class Hierarchical(Network):
     """Image classifier of stages.
 
     Attributes:
-      num_classes: classes of the head.
+      num_classes: classes of the head; 0 is a network without a head.
       image_size: side, or (height, width), in pixels, that the network is meant for. It takes images of any size.
       dims: channels of each stage; a number is that of the first, which then double.
       depths: number of blocks of each stage.
@@ -87,7 +87,11 @@ class Hierarchical(Network):
         """See `Network`: here all but vectors and what is called a bias, which leaves the steps' biases, a matrix."""
         return Network.decays(path) or path[-1] == "dt_proj_bias"
 
-    @nn.compact
+    def setup(self) -> None:
+        self.norm = layer_norm()
+        if self.num_classes:
+            self.head = nn.Dense(self.num_classes, kernel_init=nn.initializers.normal(0.02))
+
     def __call__(
         self, images: jax.Array, *, train: bool = False, return_features: bool = False
     ) -> jax.Array | tuple[jax.Array, dict[str, Any]]:
@@ -100,7 +104,8 @@ class Hierarchical(Network):
           return_features: also return the features below.
 
         Returns:
-          logits (batch, num_classes) float32; with `return_features` the pair (logits, features):
+          logits (batch, num_classes) float32, without a head the pooled features (batch, channels of the last stage);
+          with `return_features` the pair of these and features:
           features["hidden_states"]: the map after the last block of each stage, a tuple of arrays
           (batch, rows, columns, channels);
           features["pre_logits"]: the head's input, (batch, channels of the last stage).
@@ -108,6 +113,39 @@ class Hierarchical(Network):
         Raises:
           ValueError: images have a wrong rank, channel count or dtype, or are smaller than a patch.
         """
+        states = self.run_stages(images, train)
+        pre_logits = self.norm(states[-1]).mean(axis=(1, 2))
+        output = self.head(pre_logits) if self.num_classes else pre_logits
+        return (output, {"hidden_states": states, "pre_logits": pre_logits}) if return_features else output
+
+    def feature_maps(
+        self, images: jax.Array, layers: Sequence[int] | None = None, *, train: bool = False
+    ) -> tuple[jax.Array, ...]:
+        """Maps of what stages made of images: `apply(…, method="feature_maps")`.
+
+        Args:
+          images: (batch, height, width, 3) floats in [0, 1], of any size.
+          layers: numbers of stages from 0; None: all.
+          train: as in a call.
+
+        Returns:
+          For each of these stages the map after its last block, as in features["hidden_states"]: (batch, rows, columns,
+          channels of the stage) float32, not normalised.
+
+        Raises:
+          ValueError: there is no such stage, or the images are not valid.
+        """
+        layers = check_layers(layers, len(self.depths))
+        states = self.run_stages(images, train)
+        return tuple(states[stage] for stage in layers)
+
+    def to_maps(self, states: Sequence[jax.Array], size: tuple[int, int]) -> tuple[jax.Array, ...]:
+        """Maps (batch, rows, columns, channels) from features["hidden_states"], which here are such."""
+        return tuple(states)
+
+    @nn.compact
+    def run_stages(self, images: jax.Array, train: bool) -> tuple[jax.Array, ...]:
+        """The map after the last block of each stage."""
         x, states = self.embed(images), []
         rates = np.split(np.linspace(0.0, self.drop_path_rate, sum(self.depths)), np.cumsum(self.depths)[:-1])
         for stage, stage_rates in enumerate(rates):
@@ -115,11 +153,7 @@ class Hierarchical(Network):
             states.append(x)
             if stage < len(self.depths) - 1:
                 x = self.make_downsampling(stage)(x)
-
-        pre_logits = layer_norm(name="norm")(x).mean(axis=(1, 2))
-        head = nn.Dense(self.num_classes, kernel_init=nn.initializers.normal(0.02), name="head")
-        logits = head(pre_logits)
-        return (logits, {"hidden_states": tuple(states), "pre_logits": pre_logits}) if return_features else logits
+        return tuple(states)
 
     def embed(self, images: jax.Array) -> jax.Array:
         """Normalised patches, (batch, rows, columns, channels)."""
