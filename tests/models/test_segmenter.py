@@ -43,7 +43,7 @@ def test_recorded_maps(case):
         maps = run(model, variables, images)[1]["hidden_states"]
         if not constructor.get("if_fpn", True):  # as the layers leave them, all of one resolution
             maps = model.backbone.apply(
-                part(variables, "backbone"), images, model.taps, tapped="update", method="feature_maps"
+                part(variables, "backbone"), images, model.taps, state="update", method="feature_maps"
             )
         for i, found in enumerate(maps):
             expected = golden_models.nhwc(io[f"in{k}/feature{i}"])

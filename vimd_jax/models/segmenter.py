@@ -15,7 +15,7 @@ import numpy as np
 from flax import linen as nn
 
 from vimd_jax.models.heads import FCN, Linear, UperNet
-from vimd_jax.models.isotropic import Isotropic, Tapped
+from vimd_jax.models.isotropic import Isotropic, State
 from vimd_jax.models.layers import IMAGENET_MEAN
 from vimd_jax.models.local_vim import SEARCHED, LocalVim
 from vimd_jax.models.necks import OutputNorms, Pyramid
@@ -43,7 +43,7 @@ class Segmenter(Composite):
     auxiliary_head: FCN | None
     taps: tuple[int, ...] | None = None
     auxiliary_tap: Literal[0, 1, 2, 3] | None = None
-    tapped: Tapped = "stream"
+    tapped: State = "stream"
     normalize_last: bool = False
 
     def __post_init__(self):
@@ -98,7 +98,7 @@ class Segmenter(Composite):
         auxiliary_channels: int = 256,
         auxiliary_tap: Literal[0, 1, 2, 3] | None = None,
         taps: tuple[int, ...] | None = None,
-        tapped: Tapped = "stream",
+        tapped: State = "stream",
         normalize_last: bool = False,
         bn_axis_name: str | None = None,
         dtype: Any = jnp.float32,
@@ -175,8 +175,10 @@ class Segmenter(Composite):
           ValueError: images have a wrong rank, channel count or dtype, or are too small; or, while training, a single
             one.
         """
-        kind = {"tapped": self.tapped} if self.isotropic else {}
-        maps = self.backbone.feature_maps(images, self.taps, train=train, neck=self._neck(train), **kind)
+        kind = {"state": self.tapped} if self.isotropic else {}
+        maps = self.backbone.feature_maps(
+            images, self.taps or self._all_taps, train=train, neck=self._neck(train), **kind
+        )
         logits, features = self.decode_head(maps, train=train), {"hidden_states": maps}
         if self.auxiliary_head is not None and (return_features or self.is_initializing()):
             tap = -2 if self.auxiliary_tap is None else self.auxiliary_tap
@@ -185,7 +187,9 @@ class Segmenter(Composite):
 
     @property
     def _all_taps(self) -> tuple[int, ...]:
-        return self.backbone.quarters if self.isotropic else tuple(range(len(self.backbone.depths)))
+        if not self.isotropic:
+            return tuple(range(len(self.backbone.depths)))
+        return tuple(max(self.backbone.depth * quarter // 4, 1) - 1 for quarter in (1, 2, 3, 4))
 
     @property
     def _pyramid(self) -> bool:
@@ -286,7 +290,7 @@ def _named(prefix: str, head: type[Network], **options: Any) -> Network:
 
 _VIM = {"class_token": None, "image_size": 512}
 _LOCAL_VIM = {
-    **{"tapped": "update", "auxiliary_tap": 3, "norm": "layer"},
+    **{"tapped": "update", "auxiliary_tap": 3, "normalization": "layer"},
     **{"directions": SEARCHED, "image_size": 512},
 }
 _EFFICIENT_CHANNELS = {"tiny": 256, "small": 384, "base": 512}  # which the paper's parameter counts tell
