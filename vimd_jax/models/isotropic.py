@@ -93,6 +93,7 @@ class Isotropic(Network):
         """Rows and columns of patches in an image of `image_size`, for which the position table is made."""
         return self.grid_of(square(self.image_size), "image_size")
 
+    @nn.nowrap  # it asks no variable, and is asked before there are any
     def grid_of(self, size: tuple[int, int], field: str = "images") -> tuple[int, int]:
         """Rows and columns of patches in an image of a size; ValueError, naming the field, if it is below one patch."""
         if min(size) < self.patch_size:

@@ -123,6 +123,7 @@ class LocalVim(Isotropic):
             ]
         )
 
+    @nn.nowrap
     def grid_of(self, size: tuple[int, int], field: str = "images") -> tuple[int, int]:
         """See `Isotropic`; the last patches may reach over the edge."""
         if min(size) < 1:
