@@ -16,6 +16,7 @@ from vimd_jax.checkpoints.format import read_model
 from vimd_jax.checkpoints.trained_model import TrainedModel
 from vimd_jax.models import describe
 from vimd_jax.models.network import Network, part, variable_shapes
+from weight_convert.hub import architecture_of, resolve
 from weight_convert.load import load_torch_model, torch_variables
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,8 @@ def load_model(
     """A network to use: from the workdir of a run, a converted or exported folder, or a PyTorch file.
 
     Args:
-      path: the folder, or a `.pth` or `.safetensors` file; `~` is the home directory.
+      path: the folder, or a `.pth` or `.safetensors` file, in which `~` is the home directory; or the name of a file
+        elsewhere, see `weight_convert.hub`.
       architecture: of a PyTorch file, one of `list_models()`. A folder knows its own.
       options: of that architecture, where they differ from its own.
       class_names: for a file or folder that names none.
@@ -42,7 +44,8 @@ def load_model(
       FileNotFoundError: nothing is there.
       ValueError: what is there cannot be read (`CheckpointError`), or does not fit what is asked for.
     """
-    path = Path(path).expanduser()
+    architecture = architecture or architecture_of(path)
+    path = resolve(path, architecture).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such workdir, converted checkpoint or PyTorch file")
     if path.is_dir():
@@ -69,7 +72,7 @@ def load_variables(
     """Variables of `model` from a checkpoint of the same network, or of a composite that has such a part.
 
     Args:
-      path: a workdir, a converted or exported folder, or a PyTorch file.
+      path: as in `load_model`.
       model: the network to fill.
       adapt: where the number of classes differs, start the head anew, or leave it out if `model` has none; where the
         grid of patches differs, resize the position embedding; log either. False: such a difference is an error too.
@@ -79,7 +82,7 @@ def load_variables(
     Raises:
       FileNotFoundError, ValueError: nothing is there, it cannot be read, or it holds another network.
     """
-    path, origin = Path(path).expanduser(), None
+    path, origin = resolve(path, describe(model)["architecture"]).expanduser(), None
     if path.is_file():
         leaves = torch_variables(path, model, flexible=True, key=key)
         shapes = {name: leaf.shape for name, leaf in variable_shapes(model).items()}
