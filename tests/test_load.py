@@ -1,4 +1,4 @@
-"""Another number of classes, another grid of patches."""
+"""Variables for a network: of another number of classes, another grid of patches, a part of another; found by name."""
 
 import golden
 import golden_models
@@ -13,9 +13,11 @@ from safetensors.numpy import save_file
 from vimd_jax import load
 from vimd_jax.checkpoints.format import save_model
 from vimd_jax.checkpoints.trained_model import TrainedModel
-from vimd_jax.load import load_variables
+from vimd_jax.errors import CheckpointError
+from vimd_jax.load import load_model, load_variables
 from vimd_jax.models import create_model
-from vimd_jax.models.network import variable_shapes
+from vimd_jax.models.network import join, variable_shapes
+from vimd_jax.models.published import PUBLISHED
 from vimd_jax.models.srresnet import SRResNet
 from vimd_jax.models.srvm import SRVM
 from vimd_jax.models.vim import Vim
@@ -236,3 +238,35 @@ def test_a_segmenter_starts_from_no_other_trunk(tmp_path):
     save_model(tmp_path / "other", TrainedModel(other, variables, tuple("abcde"), 0))
     with pytest.raises(ValueError, match="not the trunk of the segmenter's Vim, .* variables differ: params/backbone/"):
         load_variables(tmp_path / "other", SEGMENTER, adapt=True)
+
+
+def test_weights_are_found_by_name(small_file, tmp_path, monkeypatch):
+    """Published files that were saved in the folder for downloads."""
+    path, variables = small_file
+    entry = PUBLISHED["vim_tiny"]._replace(file="https://example.org/weights/small%20vim.pth")
+    monkeypatch.setitem(PUBLISHED, "vim_tiny", entry)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(CheckpointError, match="small%20vim.pth is downloaded by hand: save it"):
+        load_variables("pretrained", SMALL)
+    (tmp_path / "vimd_jax" / "weights").mkdir(parents=True)
+    path.rename(tmp_path / "vimd_jax" / "weights" / "small vim.pth")
+    options = {"num_classes": 5, "image_size": 32, "stride": 8, "embed_dim": 16, "depth": 2, "state_size": 4}
+    assert_trees_equal(load_model("pretrained:vim_tiny", options=options).variables, variables)
+    assert_trees_equal(load_variables("pretrained:vim_tiny", SMALL), variables)
+
+
+def test_a_home_directory_is_understood(small_file, monkeypatch):
+    path, variables = small_file
+    monkeypatch.setenv("HOME", str(path.parent))
+    assert_trees_equal(load_variables("~/small.pth", SMALL), variables)
+    with pytest.raises(FileNotFoundError, match="nothing.pth: no such workdir"):
+        load_model("~/nothing.pth")
+
+
+def test_a_part_of_a_folder_fills_such_a_network(tmp_path, small_file):
+    """A student's classifier starts a teacher, whatever composite it is in."""
+    student = SRVM(sr=None, classifier=SMALL)
+    save_model(tmp_path / "x", TrainedModel(student, join({"classifier": small_file[1]}), tuple("abcde"), 8))
+    assert_trees_equal(load_variables(tmp_path / "x", SMALL), small_file[1])
+    with pytest.raises(ValueError, match="holds a SRVM, but the model is a SRResNet"):
+        load_variables(tmp_path / "x", SRResNet())

@@ -17,6 +17,7 @@ from vimd_jax.checkpoints.trained_model import TrainedModel
 from vimd_jax.models import describe
 from vimd_jax.models.network import Network, part, variable_shapes
 from vimd_jax.models.segmenter import Segmenter
+from weight_convert.hub import architecture_of, resolve
 from weight_convert.load import load_torch_model, torch_variables
 from weight_convert.mapping import fill, tensors_for
 from weight_convert.tables import recorded_options, tensors_by_part
@@ -36,7 +37,8 @@ def load_model(
     """A network to use: from the workdir of a run, a converted or exported folder, or a PyTorch file.
 
     Args:
-      path: the folder, or a `.pth` or `.safetensors` file; `~` is the home directory.
+      path: the folder, or a `.pth` or `.safetensors` file, in which `~` is the home directory; or the name of a file
+        elsewhere, see `weight_convert.hub`.
       architecture: of a PyTorch file, one of `list_models()`. A folder knows its own.
       options: of that architecture, where they differ from its own.
       class_names: for a file or folder that names none.
@@ -46,7 +48,8 @@ def load_model(
       FileNotFoundError: nothing is there.
       ValueError: what is there cannot be read (`CheckpointError`), or does not fit what is asked for.
     """
-    path = Path(path).expanduser()
+    architecture = architecture or architecture_of(path)
+    path = resolve(path, architecture).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such workdir, converted checkpoint or PyTorch file")
     if path.is_dir():
@@ -75,7 +78,7 @@ def load_variables(
     A segmenter can also start from the classifier that its backbone is the trunk of, if `adapt` is set.
 
     Args:
-      path: a workdir, a converted or exported folder, or a PyTorch file.
+      path: as in `load_model`.
       model: the network to fill.
       adapt: where the number of classes differs, start the head anew, or leave it out if `model` has none; where the
         grid of patches differs, resize the position embedding; log either. False: such a difference is an error too.
@@ -85,7 +88,7 @@ def load_variables(
     Raises:
       FileNotFoundError, ValueError: nothing is there, it cannot be read, or it holds another network.
     """
-    path, origin = Path(path).expanduser(), None
+    path, origin = resolve(path, describe(model)["architecture"]).expanduser(), None
     if adapt and isinstance(model, Segmenter) and (classifier := _classifier(path, model, key)):
         leaves, changes = segmenter_leaves(*classifier, model, position_mode, str(path))
         return _logged(path, leaves, changes)
