@@ -1,11 +1,16 @@
 """The documents: what they link to and name is there, and the README is short."""
 
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
+from tiny import tiny_config
 
 import vimd_jax
+from vimd_jax.config import STAGES, Stage
+from vimd_jax.train import train
+from vimd_jax.training.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
@@ -44,3 +49,12 @@ def test_the_readme_is_short():
 
 def test_the_citation_is_of_this_version():
     assert f"\nversion: {vimd_jax.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_the_task_of_contributing_trains(tmp_path, monkeypatch):
+    code = re.search(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.DOTALL)[1]
+    names = {}
+    exec(textwrap.dedent("   " + code.lstrip()), names)
+    monkeypatch.setitem(STAGES, "colour", Stage(names["MEAN_COLOUR"], trained="colour"))
+    train(tiny_config("colour"), tmp_path)
+    assert read_metrics(tmp_path)[-1]["metrics"]["psnr"] > 0
