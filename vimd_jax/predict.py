@@ -63,13 +63,15 @@ def write(images: Iterable[dict], form: str) -> int:
     elif form == "csv":
         writer = csv.writer(sys.stdout)
         writer.writerow(["file", "rank", "class", "probability"])
-        for count, image in enumerate(images, 1):
+        for image in images:
+            count += 1
             for rank, label in enumerate(image["labels"], 1):
                 name = printable(label["class"], None)
                 writer.writerow([printable(image["file"], None), rank, name, f"{label['probability']:.6f}"])
             sys.stdout.flush()
     else:
-        for count, image in enumerate(images, 1):
+        for image in images:
+            count += 1
             print(printable(image["file"], None))
             for label in image["labels"]:
                 print(f"  {100 * label['probability']:6.2f} %  {printable(label['class'], None)}", flush=True)

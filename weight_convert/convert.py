@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _convert(flags)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error, None)}", file=sys.stderr)
         return 1
     return 0
 
@@ -141,7 +141,7 @@ def _load(flags: argparse.Namespace, model: Network) -> dict[str, np.ndarray]:
 
 
 def _network_at(size: int | tuple[int, int] | None, model: Network, architecture: str) -> Network | None:
-    """The network as it was for images of a size; None if that is not told."""
+    """The network as it was for images of a size; None if no size is given."""
     if size is None:
         return None
     return create_model(architecture, **describe(model)["options"] | {"image_size": size})

@@ -18,6 +18,8 @@ from typing import Any
 import jax
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kernels.scan.inputs import ScanInputs, ScanOptions
@@ -39,8 +41,7 @@ def differentiable(forward: Callable, backward: Callable, saved: str) -> Callabl
         return _on_devices(forward, (_layout(inputs),), results, _group_size(inputs), (options, save))(inputs)
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-    def scan(inputs: ScanInputs, options: ScanOptions) -> tuple[jax.Array, jax.Array]:
-        """See `kernels.scan.api` for the contract."""
+    def scan_in_reverse_mode(inputs: ScanInputs, options: ScanOptions) -> tuple[jax.Array, jax.Array]:
         return run(inputs, options, False)[:2]
 
     def run_and_save(inputs: ScanInputs, options: ScanOptions):
@@ -52,7 +53,17 @@ def differentiable(forward: Callable, backward: Callable, saved: str) -> Callabl
         call = _on_devices(backward, (layout, saved, LONG, STATES), layout, size, (options,))
         return (call(*residuals, *cotangents),)
 
-    scan.defvjp(run_and_save, gradients)
+    scan_in_reverse_mode.defvjp(run_and_save, gradients)
+
+    def scan(inputs: ScanInputs, options: ScanOptions) -> tuple[jax.Array, jax.Array]:
+        """See `kernels.scan.api` for the contract."""
+        try:
+            return scan_in_reverse_mode(_refuse_forward_mode(inputs), options)
+        except TypeError as error:  # of JAX, where tangents are mapped, as in `jax.jacfwd`
+            if "forward-mode" in str(error):
+                _refuse()
+            raise
+
     return scan
 
 
@@ -70,8 +81,11 @@ def _group_size(inputs: ScanInputs) -> int | None:
 def _on_devices(function: Callable, arguments: Any, results: Any, group_size: int | None, options: tuple) -> Callable:
     """Makes function(*arrays, *options) run split over devices wherever the arrays, of the given layouts, are split."""
     if jax.sharding.get_abstract_mesh().manual_axes:  # in `jax.shard_map` the arrays are parts already
-        return lambda *arrays: function(*arrays, *options)
-    return _partitioned(function, arguments, results, group_size, options)
+        call = jax.custom_jvp(lambda *arrays: function(*arrays, *options))
+    else:
+        call = jax.custom_jvp(_partitioned(function, arguments, results, group_size, options))
+    call.defjvp(_refuse)  # a second derivative
+    return call
 
 
 @functools.cache
@@ -129,3 +143,35 @@ def _rule(arguments: Any, results: Any, group_size: int | None) -> str:
         return ", ".join(map(" ".join, axes))
 
     return f"{write(arguments)} -> {write(results)}"
+
+
+def _refuse(*_, **__):
+    raise TypeError(
+        "this implementation of the selective scan is differentiable once, in reverse mode: for forward mode and "
+        'second derivatives use implementation="associative", or kernels.use(scan="associative")'
+    )
+
+
+@jax.custom_jvp
+def _refuse_forward_mode(inputs: ScanInputs) -> ScanInputs:
+    return inputs
+
+
+@_refuse_forward_mode.defjvp
+def _(primals, tangents):
+    leaves, tree = jax.tree.flatten(tangents)
+    return primals[0], tree.unflatten(_tangents.bind(*leaves))[0]
+
+
+# Reverse mode also starts with tangents, but only transposes what is computed from them. This identity can be
+# transposed and cannot be computed. JAX itself refuses with an error that does not say what to do.
+_tangents = Primitive("tangents_of_selective_scan")
+_tangents.multiple_results = True
+_tangents.def_abstract_eval(lambda *tangents: tangents)
+_tangents.def_impl(_refuse)
+mlir.register_lowering(_tangents, _refuse)
+ad.primitive_jvps[_tangents] = _refuse
+ad.primitive_transposes[_tangents] = lambda cotangents, *tangents: [
+    cotangent if ad.is_undefined_primal(tangent) else None for cotangent, tangent in zip(cotangents, tangents)
+]
+batching.primitive_batchers[_tangents] = lambda tangents, axes: (_tangents.bind(*tangents), axes)

@@ -160,23 +160,23 @@ def test_other_float_dtypes_become_float32(dtype):
     np.testing.assert_array_equal(bias, weights["head.bias"].astype(np.float32))
 
 
-def test_both_halves_of_srvm():
+def test_both_parts_of_srvm():
     model = SRVM(sr=SMALL_SR, classifier=SMALL)
-    halves = {"sr": random_state_dict(SMALL_SR), "classifier": random_state_dict(SMALL)}
-    variables = convert_state_dict(halves, model)
+    parts = {"sr": random_state_dict(SMALL_SR), "classifier": random_state_dict(SMALL)}
+    variables = convert_state_dict(parts, model)
     for part, network in (("sr", SMALL_SR), ("classifier", SMALL)):
-        alone = convert_state_dict(halves[part], network)
+        alone = convert_state_dict(parts[part], network)
         jax.tree.map(np.testing.assert_array_equal, variables["params"][part], alone["params"])
     jax.tree.map(
         np.testing.assert_array_equal,
         variables["batch_stats"]["sr"],
-        convert_state_dict(halves["sr"], SMALL_SR)["batch_stats"],
+        convert_state_dict(parts["sr"], SMALL_SR)["batch_stats"],
     )
-    flat = {f"{part}.{name}": x for part, half in halves.items() for name, x in half.items()}
+    flat = {f"{part}.{name}": x for part, tensors in parts.items() for name, x in tensors.items()}
     assert_same_bits(export_state_dict(variables, model), flat)
     jax.tree.map(np.testing.assert_array_equal, convert_state_dict(flat, model), variables)
     with pytest.raises(ValueError, match="missing.*sr.conv1.0.bias"):
-        convert_state_dict({"classifier": halves["classifier"]}, model)
+        convert_state_dict({"classifier": parts["classifier"]}, model)
 
 
 def test_batch_counters_are_optional_but_belong_to_a_batch_norm():

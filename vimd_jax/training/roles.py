@@ -159,11 +159,11 @@ def check_sources_of_weights(config: ConfigDict, networks: Networks, workdir: Pa
             )
         if init and not init.exists() and init.resolve() not in made_before:
             raise FileNotFoundError(f"config.{role}.init: {init}: no such workdir, converted checkpoint or file.")
-        if section.init_entry and (not init or init.is_dir()):
-            raise ValueError(f"config.{role}.init_entry is {section.init_entry!r}, but only PyTorch files have any.")
-        if section.init_positions not in MODES:
+        if section.init_key and (not init or init.is_dir()):
+            raise ValueError(f"config.{role}.init_key is {section.init_key!r}, but only a PyTorch file has keys.")
+        if section.init_position_mode not in MODES:
             raise ValueError(
-                f"config.{role}.init_positions is {section.init_positions!r}: it must be {' or '.join(MODES)}."
+                f"config.{role}.init_position_mode is {section.init_position_mode!r}: it must be {' or '.join(MODES)}."
             )
 
 
@@ -175,7 +175,7 @@ def initial_variables(config: ConfigDict, networks: Networks, workdir: Path) -> 
 
     def load(role: str, model: nn.Module, adapt: bool = False) -> Variables:
         section = config[role]
-        options = {"key": section.init_entry or None, "position_mode": section.init_positions}
+        options = {"key": section.init_key or None, "position_mode": section.init_position_mode}
         return load_variables(init_path(config, role, workdir), model, adapt=adapt, **options)
 
     trained, role = networks.trained, networks.stage.trained
