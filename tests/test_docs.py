@@ -43,6 +43,16 @@ def test_files_and_modules_that_are_named_exist(page):
         assert (ROOT / name.replace(".", "/")).with_suffix(".py").is_file(), name
 
 
+def test_messages_that_are_quoted_are_those_of_the_code():
+    files = [path for package in ("kernels", "vimd_jax", "weight_convert") for path in (ROOT / package).rglob("*.py")]
+    code = re.sub(r'"\n\s*f?"', "", "".join(path.read_text() for path in files))  # a message may be cut into lines
+    quoted = re.findall(r'^\* \*"(.*?)"\*', (ROOT / "docs" / "troubleshooting.md").read_text(), flags=re.MULTILINE)
+    assert quoted
+    for message in quoted:
+        for part in re.split(r"…|'\w+'", message):
+            assert part.strip(" :,;") in code, message
+
+
 def test_the_readme_is_short():
     assert (ROOT / "README.md").stat().st_size <= 10_000
 
