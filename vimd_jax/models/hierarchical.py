@@ -71,7 +71,7 @@ class Hierarchical(Network):
             return tuple(self.dims * 2**stage for stage in range(len(self.depths)))
         return self.dims
 
-    def make_block(self, stage: int, train: bool) -> Callable[..., "Block"]:
+    def make_block(self, stage: int, train: bool) -> "partial[Block]":
         """What makes a block of a stage."""
         raise NotImplementedError
 
