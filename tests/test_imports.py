@@ -24,11 +24,16 @@ ALLOWED = {
     "vimd_jax.losses": [],
     "vimd_jax.data": ["vimd_jax.data", "vimd_jax.errors", "vimd_jax.files", "vimd_jax.log"],
     "vimd_jax.checkpoints": [
-        *("vimd_jax.models", "vimd_jax.checkpoints", "vimd_jax.data.images", "vimd_jax.data.geometry"),
+        *("vimd_jax.models", "vimd_jax.checkpoints", "vimd_jax.data.images", "vimd_jax.data.preparation"),
         *("vimd_jax.errors", "vimd_jax.files"),
     ],
-    "vimd_jax.training": ["vimd_jax"],
-    "vimd_jax.config": ["vimd_jax.models"],
+    "vimd_jax.settings": [],
+    "vimd_jax.tasks": [
+        *("vimd_jax.models", "vimd_jax.losses", "vimd_jax.settings", "vimd_jax.tasks"),
+        *("vimd_jax.data.geometry", "vimd_jax.data.sources"),
+    ],
+    "vimd_jax.config": ["kernels", "vimd_jax.models", "vimd_jax.settings", "vimd_jax.tasks"],
+    "vimd_jax.training": ["kernels", "vimd_jax"],
 }
 PROGRAMS = ("vimd_jax.train", "vimd_jax.evaluate", "vimd_jax.predict")
 

@@ -21,7 +21,12 @@ class _ConfigParser(ConfigFileFlagParser):
     """Reads a config file; one of configs/ is found by its name too."""
 
     def parse(self, text: str) -> ConfigDict:
-        return super().parse(find_config(text))
+        try:
+            return super().parse(find_config(text))
+        except AttributeError as error:
+            if error.name != "get_config":
+                raise
+            raise ValueError(f"{text} is no config, but what configs share: it has no get_config") from None
 
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A config file, or the name of one of configs/.")

@@ -15,6 +15,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from vimd_jax.checkpoints.format import read_model
+from vimd_jax.errors import printable
 from vimd_jax.files import replace_file
 from weight_convert.mapping import export_state_dict
 
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _export(flags.checkpoint, flags.output, flags.part)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error, None)}", file=sys.stderr)
         return 1
     return 0
 

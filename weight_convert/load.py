@@ -30,9 +30,10 @@ def load_torch_model(path: Path, architecture: str, options: dict[str, Any], key
     state_dict = load_torch_checkpoint(path, key=key)
     model = model_for(state_dict, architecture, options)
     variables = unflatten_dict(fill(state_dict, model, source=str(path)), sep="/")
-    for assumed in assumptions(model, options):
-        log.info("%s: assumed (not recorded in the file): %s", path, assumed)
-    return as_trained_model(model, options, variables, provenance_of([path], key))
+    assumed = assumptions(model, options)
+    for note in assumed:
+        log.info("%s: assumed (not recorded in the file): %s", path, note)
+    return as_trained_model(model, options, variables, provenance_of([path], key) | {"assumed": assumed})
 
 
 def as_trained_model(
@@ -90,7 +91,7 @@ _UNRECORDED = ("class_token", "directions", "input_normalization", "merge", "poo
 
 
 def assumptions(model: Network, options: dict[str, Any]) -> list[str]:
-    """What no PyTorch file of such a network records, and `options` do not say."""
+    """The values taken for options that no PyTorch file of such a network records, unless they are among `options`."""
     if model.parts:
         return [note for inner in model.parts.values() for note in assumptions(inner, options)]
     values = {

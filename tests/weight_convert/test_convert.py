@@ -100,10 +100,10 @@ def test_srvm_from_two_files_and_back(tmp_path, capsys):
 
     student = load_model(tmp_path / "srvm")
     assert student.low_resolution == 16
-    for half, model in (("sr", student.model.sr), ("classifier", student.model.classifier)):
+    for part, model in (("sr", student.model.sr), ("classifier", student.model.classifier)):
         for source in (tmp_path / "srvm", tmp_path / "both.safetensors"):
             params = load_variables(source, model)["params"]
-            jax.tree.map(np.testing.assert_array_equal, params, student.variables["params"][half])
+            jax.tree.map(np.testing.assert_array_equal, params, student.variables["params"][part])
 
 
 def test_the_converted_directory_gives_the_network_and_its_variables(tmp_path):
@@ -242,12 +242,13 @@ def test_a_prefix_is_left_out_and_told(prefix, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("outer", "inner"), [("", ""), ("module.", ""), ("model.", "_orig_mod.")])
-def test_both_halves_in_one_file(outer, inner, tmp_path):
+def test_both_parts_in_one_file(outer, inner, tmp_path):
     options = [*VIM_OPTIONS, "--option", "sr_channels=16", "--option", "sr_num_blocks=3"]
-    halves = {"sr": load_torch_checkpoint(SR_FILE), "classifier": load_torch_checkpoint(FILES / "vim_style.pth")}
-    content = {part: {inner + name: x for name, x in half.items()} for part, half in halves.items()}
+    parts = {"sr": load_torch_checkpoint(SR_FILE), "classifier": load_torch_checkpoint(FILES / "vim_style.pth")}
+    content = {part: {inner + name: x for name, x in tensors.items()} for part, tensors in parts.items()}
     if outer:
-        content = {"model": {f"{outer}{part}.{name}": x for part, half in content.items() for name, x in half.items()}}
+        joined = {f"{part}.{name}": x for part, tensors in content.items() for name, x in tensors.items()}
+        content = {"model": {outer + name: x for name, x in joined.items()}}
     torch_writer.save(tmp_path / "x.pth", content)
     assert (
         convert("--model", "srvm_tiny", "--checkpoint", tmp_path / "x.pth", *options, "--output", tmp_path / "x") == 0

@@ -104,23 +104,36 @@ def random_crop_box(
     return left, top, left + w, top + h
 
 
-def central_view(full_size: tuple[int, int], side: int, crop: float = 1.0) -> View:
-    """The central side × side pixels of an image whose short side is first resized to `side / crop`.
+def central_view(full_size: tuple[int, int], size: int | tuple[int, int], crop: float = 1.0) -> View:
+    """The central pixels of an image that is first resized until it just covers `size / crop`.
 
     Both steps are one resampling of the corresponding source box, so that a very elongated image costs no more than a
     square one.
+
+    Args:
+        full_size: (width, height) of the image.
+        size: side, or (height, width), of the result in pixels.
+        crop: share of the resized image's shorter side that is kept.
     """
     width, height = full_size
-    short = min(width, height)
+    rows, columns = _pair(size)
     # torchvision truncates the long side and rounds the crop's corner.
-    resized = int(side / crop)
-    new_width, new_height = int(resized * width / short), int(resized * height / short)
-    left, top = round((new_width - side) / 2), round((new_height - side) / 2)
+    if width * rows >= height * columns:
+        new_height = int(rows / crop)
+        new_width = int(new_height * width / height)
+    else:
+        new_width = int(columns / crop)
+        new_height = int(new_width * height / width)
+    left, top = round((new_width - columns) / 2), round((new_height - rows) / 2)
     x, y = width / new_width, height / new_height
-    box = (left * x, top * y, min(width, (left + side) * x), min(height, (top + side) * y))
-    return View(full_size, box, (side, side))
+    box = (left * x, top * y, min(width, (left + columns) * x), min(height, (top + rows) * y))
+    return View(full_size, box, (columns, rows))
 
 
-def low_resolution_view(image: Image.Image, size: int) -> Image.Image:
-    """The whole image resized to size × size pixels with Pillow's bicubic filter, as published."""
-    return image.resize((size, size), BICUBIC)
+def low_resolution_view(image: Image.Image, size: int | tuple[int, int]) -> Image.Image:
+    """The whole image resized to a side, or (height, width), with Pillow's bicubic filter, as published."""
+    return image.resize(_pair(size)[::-1], BICUBIC)
+
+
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size

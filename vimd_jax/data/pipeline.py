@@ -13,7 +13,7 @@ import os
 import signal
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import grain
@@ -29,6 +29,7 @@ from vimd_jax.data.sources import Record, Source
 from vimd_jax.errors import DatasetError, UnreadableImage
 
 Batch = dict[str, np.ndarray]
+Batches = Generator[Batch, None, None]  # has close()
 Target = Callable[[Record, View], Any]  # what stands beside an image in a batch, an array of one shape for all records
 
 ENDLESS = 2**48  # Grain requires a finite length
@@ -47,7 +48,7 @@ def train_batches(
     target: Target | None = None,
     process_index: int = 0,
     process_count: int = 1,
-) -> Iterator[Batch]:
+) -> Batches:
     """Endless shuffled, augmented training batches.
 
     Args:
@@ -85,7 +86,7 @@ def eval_batches(
     process_index: int = 0,
     process_count: int = 1,
     endless: bool = False,
-) -> Iterator[Batch]:
+) -> Batches:
     """Every image of the source exactly once, in order, in ceil(n / batch_size) batches; `endless`: again and again.
 
     Arguments and batches are those of `train_batches`; the view is `central_view` with config.eval_crop. Two kinds of
@@ -95,11 +96,6 @@ def eval_batches(
     steps = -(-len(source) // max(1, batch_size))
     example = functools.partial(_eval_example, source, config, target, steps * batch_size)
     return _batches(example, range(ENDLESS if endless else steps), config, batch_size, process_index, process_count)
-
-
-def class_index(record: Record, view: View) -> np.int32:
-    """The target of classification; 0 for a record without one."""
-    return np.int32(record.target or 0)
 
 
 def steps_per_epoch(source: Source, config: ConfigDict, batch_size: int) -> int:
@@ -158,17 +154,20 @@ class Drawing:
 
 def _eval_example(source: Source, config: ConfigDict, target: Target | None, period: int, i: int) -> Batch:
     i %= period
-    record = read_or_skip(source, i, config.on_error) if i < len(source) else None
-    seen = record or Record(Image.new("RGB", (config.high_resolution, config.high_resolution)))
-    view = central_view(seen.image.size, config.high_resolution, config.eval_crop)
-    return _example(
-        view.apply(seen.image),
-        config,
-        i if i < len(source) else PADDING,
-        _beside(target, seen, view),
-        weight=float(record is not None),
-        skipped=record is None and i < len(source),
-    )
+    if i >= len(source):
+        return blank_example(config, target)
+    record = read_or_skip(source, i, config.on_error)
+    if record is None:
+        return {**blank_example(config, target), "index": np.int32(i), "skipped": np.int32(1)}
+    view = central_view(record.image.size, config.high_resolution, config.eval_crop)
+    return _example(view.apply(record.image), config, i, _beside(target, record, view))
+
+
+def blank_example(config: ConfigDict, target: Target | None) -> Batch:
+    """An example that does not count: black, weight 0, index -1, and the target of a record without one."""
+    record = Record(Image.new("RGB", (config.high_resolution, config.high_resolution)))
+    view = central_view(record.image.size, config.high_resolution)
+    return _example(record.image, config, PADDING, _beside(target, record, view), weight=0)
 
 
 def _beside(target: Target | None, record: Record, view: View) -> Batch:
@@ -230,7 +229,7 @@ def _batches(
     batch_size: int,
     process_index: int,
     process_count: int,
-) -> Iterator[Batch]:
+) -> Batches:
     """This process's share of the batches numbered `steps`, computed in advance by Grain."""
     if batch_size < 1 or batch_size % process_count:
         raise DatasetError(
@@ -267,10 +266,15 @@ def _start_worker(worker_index: int, worker_count: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # which schedulers send to the whole process group
         signal.signal(number, signal.SIG_IGN)
     main = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (main.join(), os._exit(1)), daemon=True).start()
+
+    def follow() -> None:
+        main.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
-def _iterate(batches: grain.IterDataset, count: int) -> Iterator[Batch]:
+def _iterate(batches: grain.IterDataset, count: int) -> Batches:
     iterator = iter(batches)
     try:
         # Through map, so that no variable here keeps a batch, and with it shared memory, alive beyond the close.
@@ -287,7 +291,7 @@ def _received(batch: Batch | DatasetError) -> Batch:
 
 
 # Workers still running at exit would outlive the interpreter's modules and fail noisily.
-_open: weakref.WeakSet[Iterator[Batch]] = weakref.WeakSet()
+_open: weakref.WeakSet[Batches] = weakref.WeakSet()
 
 
 @atexit.register

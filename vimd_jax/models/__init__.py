@@ -6,7 +6,7 @@ restores images; srvm is a classifier behind it, the student of ViMD. A family l
 makes networks of these names.
 """
 
-from vimd_jax.models import srvm
+from vimd_jax.models import segmenter, srvm
 from vimd_jax.models.registry import (
     CLASSIFIERS,
     MODELS,
@@ -17,6 +17,6 @@ from vimd_jax.models.registry import (
     model_options,
 )
 
-MODELS.update(srvm.MODELS)
+MODELS.update(srvm.MODELS | segmenter.MODELS)
 
 __all__ = ["CLASSIFIERS", "MODELS", "SR_NETWORKS", "create_model", "describe", "list_models", "model_options"]

@@ -64,7 +64,8 @@ def describe(model: Network) -> dict[str, Any]:
 
     def differing(name: str) -> int:
         defaults = _kind_and_defaults(name)[1]
-        return sum(options[option] != value for option, value in defaults.items()) - len(defaults)
+        same = (option in options and options[option] == value for option, value in defaults.items())
+        return -sum(same)
 
     names = [name for name in MODELS if _kind_and_defaults(name)[0] is type(model)]
     return {"architecture": min(names, key=differing), "options": options}

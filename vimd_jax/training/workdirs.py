@@ -25,7 +25,7 @@ def stages(config: ConfigDict, workdir: Path) -> list[tuple[ConfigDict, Path]]:
     if "order" in config:
         return [pair for name in config.order for pair in stages(config.stages[name], workdir / name)]
     config = config.copy_and_resolve_references()
-    for role in STAGES[config.stage]:
+    for role in STAGES[config.stage].roles:
         init = config[role].init
         if init and not init.startswith(HERE):
             config[role].init = str(Path(init).expanduser().absolute())

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vimd_jax.training.mixing import check_groups, mix
+from vimd_jax.tasks.mixing import check_groups, mix
 
 HIGH, LOW = 32, 16
 
