@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from vimd_jax.models.layers import BatchNorm, Conv, check_images, convolve, on_cpu
+from vimd_jax.models.layers import BatchNorm, Conv, check_images, convolve, on_cpu, portable
 from vimd_jax.models.network import Network
 
 
@@ -167,6 +167,8 @@ class PReLU(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         alpha = self.param("alpha", nn.initializers.constant(0.25), (1,))
+        if portable.value:
+            return jnp.maximum(x, 0) + alpha * jnp.minimum(x, 0)  # ONNX Runtime chooses slowly
         return jnp.where(x > 0, x, alpha * x)
 
 
