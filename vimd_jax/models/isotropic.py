@@ -210,7 +210,8 @@ class Isotropic(Network):
         positions = class_token_positions(self.class_token, math.prod(grid))
         names = {0: [], 1: ["class_token"], 2: ["class_token_head", "class_token_tail"]}[len(positions)]
         tokens = [self.param(name, self.class_token_init, (1, 1, dim), jnp.float32) for name in names]
-        tokens = [jnp.tile(token, (batch, 1, 1)) for token in tokens]
+        # Not jnp.tile: where the batch is sharded over an explicit mesh, its tokens must be too.
+        tokens = [jnp.broadcast_arrays(token, patches[:, :1])[0] for token in tokens]
         table_length = math.prod(self.grid) + len(positions)
         table = self.param("position_embedding", normal, (1, table_length, dim), jnp.float32)
         if grid != self.grid:

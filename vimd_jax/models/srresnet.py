@@ -123,8 +123,7 @@ def winograd(x: jax.Array, kernel: jax.Array) -> jax.Array:
     kernels = jnp.stack(_combine(taps, [jnp.stack(_combine(taps, list(row))) for row in kernel]))
     lines = _combine(pixels, [x[:, i : i + 4 * rows - 3 : 4] for i in range(size)])
     tiles = [_combine(pixels, [line[:, :, j : j + 4 * columns - 3 : 4] for j in range(size)]) for line in lines]
-    tiles = jnp.stack(sum(tiles, [])).reshape(size**2, batch * rows * columns, inputs)
-    products = tiles @ kernels.reshape(size**2, inputs, features)
+    products = jnp.einsum("kbrci,kif->kbrcf", jnp.stack(sum(tiles, [])), kernels.reshape(size**2, inputs, features))
     lines = _combine(results, list(products.reshape(size, size, batch, rows, columns, features)))
     y = jnp.stack([jnp.stack(_combine(results, list(line)), axis=3) for line in lines], axis=2)
     return y.reshape(batch, 4 * rows, 4 * columns, features)[:, :height, :width]
