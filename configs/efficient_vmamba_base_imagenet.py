@@ -10,7 +10,7 @@ Published   top-1 81.8 % (paper)
 Measured    not yet
 """
 
-from configs import imagenet
+from vimd_jax.configs import imagenet
 
 
 def get_config():

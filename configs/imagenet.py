@@ -7,7 +7,7 @@
     images              each three times in a row, a third of them  every image once an epoch
                         an epoch
     RandAugment         rand-m9-mstd0.5-inc1                        local-m9-mstd0.5 (four operations more)
-    mixup, cutmix       0.8, 1.0                                    0.2, 1.0
+    mixup, cutmix       0.8, 1.0                                    0.2, 1.0; both drawn for every 128 images
     both                300 epochs, AdamW, label smoothing 0.1, random erasing 0.25, no clipping, the mean and deviation
                         of ImageNet taken out, evaluation on the centre 224 of 256 pixels
 
@@ -62,6 +62,7 @@ def _imagenet(model: str, batch_size: int, weight_decay: float, drop_path_rate: 
     config.dataset.eval_crop = 0.875
     config.dataset.augment.erasing_probability = 0.25
     config.mixing.cutmix_alpha = 1.0
+    config.mixing.group_size = 128  # images of one GPU in the originals
     config.optimizer.weight_decay = weight_decay
     config.schedule.num_epochs = 300
     config.selection = "test"  # the validation images of ImageNet, as published

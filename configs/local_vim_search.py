@@ -12,7 +12,7 @@ Published   the directions of `local_vim_tiny`
 Measured    not yet; a small search: docs/benchmarks.md
 """
 
-from configs import imagenet
+from vimd_jax.configs import imagenet
 
 
 def get_config():

@@ -9,7 +9,7 @@ Published   top-1 81.2 % (paper), 81.1 % after training again (README of hunto/L
 Measured    not yet
 """
 
-from configs import imagenet
+from vimd_jax.configs import imagenet
 from vimd_jax.models.local_vim import SEARCHED
 
 

@@ -6,7 +6,7 @@ Command     python -m vimd_jax.train --config configs/quickstart.py --workdir wo
             The second trains the plain low-resolution classifier: bicubic up-sampling, no SR network, no teacher.
 Data        synthetic birds, generated on the spot
 Network     Vim, 4 layers of 64 channels, 8-pixel patches of 64-pixel images; SRResNet x4, 16 channels, 2 blocks
-Measured    see the README
+Measured    docs/reproduction.md
 """
 
 from ml_collections import ConfigDict
@@ -72,7 +72,7 @@ def _small(stage):
     config.dataset.high_resolution = 64
     config.dataset.low_resolution = 16
     config.dataset.crop_scale = (0.7, 1.0)
-    for role in STAGES[stage]:
+    for role in STAGES[stage].roles:
         config[role].update(SR if role == "sr" else VIM)
     config.optimizer.weight_decay = 0.05
     config.optimizer.clip_norm = 1.0

@@ -4,12 +4,12 @@ Paper       Vision Mamba Distillation for Low-resolution Fine-grained Image Clas
 Command     python -m vimd_jax.train --config configs/small.py --workdir workdir/small --config.directory=DIR
 Data        a folder: DIR/train/<class>/*.jpg, DIR/test/<class>/*.jpg
 Network     as in the quickstart: 64-pixel images restored from 16 pixels, Vim of 4 layers and 64 channels
-Measured    see the README
+Measured    docs/reproduction.md
 """
 
 from ml_collections import config_dict
 
-from configs import quickstart
+from vimd_jax.configs import quickstart
 
 
 def get_config():

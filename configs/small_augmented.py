@@ -8,7 +8,7 @@ Recipe      that of small_classifier.py with RandAugment, random erasing, mixup 
 Measured    docs/benchmarks.md
 """
 
-from configs import small_classifier
+from vimd_jax.configs import small_classifier
 
 
 def get_config(model: str = "vim_tiny"):

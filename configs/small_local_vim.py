@@ -8,7 +8,7 @@ Network     as in configs/small.py, both without class token, so that the hidden
 Measured    docs/benchmarks.md
 """
 
-from configs import small
+from vimd_jax.configs import small
 
 
 def get_config():

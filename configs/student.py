@@ -11,7 +11,7 @@ Recipes     configs/student.py is the paper's, configs/student.py:released the p
 Measured    speed and memory: docs/benchmarks.md
 """
 
-from configs import recipes
+from vimd_jax.configs import recipes
 
 
 def get_config(recipe: str = "paper"):

@@ -6,17 +6,13 @@ Command     python -m vimd_jax.train --config configs/student_action.py --workdi
               --config.sr.init=SRResNet_x4-ImageNet-6dd5216c.pth.tar \\
               --config.student.init=vim_t_midclstok_ft_78p3acc.pth
 Data        a folder: --config.dataset.directory=DIR
-Network     frozen SRResNet x4, then Vim-tiny (stride 8, 224x224); the teacher is the same Vim on the original images
-Recipes     configs/student_action.py follows the paper, configs/student_action.py:released the authors' public script;
-            recipes.py explains the differences
+Recipes     "paper", and "released" (--config configs/student_action.py:released): see recipes.py
 Published   no figure found (not in the authors' logs)
 Measured    not yet
 """
 
-from configs import recipes
+from vimd_jax.configs import recipes
 
 
 def get_config(recipe: str = "paper"):
-    config = recipes.student(recipe)
-    config.dataset.name = "action"
-    return config
+    return recipes.student(recipe, "action")

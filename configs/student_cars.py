@@ -6,18 +6,14 @@ Command     python -m vimd_jax.train --config configs/student_cars.py --workdir 
               --config.sr.init=SRResNet_x4-ImageNet-6dd5216c.pth.tar \\
               --config.student.init=vim_t_midclstok_ft_78p3acc.pth
 Data        TFDS (`pip install 'vimd-jax[tfds]'`), or a folder: --config.dataset.directory=DIR
-Network     frozen SRResNet x4, then Vim-tiny (stride 8, 224x224); the teacher is the same Vim on the original images
-Recipes     configs/student_cars.py follows the paper, configs/student_cars.py:released the authors' public script;
-            recipes.py explains the differences
+Recipes     "paper", and "released" (--config configs/student_cars.py:released): see recipes.py
 Published   top-1 88.87 % at the best epoch, chosen on the test set; 88.15 % at the last (the authors' logs, run
             0883d0d9: 200 epochs from a fully trained student without distillation)
 Measured    not yet
 """
 
-from configs import recipes
+from vimd_jax.configs import recipes
 
 
 def get_config(recipe: str = "paper"):
-    config = recipes.student(recipe)
-    config.dataset.name = "cars"
-    return config
+    return recipes.student(recipe, "cars")

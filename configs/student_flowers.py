@@ -8,17 +8,13 @@ Command     python -m vimd_jax.train --config configs/student_flowers.py --workd
 Data        TFDS (`pip install 'vimd-jax[tfds]'`), or a folder: --config.dataset.directory=DIR. The 2,040 are the
             official training and validation splits of 1,020 images each: it is not known on which of them the paper
             trained. A folder with only the 1,020 training images is accepted too.
-Network     frozen SRResNet x4, then Vim-tiny (stride 8, 224x224); the teacher is the same Vim on the original images
-Recipes     configs/student_flowers.py follows the paper, configs/student_flowers.py:released the authors' public
-            script; recipes.py explains the differences
+Recipes     "paper", and "released" (--config configs/student_flowers.py:released): see recipes.py
 Published   no figure found (not in the authors' logs)
 Measured    not yet
 """
 
-from configs import recipes
+from vimd_jax.configs import recipes
 
 
 def get_config(recipe: str = "paper"):
-    config = recipes.student(recipe)
-    config.dataset.name = "flowers"
-    return config
+    return recipes.student(recipe, "flowers")

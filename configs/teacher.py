@@ -8,7 +8,7 @@ Network     Vim-tiny, stride 8, 224 pixels
 Measured    speed and memory: docs/benchmarks.md
 """
 
-from configs import recipes
+from vimd_jax.configs import recipes
 
 
 def get_config(recipe: str = "paper"):

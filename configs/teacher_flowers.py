@@ -6,15 +6,12 @@ Command     python -m vimd_jax.train --config configs/teacher_flowers.py --workd
 Data        TFDS (`pip install 'vimd-jax[tfds]'`), or a folder: --config.dataset.directory=DIR. The 2,040 are the
             official training and validation splits of 1,020 images each: it is not known on which of them the paper
             trained. A folder with only the 1,020 training images is accepted too.
-Network     Vim-tiny (stride 8, 224x224)
 Published   no figure found (not in the authors' logs)
 Measured    not yet
 """
 
-from configs import recipes
+from vimd_jax.configs import recipes
 
 
 def get_config(recipe: str = "paper"):
-    config = recipes.teacher(recipe)
-    config.dataset.name = "flowers"
-    return config
+    return recipes.teacher(recipe, "flowers")

@@ -4,15 +4,12 @@ Paper       Vision Mamba Distillation for Low-resolution Fine-grained Image Clas
 Command     python -m vimd_jax.train --config configs/teacher_pets.py --workdir workdir/teacher_pets \\
               --config.teacher.init=vim_t_midclstok_ft_78p3acc.pth
 Data        TFDS (`pip install 'vimd-jax[tfds]'`), or a folder: --config.dataset.directory=DIR
-Network     Vim-tiny (stride 8, 224x224)
 Published   no figure found (not in the authors' logs)
 Measured    not yet
 """
 
-from configs import recipes
+from vimd_jax.configs import recipes
 
 
 def get_config(recipe: str = "paper"):
-    config = recipes.teacher(recipe)
-    config.dataset.name = "pets"
-    return config
+    return recipes.teacher(recipe, "pets")

@@ -9,7 +9,7 @@ Published   top-1 76.2 % (paper)
 Measured    not yet
 """
 
-from configs import imagenet
+from vimd_jax.configs import imagenet
 
 
 def get_config():

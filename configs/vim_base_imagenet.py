@@ -9,7 +9,7 @@ Published   top-1 81.9 %, top-5 95.8 % (README of hustvl/Vim), by a script that 
 Measured    not yet
 """
 
-from configs import imagenet
+from vimd_jax.configs import imagenet
 
 
 def get_config():

@@ -9,7 +9,7 @@ Published   top-1 80.5 %, top-5 95.1 % (README of hustvl/Vim)
 Measured    not yet
 """
 
-from configs import imagenet
+from vimd_jax.configs import imagenet
 
 
 def get_config():

@@ -9,7 +9,7 @@ Published   top-1 76.1 %, top-5 93.0 % (README of hustvl/Vim)
 Measured    not yet
 """
 
-from configs import imagenet
+from vimd_jax.configs import imagenet
 
 
 def get_config():

@@ -10,7 +10,7 @@ Published   top-1 78.3 %, top-5 94.2 % (README of hustvl/Vim)
 Measured    not yet
 """
 
-from configs import imagenet
+from vimd_jax.configs import imagenet
 
 
 def get_config():

@@ -1,8 +1,14 @@
-"""C++ kernels, compiled for this machine when they are first needed and made known to XLA.
+"""Compiles C++ kernels for this machine when they are first needed, and registers them with XLA.
 
-The compiler is `$CXX` (with `$CXXFLAGS`), or else the first of c++, g++ and clang++. Libraries are kept in
-`$XDG_CACHE_HOME/vimd_jax` (usually ~/.cache/vimd_jax), each under a name derived from everything that goes into it.
-One that another user could have written is not loaded; a folder that others can write is not used.
+`python -m kernels.build` compiles them ahead of time, for machines without a compiler: one is needed only for a library
+that is not in the cache. It is `$CXX` (with `$CXXFLAGS`), or else the first of c++, g++ and clang++.
+
+Libraries are kept in `$XDG_CACHE_HOME/vimd_jax` (usually ~/.cache/vimd_jax), or in a folder of this user among the
+temporary files where that cannot be written. Their names are derived from what decides the result: the source, the
+flags, the processor, the C library and the version of XLA's foreign function interface. With `-march` or `-mcpu` in
+`$CXXFLAGS` the library is for that processor instead of this one, and loads wherever `$CXXFLAGS` is the same.
+
+A library that another user could have written is not loaded, and a folder that others can write is not used.
 """
 
 import atexit
@@ -13,17 +19,18 @@ import hashlib
 import logging
 import os
 import platform
+import re
 import shlex
 import shutil
 import signal
 import stat
 import subprocess
+import sys
 import tempfile
 import threading
 from pathlib import Path
 
 import jax
-import jaxlib.version
 
 # Explicit flags instead of -ffast-math, which would let the compiler assume that NaN and infinity do not happen.
 FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fPIC", "-shared"]
@@ -31,67 +38,89 @@ FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-con
 COMPILE_SECONDS = 300  # a compiler that takes longer is stopped
 KEPT = 8  # libraries of a source file, the last ones used
 
+loaded: list[Path] = []  # the libraries that this process has registered
+
 _lock = threading.Lock()
 
 
 def register(source: Path, handlers: tuple[str, ...], **macros: int) -> str | None:
     """Makes the handlers in a C++ file, compiled with the given macros, available to `jax.ffi` on CPUs.
 
-    The first call may compile, which takes some seconds. Returns None, or one line that says why it cannot be done.
+    The first call may compile, which takes some seconds. Returns None, or one line that explains why it failed.
     """
     with _lock:
         return _register(source, handlers, tuple(f"-D{name}={value}" for name, value in macros.items()))
 
 
 def compiler() -> str | None:
-    """The command that compiles here, if there is one."""
+    """Returns the command that compiles here, if there is one."""
     return os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+
+
+def main() -> int:
+    """Compiles every operation's C++ into the cache and prints the paths of the libraries."""
+    from kernels.build import loaded
+    from kernels.choice import OPERATIONS
+
+    for operation in OPERATIONS.values():
+        if "native" in operation.names and (reason := operation.why_unavailable("native", None, "cpu")):
+            print(f"{operation.title}: {reason}", file=sys.stderr)
+            return 1
+    print(*loaded, sep="\n")
+    return 0
 
 
 @functools.cache
 def _register(source: Path, handlers: tuple[str, ...], macros: tuple[str, ...] = ()) -> str | None:
     try:
-        library = _load(source, macros)
+        path, library = _load(source, macros)
         for handler in handlers:
             jax.ffi.register_ffi_target(handler, jax.ffi.pycapsule(getattr(library, handler)), platform="cpu")
     except Exception as error:  # there are many ways to lack a working compiler
         return " ".join(str(error).split())
+    loaded.append(path)
     return None
 
 
-def _load(source: Path, macros: tuple[str, ...] = ()) -> ctypes.CDLL:
-    library = _build(source, macros)
+def _load(source: Path, macros: tuple[str, ...] = ()) -> tuple[Path, ctypes.CDLL]:
+    path = _build(source, macros)
     try:
-        return ctypes.CDLL(str(library))
+        return path, ctypes.CDLL(str(path))
     except OSError:  # damaged, or where nothing may be executed
         with contextlib.suppress(OSError):
-            library.unlink()
-        return ctypes.CDLL(str(_compile(source, macros, _private_folder() / library.name)))
+            path.unlink()
+        path = _compile(source, macros, _private_folder() / path.name)
+        return path, ctypes.CDLL(str(path))
 
 
 def _build(source: Path, macros: tuple[str, ...] = ()) -> Path:
-    """Path of the compiled library, from the cache if it is there."""
+    """Returns the path of the compiled library, from a cache if it is there."""
     key = hashlib.sha256("\0".join(_ingredients(source, macros)).encode()).hexdigest()
-    cached = _cache_folder() / f"{source.parent.name}-{key[:16]}.so"
-    if _trusted(cached.parent) and _trusted(cached):
-        with contextlib.suppress(OSError):
-            os.utime(cached)  # the last one used
-        return cached
-    library = _writable(cached.parent) / cached.name
-    if not _trusted(library):
-        _compile(source, macros, library)
-        _prune(library)
+    name = f"{source.parent.name}-{key[:16]}.so"
+    for folder in _cache_folders():
+        if _trusted(folder) and _trusted(folder / name):
+            with contextlib.suppress(OSError):
+                os.utime(folder / name)  # the last one used
+            return folder / name
+    library = (next(filter(_writable, _cache_folders()), None) or _private_folder()) / name
+    _compile(source, macros, library)
+    _prune(library)
     return library
 
 
 def _compile(source: Path, macros: tuple[str, ...], library: Path) -> Path:
+    if not (command := compiler()):
+        raise RuntimeError("no C++ compiler: install g++ or clang++, or set CXX")
     logging.getLogger(__name__).info("compiling %s into %s (once)", source.name, library)
-    # Renaming is atomic: even with several builds at the same time, nobody ever loads half a file.
-    with tempfile.TemporaryDirectory(dir=library.parent) as work:
+    include = f"-I{jax.ffi.include_dir()}"
+    # Compiled outside the cache, so that a build that is killed leaves nothing there. Renaming is atomic: even with
+    # several builds at the same time, nobody ever loads half a file.
+    with tempfile.TemporaryDirectory(prefix="vimd_jax-build-") as work:
         built = Path(work, library.name)
-        _run([*_command(macros), str(source), "-o", str(built)])
+        _run([*shlex.split(command), *_flags(macros), include, str(source), "-o", str(built)])
         built.chmod(0o755)
-        built.replace(library)
+        with tempfile.TemporaryDirectory(dir=library.parent) as beside:
+            Path(shutil.copy(built, beside)).replace(library)
     return library
 
 
@@ -103,20 +132,24 @@ def _prune(library: Path) -> None:
             old.unlink()
 
 
-def _command(macros: tuple[str, ...]) -> list[str]:
-    if not (command := compiler()):
-        raise RuntimeError("no C++ compiler: install g++ or clang++, or set CXX")
-    tune = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
-    include = f"-I{jax.ffi.include_dir()}"
-    return [*shlex.split(command), *FLAGS, tune, *macros, include, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+def _flags(macros: tuple[str, ...]) -> list[str]:
+    flags = [*FLAGS, *macros, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    if _for_this_processor():
+        flags.append("-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native")
+    return flags
+
+
+def _for_this_processor() -> bool:
+    return not re.search("-m(arch|cpu)=", os.environ.get("CXXFLAGS", ""))
 
 
 def _ingredients(source: Path, macros: tuple[str, ...]) -> list[str]:
-    """All that a library depends on."""
-    command = _command(macros)
-    version = _run([*shlex.split(compiler()), "--version"])
-    system = [*platform.libc_ver(), platform.system(), _processor()]
-    return [source.read_text(), jaxlib.version.__version__, *command, version, *system]
+    """Lists all that decides what a library does."""
+    interface = Path(jax.ffi.include_dir(), "xla/ffi/api/c_api.h").read_text()
+    versions = re.findall(r"#define (XLA_FFI_API_(?:MAJOR|MINOR) \d+)", interface)
+    system = [*platform.libc_ver(), platform.system(), platform.machine()]
+    processor = [_processor()] if _for_this_processor() else []
+    return [source.read_text(), *_flags(macros), *versions, *system, *processor]
 
 
 def _run(command: list[str]) -> str:
@@ -136,7 +169,7 @@ def _run(command: list[str]) -> str:
 
 
 def _processor() -> str:
-    """What `native` means here, since unlike machines may share a cache."""
+    """Describes what `native` means here, since unlike machines may share a cache."""
     info = Path("/proc/cpuinfo")
     if not info.exists():
         return _run(["sysctl", "machdep.cpu", "hw.optional"]) if platform.system() == "Darwin" else platform.processor()
@@ -144,34 +177,42 @@ def _processor() -> str:
     return "\n".join(sorted({line for line in info.read_text().splitlines() if line.startswith(names)}))
 
 
-def _cache_folder() -> Path:
-    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return _private_folder() if folder.startswith("~") else Path(folder) / "vimd_jax"  # "~" stays if there is no home
+def _cache_folders() -> list[Path]:
+    """Lists the folders that processes share, the preferred one first."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folders = [] if cache.startswith("~") else [Path(cache) / "vimd_jax"]  # "~" stays if there is no home
+    return [*folders, Path(tempfile.gettempdir()) / f"vimd_jax-{os.getuid()}"]
 
 
 def _trusted(path: Path) -> bool:
-    """Whether a file or folder exists that nobody but this user and root can have written."""
+    """Tells whether a file or folder exists that nobody but this user and root can have written."""
     try:
-        status = path.stat()
+        status, link = path.stat(), path.lstat()
     except OSError:
         return False
-    return status.st_uid in (0, os.getuid()) and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    ours = {status.st_uid, link.st_uid} <= {0, os.getuid()}
+    return ours and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
-def _writable(folder: Path) -> Path:
-    """The folder, or one for this process alone if it cannot be written, or others can write it."""
+def _writable(folder: Path) -> bool:
+    """Creates a folder; tells whether it can be written here and by nobody else."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        folder.chmod(folder.stat().st_mode & ~(stat.S_IWGRP | stat.S_IWOTH))  # whatever the umask
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if folder.lstat().st_uid == os.getuid():  # not through somebody else's link
+            folder.chmod(folder.stat().st_mode & ~(stat.S_IWGRP | stat.S_IWOTH))  # whatever the umask was
         tempfile.TemporaryFile(dir=folder).close()
     except OSError:
-        return _private_folder()
-    return folder if _trusted(folder) else _private_folder()
+        return False
+    return _trusted(folder)
 
 
 @functools.cache
 def _private_folder() -> Path:
-    """A folder that is removed when the process ends."""
+    """Creates a folder that is removed when the process ends."""
     folder = tempfile.mkdtemp(prefix="vimd_jax-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return Path(folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -8,6 +8,7 @@ An implementation is a module of the operation's package, imported when it is fi
 import contextlib
 import importlib
 import logging
+import os
 import threading
 from collections.abc import Iterator
 from types import ModuleType
@@ -18,6 +19,7 @@ import jax
 OPERATIONS: dict[str, "Implementations"] = {}  # every operation by the name that `use` takes
 
 _chosen = jax.make_user_context(())  # (operation, implementation) pairs; part of the key of JAX's caches
+_process: int | None = None  # that traced the first operation
 _logged: set[str] = set()
 _in_use: set[str] = set()
 _lock = threading.Lock()
@@ -58,6 +60,7 @@ class Implementations(NamedTuple):
         On a host with an accelerator, only compilation decides on which of the two platforms the operation runs. With
         no name, the program therefore contains the fastest implementation for each, and JAX lowers one of them.
         """
+        _refuse_forks()
         if name is None:
             name = dict(_chosen.value).get(self.operation)
 
@@ -126,11 +129,22 @@ def current_platform() -> str:
     return _given_platform() or jax.default_backend()
 
 
+def _refuse_forks() -> None:
+    """Raises a RuntimeError in a fork of the process that traced the first operation: compiling there never ends."""
+    global _process
+    _process = _process or os.getpid()
+    if os.getpid() != _process:
+        raise RuntimeError(
+            f"This process was forked from process {_process}, which had used JAX, and JAX cannot compile in a fork: "
+            "start it with spawn, or use JAX after the fork only (gunicorn: without --preload)."
+        )
+
+
 def _given_platform() -> str | None:
     mesh_device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     if platform := getattr(mesh_device, "platform", None):  # JAX 0.10.0 has no such attribute
         return platform
-    device = jax.config.jax_default_device
+    device = jax.config.jax_default_device  # type: ignore[attr-defined]
     if isinstance(device, str):
         device = jax.devices(device)[0]
     return device.platform if device else None

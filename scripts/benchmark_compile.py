@@ -1,9 +1,9 @@
-"""Compile time of a student training step against depth, and the memory that it needs.
+"""Measures the compile time of a student's training step against its depth, and the memory that it needs.
 
     python scripts/benchmark_compile.py
 
 The step is that of the paper's recipe: SRVM-Net and its teacher at the published size (56 to 224 pixels, stride 8), all
-loss terms, gradients, AdamW; it is compiled and does not run. The memory is XLA's own plan (`memory_analysis`): of the
+loss terms, gradients, AdamW. It is compiled and not run. The memory is XLA's own plan (`memory_analysis`): of the
 whole step, and of the classifier's gradient, whose growth per layer is given in states, (batch, tokens, embed_dim)
 float32.
 """
@@ -20,7 +20,7 @@ from vimd_jax.models import create_model
 
 
 def classifier_memory(depth: int, remat: bool, batch: int) -> tuple[int, int]:
-    """Bytes that the gradient of a Vim-tiny (stride 8) needs besides arguments and results, and bytes of one state."""
+    """Temporary bytes of the gradient of a Vim-tiny (stride 8), and the bytes of one state."""
     model = create_model("vim_tiny_stride8", num_classes=200, depth=depth, remat=remat)
     images = jax.ShapeDtypeStruct((batch, 224, 224, 3), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)

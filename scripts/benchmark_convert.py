@@ -1,4 +1,4 @@
-"""Time and memory to convert a file of Vim-base's size with its optimizer state (1.6 GB), made on the spot.
+"""Measures time and memory to convert a file of Vim-base's size with its optimizer state (1.6 GB), generated first.
 
 python scripts/benchmark_convert.py [--folder DIR]
 """
@@ -23,7 +23,7 @@ from weight_convert.mapping import plan  # noqa: E402
 
 
 def write_file(path: Path) -> None:
-    """What training of Vim-base saves: weights, their average, and two moments for each."""
+    """Writes what training of Vim-base saves: weights, their average, and two moments of each."""
     random = np.random.default_rng(0)
     model = {entry.source: random.random(entry.shape, np.float32) for entry in plan(create_model("vim_base"))}
     moments = {

@@ -1,10 +1,10 @@
-"""Inference of every classifier beside Vim-tiny, and beside what its operations predict, as Markdown.
+"""Measures inference of every classifier beside Vim-tiny, and beside the time that its operations predict, as Markdown.
 
     python scripts/benchmark_families.py [PATTERN …] [--repeats 7]
 
 One image of the size each network is meant for. The two networks of a line take turns, so that a busy machine slows
 both alike. "predicted" is Vim-tiny's time multiplied by the ratio of operations (see model_table.py): the last column
-says how far a network is from doing its operations as fast as Vim-tiny does. Weights are random.
+says how much slower a network is than one that does its operations as fast as Vim-tiny. Weights are random.
 """
 
 import argparse

@@ -1,12 +1,12 @@
-"""What the input pipeline costs: each of its steps on one core, and images per second by number of worker processes.
+"""Measures the input pipeline: each of its steps on one core, and images per second by number of worker processes.
 
     python scripts/benchmark_input.py [--directory DIR] [--size 500 375] [--rounds 5] [--workers 0 1 2]
                                       [--gpu_images_per_second 1000]
 
 The first table takes images one by one through Pillow decoding alone, the views of a batch, and augmentation. "of
-decoding" is the speed beside that of decoding alone. "cores" is how many a GPU needs that trains at the given speed.
-The second table compares the pipeline, delivering batches of 224-pixel views, with as many processes that only decode
-with Pillow, and with as many that decode, crop, resize and flip with Pillow.
+decoding" is the speed beside that of decoding alone. "cores" is how many keep a GPU busy that trains at the given
+speed. The second table compares the pipeline, delivering batches of 224-pixel views, with as many processes that only
+decode with Pillow, and with as many that decode, crop, resize and flip with Pillow.
 
 Rows take turns, `--rounds` times, and the median counts, so that the ratios hold on a machine that others use too.
 DIR holds train/<class>/*.jpg; without it, JPEGs are made of noise, with about as much detail as photographs.
@@ -29,12 +29,12 @@ from PIL import Image, features
 
 from vimd_jax.config import default_config
 from vimd_jax.data.augment import augment
+from vimd_jax.data.geometry import draw_view, low_resolution_view
 from vimd_jax.data.images import decode_image, find_images
-from vimd_jax.data.pipeline import CropReduction, train_batches
+from vimd_jax.data.pipeline import Drawing, train_batches
 from vimd_jax.data.sources import load_source
-from vimd_jax.data.transforms import low_resolution_view, train_view
 
-CROP = ConfigDict({"high_resolution": 224, "crop_scale": (0.08, 1.0)})
+CROP = ConfigDict({"high_resolution": 224, "crop_scale": (0.08, 1.0), "flip": True})
 BATCH_SIZE = 32
 PARALLEL_IMAGES = 640  # a measurement of several processes
 PREPARED = 16  # more batches than a pipeline prepares ahead
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def time_steps(directory: Path, count: int, rounds: int, gpu_rate: float) -> list[dict]:
-    """Prints and returns the images per second of one core that does more and more with an image."""
+    """Prints and returns the images per second of one core, with one more step of the pipeline in each row."""
     paths = find_images([directory / "train"])
     chosen = np.linspace(0, len(paths) - 1, min(count, len(paths))).astype(int)
     files = [paths[i].read_bytes() for i in chosen]
@@ -108,7 +108,7 @@ def pillow_decode(file: bytes, _: int = 0) -> Image.Image:
 
 
 def augmentation(**changes: object) -> ConfigDict:
-    """`config.dataset.augment` with these changes."""
+    """The default `config.dataset.augment` with these changes."""
     config = default_config("classifier").dataset.augment
     config.update(changes)
     return config
@@ -118,11 +118,10 @@ def view(
     file: bytes, i: int, augmentations: ConfigDict | None = None, reduced: bool = False, low: int = 0
 ) -> list[np.ndarray]:
     """The training views of an encoded image, as the pipeline makes them; the second only if it has a size."""
-    reduction = CropReduction(CROP, (0, 1, i)) if reduced else None
-    image, rng = decode_image(io.BytesIO(file), "image", reduction), np.random.default_rng((0, 1, i))
-    full_size = reduction and reduction.full_size
-    high = train_view(image, 224, rng, crop_scale=CROP.crop_scale, flip=True, full_size=full_size)
-    high = augment(high, augmentations, rng) if augmentations else high
+    drawing = Drawing(CROP, (0, 1, i))
+    image = decode_image(io.BytesIO(file), "image", drawing.reduction if reduced else None)
+    high = (drawing.view or drawing.draw(image.size)).apply(image)
+    high = augment(high, augmentations, drawing.rng) if augmentations else high
     return [np.asarray(high), *([np.asarray(low_resolution_view(high, low))] if low else [])]
 
 
@@ -138,7 +137,7 @@ def one_by_one(step: Callable, files: list[bytes]) -> float:
 
 
 def time_pipeline(directory: Path, rounds: int, worker_counts: list[int]) -> list[dict]:
-    """Prints and returns the images per second of the pipeline beside those of bare processes."""
+    """Prints and returns the images per second of the pipeline beside those of processes that only use Pillow."""
     config = default_config("classifier").dataset
     config.update({"directory": str(directory), "validation_fraction": 0.0})
     source = load_source(config, "train")
@@ -212,11 +211,11 @@ def view_paths(paths: list[str]) -> None:
             image = Image.open(file)
             image.load()
         rng = np.random.default_rng(i)
-        np.asarray(train_view(image, 224, rng, crop_scale=(0.08, 1.0), flip=True))
+        np.asarray(draw_view(image.size, 224, rng, crop_scale=(0.08, 1.0), flip=True).apply(image))
 
 
 def in_turn(rows: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:
-    """Calls every row once a round, after a warm-up; the median of what each returns."""
+    """Calls every row once a round, after a warm-up, and returns the median result of each."""
     results = {name: [] for name in rows}
     for number in range(rounds + 1):
         for name, row in rows.items():

@@ -1,11 +1,11 @@
-"""Speed and memory of whole networks, and what the selective scan has to do with it.
+"""Measures speed and memory of whole networks, and the share of the selective scan.
 
     python scripts/benchmark_model.py [--implementations native sequential associative] [--batch 1] [--sizes 224 1248]
                                       [--repeats 5] [--json FILE]
 
 First table: inference of Vim-tiny at stride 8 (224 pixels) and of the whole student (56 pixels, enlarged to 224), and a
 training step of the student by the paper's recipe (teacher, all loss terms, gradients, AdamW), with each implementation
-of the scan. "scan" is the share of the time that goes when the scan is replaced by a few sums and products. Second
+of the scan. "scan" is the share of the time that is saved when the scan is replaced by a few sums and products. Second
 table: inference of Vim-tiny at growing image sizes beside an attention network with as many parameters. Memory is XLA's
 plan: arguments, results and temporaries. Weights are random.
 """
@@ -120,15 +120,15 @@ def training_step(implementation: str | None, batch: int, repeats: int, **option
 
 def student_step(config: ConfigDict, batch: int) -> tuple:
     """A student's training step as train.py runs it, and its arguments: state, frozen networks, a batch a device."""
-    networks = build_networks(config, CLASSES)
+    networks = build_networks(config, [str(i) for i in range(CLASSES)])
     count = batch * jax.local_device_count()
     images = {name: jnp.zeros((count, size, size, 3), jnp.uint8) for name, size in (("high", 224), ("low", 56))}
-    images |= {"label": jnp.zeros(count, jnp.int32), "weight": jnp.ones(count)}
+    images |= {"target": jnp.zeros(count, jnp.int32), "weight": jnp.ones(count)}
 
     def initial(model: nn.Module) -> dict:
         return jax.jit(model.init)(jax.random.key(0), jnp.zeros(input_images(model).shape))
 
-    frozen = {"sr": initial(networks.sr), "teacher": initial(networks.teacher)}
+    frozen = {role: initial(model) for role, model in networks.frozen.items()}
     variables = initial(networks.trained)
     optimizer = create_optimizer(config.optimizer, variables["params"], optax.constant_schedule(1e-5))
     state = create_state(config, variables, optimizer)
@@ -136,7 +136,7 @@ def student_step(config: ConfigDict, batch: int) -> tuple:
 
 
 def no_scan(u, delta, A, B, C, D, z, delta_bias, **options) -> jax.Array:
-    """In the place of the scan: reads the same arrays, so that all that makes them stays."""
+    """Stands in for the scan: reads the same arrays, so that the operations that compute them stay in the program."""
     return ((D * u + delta + delta_bias + jnp.sum(B * C, -1, keepdims=True) + A.sum(1)) * z).astype(u.dtype)
 
 
@@ -170,7 +170,7 @@ class Attention(nn.Module):
 
 
 def median_seconds(function: Callable, repeats: int, *arguments: Any) -> float:
-    """Of `repeats` calls after one to warm up."""
+    """Median seconds of `repeats` calls, after one to warm up."""
     seconds = []
     for _ in range(repeats + 1):
         began = time.perf_counter()
@@ -180,7 +180,7 @@ def median_seconds(function: Callable, repeats: int, *arguments: Any) -> float:
 
 
 def planned(program: jax.stages.Compiled) -> int:
-    """Bytes of a program's arguments, results and temporaries, what is donated counted once."""
+    """Bytes of a program's arguments, results and temporaries; donated ones are counted once."""
     memory = program.memory_analysis()
     used = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
     return used - memory.alias_size_in_bytes

@@ -4,7 +4,7 @@
                                      [--dtype float32] [--repeats 9] [--json FILE]
 
 Each line gives, for the forward pass and for forward and backward together: the median time; how many times faster that
-is than the slowest implementation of the same problem; the share that the floor makes up; and the memory used beyond
+is than the slowest implementation of the same problem; the share of the floor in it; and the memory used beyond
 inputs and outputs, as XLA plans it, as a fraction of all states in float32. Implementations take turns, so that a busy
 machine slows all of them alike, and warm up in each. `--large` instead checks the fastest implementation on arrays of
 more than 2 GB each.
@@ -130,12 +130,12 @@ def measure(shape: Shape, batch: int, dtype, implementations: list[str], repeats
 
 
 def forward(inputs: dict, weights: jax.Array, implementation: str) -> jax.Array:
-    """y; `weights` are not used."""
+    """Returns y; `weights` are not used."""
     return selective_scan(**inputs, delta_softplus=True, implementation=implementation)
 
 
 def forward_and_backward(inputs: dict, weights: jax.Array, implementation: str) -> tuple[jax.Array, dict]:
-    """y and the gradients of <weights, y>."""
+    """Returns y and the gradients of <weights, y>."""
     y, pullback = jax.vjp(lambda x: forward(x, weights, implementation), inputs)
     return y, pullback(weights)[0]
 

@@ -31,7 +31,7 @@ def main() -> None:
         if not (checkout / script).is_file():
             parser.error(f"{checkout / script}: no such file")
     rounds = []
-    with tempfile.TemporaryDirectory() as programs:  # each is compiled in the first round
+    with tempfile.TemporaryDirectory() as programs:  # compiled in the first round, then kept
         for number in range(arguments.rounds):
             print(f"round {number + 1} of {arguments.rounds}", file=sys.stderr, flush=True)
             rounds.append([times(checkout, arguments.benchmark, programs) for checkout in (arguments.other, HERE)])
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def times(checkout: Path, benchmark: list[str], programs: str) -> dict[str, float]:
-    """Seconds for each row and, where it has several, part of it."""
+    """Seconds of each row, or of each part of a row that has several."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "rows.json")
         environment = os.environ | {"PYTHONPATH": str(checkout.resolve()), "JAX_COMPILATION_CACHE_DIR": programs}

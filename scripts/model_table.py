@@ -1,9 +1,9 @@
-"""Writes the table of classifiers: size, cost and what is published of each, as Markdown.
+"""Writes the table of classifiers, as Markdown: size, cost, and the published results of each.
 
-    python scripts/model_table.py [PATTERN …] [--into README.md]
+    python scripts/model_table.py [PATTERN …] [--into docs/networks.md]
 
 Parameters and operations are counted from the code, by tracing each network at its own image size: nothing is computed.
-Results, checkpoints and published costs are what the authors state; the table names where.
+Results, checkpoints and published costs are the authors'; the table names the sources.
 
 Operations are counted as VMamba does, the same for all networks: a multiply-add of a matrix product or convolution is
 one, a normalised number five, and a selective scan takes 9 LDN + LD, and LD more if it applies the gate, for L tokens,
@@ -32,96 +32,19 @@ from jax.extend.core import Primitive
 from vimd_jax.models import CLASSIFIERS, create_model, layers, mamba
 from vimd_jax.models.mamba import CONV_WIDTH, EXPAND
 from vimd_jax.models.network import input_images, square, variable_shapes
+from vimd_jax.models.published import FAMILIES, PUBLISHED, Published, page
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What is published.
+# Counting.
 
-
-class Family(NamedTuple):
-    """Where a family of networks comes from.
-
-    Attributes:
-      paper: its short name and address.
-      source: of the results and costs below.
-      weights: address of the checkpoints; None if none are published.
-    """
-
-    paper: str
-    source: str
-    weights: str | None
-
-
-class Published(NamedTuple):
-    """What the authors state of a network: top-1 accuracy on ImageNet-1k in %, billions of operations, a checkpoint."""
-
-    family: str
-    top1: float | None = None
-    operations: float | None = None
-    checkpoint: str | None = None
-
-
-FAMILIES = {
-    "Vim": Family(
-        "[Vim](https://arxiv.org/abs/2401.09417)",
-        "results: README of hustvl/Vim; operations: README of hunto/LocalMamba",
-        "https://huggingface.co/hustvl",
-    ),
-    "V2M": Family(
-        "[V2M](https://arxiv.org/abs/2410.10382)",
-        "README of wangck20/V2M (result.png); no usual way of counting yields its operations. No weights are published",
-        None,
-    ),
-    "LocalMamba": Family(
-        "[LocalMamba](https://arxiv.org/abs/2403.09338)",
-        "README of hunto/LocalMamba; of two networks, LocalVim-S and LocalVMamba-T, it links no weights",
-        "https://github.com/hunto/LocalMamba/releases/tag/v1.0.0",
-    ),
-    "EfficientVMamba": Family(
-        "[EfficientVMamba](https://arxiv.org/abs/2403.09977)",
-        "README of TerryPei/EfficientVMamba",
-        "https://huggingface.co/TerryPei",
-    ),
-    "VMamba": Family(
-        "[VMamba](https://arxiv.org/abs/2401.10166)",
-        "README of MzeroMiko/VMamba, first release (v0)",
-        "https://github.com/MzeroMiko/VMamba/releases/tag/%23v0cls",
-    ),
-}
-
-PUBLISHED = {
-    "vim_tiny": Published("Vim", 76.1, 1.5, "Vim-tiny-midclstok/vim_t_midclstok_76p1acc.pth"),
-    "vim_tiny_stride8": Published("Vim", 78.3, None, "Vim-tiny-midclstok/vim_t_midclstok_ft_78p3acc.pth"),
-    "vim_small": Published("Vim", 80.5, 5.1, "Vim-small-midclstok/vim_s_midclstok_80p5acc.pth"),
-    "vim_small_stride8": Published("Vim", 81.6, None, "Vim-small-midclstok/vim_s_midclstok_ft_81p6acc.pth"),
-    "vim_base": Published("Vim", 81.9, None, "Vim-base-midclstok/vim_b_midclstok_81p9acc.pth"),
-    "v2m_tiny": Published("V2M", 76.2, 1.9),
-    "v2m_small": Published("V2M", 80.5, 5.9),
-    "local_vim_tiny": Published("LocalMamba", 76.2, 1.5, "local_vim_tiny.ckpt"),
-    "local_vim_tiny_middle_token": Published("LocalMamba", 77.8, 1.5, "local_vim_tiny_middle_cls_token.ckpt"),
-    "local_vim_small": Published("LocalMamba", 81.1, 4.8),
-    "local_vmamba_tiny": Published("LocalMamba", 82.7, 5.7),
-    "local_vmamba_small": Published("LocalMamba", 83.7, 11.4, "local_vssm_small.ckpt"),
-    "efficient_vmamba_tiny": Published("EfficientVMamba", 76.5, 0.8, "EfficientVMamba-Tiny/efficient_vmamba_tiny.ckpt"),
-    "efficient_vmamba_small": Published(
-        "EfficientVMamba", 78.7, 1.3, "EfficientVMamba-Small/efficient_vmamba_small.ckpt"
-    ),
-    "efficient_vmamba_base": Published("EfficientVMamba", 81.8, 4.0, "EfficientVMamba-Base/efficient_vmamba_base.ckpt"),
-    "vmamba_tiny": Published("VMamba", 82.2, 5.6, "vssmtiny_dp01_ckpt_epoch_292.pth"),
-    "vmamba_small": Published("VMamba", 83.5, 11.2, "vssmsmall_dp03_ckpt_epoch_238.pth"),
-    "vmamba_base": Published("VMamba", 83.7, 18.0, "vssmbase_dp06_ckpt_epoch_241.pth"),
-}
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What is counted.
-
-# Depthwise convolutions are computed as sums of shifted copies, in which nobody recognises them: multiply-adds of each
-# number of the result, by module.
+# Depthwise convolutions are computed as sums of shifted copies, so that a traced program shows no convolution. Their
+# multiply-adds for each number of the result, by module:
 TAPS = {mamba.ShortConv: CONV_WIDTH, mamba.GroupedShortConv: CONV_WIDTH, layers.DepthwiseConv: 3 * 3}
 NORMS = (nn.LayerNorm, nn.RMSNorm, layers.BatchNorm)
 
 
 class Operations(NamedTuple):
-    """What a network does with one image.
+    """The operations of a network on one image.
 
     Attributes:
       products: multiply-adds of matrix products and convolutions.
@@ -147,7 +70,7 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def count_operations(model: nn.Module) -> Operations:
-    """What the network does with an image of the size it is meant for."""
+    """The operations on an image of the network's own size."""
     images = input_images(model)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
     with _tallies():
@@ -187,7 +110,7 @@ def _tallies() -> Iterator[None]:
 
 
 def _count(program: Any) -> Counter:
-    """The operations of a traced program; of a loop as often as it runs."""
+    """The operations of a traced program; the body of a loop counts as often as it runs."""
     counts = Counter()
     for line in program.eqns:
         kind, parameters = line.primitive.name, line.params
@@ -201,7 +124,7 @@ def _count(program: Any) -> Counter:
             kernel = line.invars[1].aval
             outputs = kernel.shape[parameters["dimension_numbers"].rhs_spec[0]]
             counts["products"] += line.outvars[0].aval.size * kernel.size // outputs
-        elif parameters.get("branches_platforms"):  # of forms for several platforms the one that is for no one of them
+        elif parameters.get("branches_platforms"):  # of the forms for several platforms, the general one
             counts.update(_count(parameters["branches"][parameters["branches_platforms"].index(None)].jaxpr))
         else:
             times = parameters["length"] if kind == "scan" else 1
@@ -248,12 +171,12 @@ COLUMNS = (
 def row(name: str) -> list[str]:
     """A network's cells."""
     model = create_model(name)
-    published = PUBLISHED.get(name, Published(""))
+    published = PUBLISHED.get(name, Published("", 0))
     family = FAMILIES.get(published.family)
     operations = count_operations(model)
     rule = RULES.get(type(model).__name__)
     height, width = square(model.image_size)
-    checkpoint = f"[{Path(published.checkpoint).name}]({address(published)})" if published.checkpoint else "–"
+    checkpoint = f"[{Path(published.file).name}]({page(published.file)})" if published.file else "–"
     return [
         f"`{name}`",
         family.paper if family else "–",
@@ -267,12 +190,6 @@ def row(name: str) -> list[str]:
     ]
 
 
-def address(published: Published) -> str:
-    """Where a checkpoint is offered: the repository on Hugging Face, or the release on GitHub."""
-    weights, folder = FAMILIES[published.family].weights, Path(published.checkpoint).parent
-    return weights if str(folder) == "." else f"{weights}/{folder}"
-
-
 def listed(patterns: list[str]) -> list[str]:
     """The classifiers that match, families together; without the networks of a search."""
     names = [name for name in CLASSIFIERS if not name.endswith("_search")]
@@ -280,7 +197,7 @@ def listed(patterns: list[str]) -> list[str]:
 
 
 def table(patterns: list[str]) -> str:
-    """The table and where its figures come from, as Markdown."""
+    """The table and the sources of its figures, as Markdown."""
     names = listed(patterns)
     rows = [list(COLUMNS), ["---"] * 2 + ["---:"] * 6 + ["---"], *map(row, names)]
     lines = ["| " + " | ".join(cells) + " |" for cells in rows]

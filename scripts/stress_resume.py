@@ -1,4 +1,4 @@
-"""Kills a small training run at random moments and checks that it ends as if nothing had happened.
+"""Kills a small training run at random moments, continues it, and checks that the result is the same.
 
     python scripts/stress_resume.py --kills 30
     python scripts/stress_resume.py --kills 10 --processes 2
@@ -28,11 +28,11 @@ from vimd_jax.training.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = ("--config.schedule.num_epochs=12", "--config.checkpoint_every_steps=2", "--config.log_every_steps=3")
-TIMES = ("images_per_second", "input_wait")  # the metrics that a clock decides
+TIMES = ("images_per_second", "input_wait")  # metrics that depend on the clock
 
 
 def start(workdir: Path, processes: int) -> list[subprocess.Popen]:
-    """The processes of one run, all with the same command but for their number."""
+    """Starts the processes of one run, whose commands differ in their number only."""
     command = [sys.executable, "-m", "vimd_jax.train", "--config=tests/tiny.py:teacher", f"--workdir={workdir}"]
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -51,7 +51,7 @@ def start(workdir: Path, processes: int) -> list[subprocess.Popen]:
 
 
 def finish(run: list[subprocess.Popen], seconds: float) -> list[str]:
-    """What the processes said, once all have ended.
+    """Waits for the processes and returns their output.
 
     Raises:
       subprocess.TimeoutExpired: one has not ended in time.

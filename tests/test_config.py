@@ -64,14 +64,14 @@ def test_every_option_can_be_set_on_the_command_line(from_command_line):
 def test_options_of_several_types_from_the_command_line(from_command_line, name, option, text, value):
     arguments = f"--config.classifier.name={name}", f"--config.classifier.{option}={text}"
     config = from_command_line(default_config("classifier"), *arguments)
-    assert getattr(build_networks(config, num_classes=3).trained, option) == value
+    assert getattr(build_networks(config, "abc").trained, option) == value
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_has_the_sections_that_it_reads(stage):
     config = default_config(stage)
     networks = {"sr", "classifier", "teacher", "student"}
-    assert {name for name in config if name in networks} == set(STAGES[stage])
+    assert {name for name in config if name in networks} == set(STAGES[stage].roles)
     assert config.is_locked
 
 
@@ -79,7 +79,7 @@ def test_options_reach_the_network_and_those_not_given_keep_its_own_value():
     config = default_config("teacher")
     config.dataset.high_resolution = 32
     config.teacher.update({"name": "vim_tiny", "class_token": "none", "depth": 2, "remat": True})
-    model = build_networks(config, num_classes=3).trained
+    model = build_networks(config, "abc").trained
     expected = {"num_classes": 3, "image_size": 32, "class_token": None, "depth": 2, "remat": True}
     assert {name: getattr(model, name) for name in expected} == expected
     assert (model.embed_dim, model.merge) == (create_model("vim_tiny").embed_dim, "mean")
@@ -109,7 +109,7 @@ def test_wrong_options_are_named(options, message):
     config = default_config("teacher")
     config.teacher.update(options)
     with pytest.raises(ValueError, match=message):
-        build_networks(config, num_classes=3)
+        build_networks(config, "abc")
 
 
 def test_a_field_that_does_not_exist_or_of_another_type_is_an_error():
@@ -124,10 +124,10 @@ def test_a_field_that_does_not_exist_or_of_another_type_is_an_error():
 
 def test_a_student_frozen_networks_are_those_it_needs():
     config = default_config("student")
-    nets = build_networks(config, num_classes=3)
-    assert nets.is_student and nets.sr is not None and nets.teacher is not None
+    nets = build_networks(config, "abc")
+    assert set(nets.frozen) == {"sr", "teacher"} and nets.views == ("low", "high")
     config.sr.name = "bicubic"
     config.loss.update({"logits_weight": 0.0, "hidden_weight": 0.0})
-    nets = build_networks(config, num_classes=3)
-    assert nets.is_student and nets.sr is None and nets.teacher is None
+    nets = build_networks(config, "abc")
+    assert not nets.frozen and nets.views == ("low",) and nets.stage.restorer
     assert isinstance(config.teacher, ConfigDict)

@@ -1,7 +1,6 @@
 """Every file of configs/ trains: two steps and an evaluation of a network made small, on synthetic images."""
 
 import json
-import runpy
 from pathlib import Path
 
 import pytest
@@ -9,13 +8,13 @@ from ml_collections import ConfigDict
 
 from vimd_jax import train
 from vimd_jax.config import STAGES
+from vimd_jax.configs import FOLDER, find_config, load_config
 from vimd_jax.models import model_options
 from vimd_jax.training import workdirs
 from vimd_jax.training.metrics import read_metrics
 
-CONFIGS = Path(__file__).parent.parent / "configs"
 SHARED = ("recipes", "imagenet")  # what others import
-FILES = [path.stem for path in sorted(CONFIGS.glob("*.py")) if path.stem not in SHARED]
+FILES = [path.stem for path in sorted(FOLDER.glob("*.py")) if path.stem not in SHARED]
 OTHERS = ["student_cub:released", "teacher_cub:logged", "quickstart:baseline", "small_classifier:local_vim_search"]
 
 SMALL = {"embed_dim": 16, "depth": 2, "patch_size": 16, "stride": 16, "channels": 4, "num_blocks": 1}
@@ -24,7 +23,7 @@ ONE_STAGE = {"dims": (32,), "depths": (1,)}
 
 def shrink(config: ConfigDict) -> None:
     """Makes a stage take seconds; what it computes stays the same."""
-    for role in STAGES[config.stage]:
+    for role in STAGES[config.stage].roles:
         section = config[role]
         if section.name == "bicubic":
             continue
@@ -56,13 +55,12 @@ def trained(tmp_path_factory):
 
 @pytest.mark.parametrize("run", FILES + OTHERS)
 def test_every_config_trains(run, trained):
-    name, _, argument = run.partition(":")
-    config = runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"](*([argument] if argument else []))
+    config = load_config(run)
     made = {}
     for stage, _ in workdirs.stages(config, Path("run")):
         with stage.unlocked():
             shrink(stage)
-            for role in STAGES[stage.stage]:  # the networks that the stage needs are those made before it
+            for role in STAGES[stage.stage].roles:  # the networks that the stage needs are those made before it
                 needed = stage[role].name != "bicubic" and role != stage.stage
                 stage[role].init = str(made.get(role) or _made_for(role, stage, trained)) if needed else ""
         made[stage.stage] = trained(stage)
@@ -73,8 +71,19 @@ def test_every_config_trains(run, trained):
 
 def _made_for(role: str, config: ConfigDict, trained) -> Path:
     """A small network for the role of a stage, whose own run is in another config."""
-    other = runpy.run_path(str(CONFIGS / f"{role}.py"))["get_config"]()
+    other = load_config(role)
     with other.unlocked():
         other[role].update({name: config[role][name] for name in config[role] if name != "init"})
         shrink(other)
     return trained(other)
+
+
+def test_a_config_is_found_by_path_or_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_config("quickstart:baseline") == f"{FOLDER}/quickstart.py:baseline"
+    (tmp_path / "quickstart").touch()
+    assert find_config("quickstart:baseline") == "quickstart:baseline"
+    with pytest.raises(ValueError, match="student_cup is neither a file nor .*; did you mean student_cub?"):
+        find_config("student_cup")
+    with pytest.raises(ValueError, match="configs/student_cub.py is neither .*; did you mean student_cub?"):
+        find_config("configs/student_cub.py")

@@ -1,16 +1,17 @@
 """The result of a direction search: what is read from a supernet, and the config that trains the final network."""
 
-import runpy
+import ast
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from configs import small_classifier
 from vimd_jax import search
 from vimd_jax.checkpoints.format import save_model
 from vimd_jax.checkpoints.trained_model import TrainedModel
 from vimd_jax.config import given_options
+from vimd_jax.configs import load_config, small_classifier
 from vimd_jax.models import create_model
 from vimd_jax.models.network import variable_shapes
 from vimd_jax.models.scan_order import DIRECTIONS
@@ -56,18 +57,35 @@ def test_the_config_trains_the_final_network(tmp_path, monkeypatch):
     arguments = ["--base=configs/small_classifier.py:local_vim_tiny", f"--output={tmp_path}/found.py"]
     monkeypatch.setattr(sys, "argv", ["search", f"--workdir={tmp_path}/net", *arguments])
     search.main()
-    config = runpy.run_path(str(tmp_path / "found.py"))["get_config"]()
+    config = load_config(f"{tmp_path}/found.py")
     directions = search.most_probable(search.direction_probabilities({"params": {"x": {"direction_weights": weights}}}))
     assert given_options(config.classifier)["directions"] == directions
-    assert build_networks(config, 3).trained.directions == directions
+    assert build_networks(config, "abc").trained.directions == directions
     assert (tmp_path / "found.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "step", [7, '"""\nopen("/tmp/x")\n"""', "'+open('x')+'", "\n\nimport os", {"a": 1}, None], ids=repr
+)
+def test_nothing_of_a_checkpoint_becomes_code(step):
+    """The text is that of the same file without a step, but for the number."""
+    directions, base, workdir = (("h", "v"),), "configs/small_classifier.py:local_vim_tiny", Path('a"""b\n')
+    text = search.config_text(directions, base, "classifier", workdir, step)
+    assignments = {
+        name.id: ast.literal_eval(value)
+        for node in ast.parse(text).body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Tuple)
+        for name, value in zip(node.targets[0].elts, node.value.elts)
+    }
+    expected = {"BASE": base, "ROLE": "classifier", "SUPERNET": str(workdir), "STEP": 7 if step == 7 else None}
+    assert assignments == expected
+    assert text.replace("None", "7") == search.config_text(directions, base, "classifier", workdir, 7)
 
 
 @pytest.mark.parametrize(
     ("base", "message"),
     [
-        ("/abs/config.py", "name a file in or below the current folder"),
-        ("configs/nothing.py", "name a file in or below"),
+        ("configs/nothing.py", "neither a file nor the name of a config"),
         ("configs/quickstart.py", "has no network 'classifier': name one with --role"),
     ],
 )

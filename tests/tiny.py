@@ -19,7 +19,7 @@ def tiny_config(stage: str, **changes) -> ConfigDict:
     config.dataset.synthetic_test_size = 10
     config.dataset.high_resolution = 32
     config.dataset.low_resolution = 8
-    for role in STAGES[stage]:
+    for role in STAGES[stage].roles:
         config[role].update({"channels": 4, "num_blocks": 1} if role == "sr" else VIM)
     config.schedule.learning_rate = 1e-3
     config.schedule.warmup_epochs = 1

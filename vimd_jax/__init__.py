@@ -2,4 +2,5 @@
 
 from vimd_jax.load import load_model
 
+__version__ = "0.1.0"
 __all__ = ["load_model"]

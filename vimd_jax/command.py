@@ -8,13 +8,29 @@ from collections.abc import Callable
 
 from absl import app, flags
 from absl import logging as absl_logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
+from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
 from vimd_jax import log
+from vimd_jax.configs import find_config
 from vimd_jax.errors import Stopped
 from vimd_jax.training import parallel
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
+
+class _ConfigParser(ConfigFileFlagParser):
+    """Reads a config file; one of configs/ is found by its name too."""
+
+    def parse(self, text: str) -> ConfigDict:
+        try:
+            return super().parse(find_config(text))
+        except AttributeError as error:
+            if error.name != "get_config":
+                raise
+            raise ValueError(f"{text} is no config, but what configs share: it has no get_config") from None
+
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "A config file, or the name of one of configs/.")
+flags.FLAGS["config"].parser = _ConfigParser("config")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; made if it is not there.")
 
 
@@ -22,6 +38,10 @@ def run(main: Callable[[list[str]], None]) -> None:
     """Runs a program that needs both flags; a flag or a field that is not right ends it with one line."""
     flags.mark_flags_as_required(["config", "workdir"])
     flags.register_validator("workdir", lambda text: text != "", "name a folder")
+    # What --help tells, also where the command vimd-train or vimd-evaluate is the main module.
+    sys.modules["__main__"].__doc__ = sys.modules[main.__module__].__doc__
+    for flag in (CONFIG, WORKDIR, *flags.FLAGS.get_flags_for_module(main.__module__)):
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[flag.name])
     app.run(main, flags_parser=_parse)
 
 

@@ -1,4 +1,4 @@
-"""Every setting of a run, with its default, what it may be, and its meaning. The files in configs/ change a few.
+"""Every setting of a run, with its default, its possible values and its meaning. The files in configs/ change a few.
 
 The configs are `ml_collections.ConfigDict`s: a misspelt field or a value of the wrong type is an error, and every field
 can be changed on the command line, as in `--config.schedule.num_epochs=10`. `python -m vimd_jax.config` lists them.
@@ -7,69 +7,57 @@ can be changed on the command line, as in `--config.schedule.num_epochs=10`. `py
 import functools
 import math
 import sys
-from collections.abc import Callable
 from operator import getitem
 from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from ml_collections import ConfigDict, config_dict
 
-from vimd_jax.models import CLASSIFIERS, SR_NETWORKS, model_options
+from kernels.scan.api import IMPLEMENTATIONS
+from vimd_jax.models import model_options
+from vimd_jax.settings import ABOVE_0, ANY, BELOW_1, SHARE, SHARE_OR_0, SHARES, Rule, Setting, at_least, one_of
+from vimd_jax.tasks.classification import CLASSIFICATION
+from vimd_jax.tasks.distillation import distilled
+from vimd_jax.tasks.restoration import RESTORATION
+from vimd_jax.tasks.task import Task
 
-# The stages of training, and the networks that each one has a section for.
+
+class Stage(NamedTuple):
+    """One kind of training run.
+
+    Attributes:
+      task: what is learned.
+      trained: the role of the network that is trained, which is also the name of the stage.
+      restorer: the role of the frozen network that enlarges the images before; "" where they are read as they are.
+      teacher: the role of the frozen network that teaches; "" where none does.
+    """
+
+    task: Task
+    trained: str
+    restorer: str = ""
+    teacher: str = ""
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The networks of the stage, which each have a section of its config."""
+        return tuple(role for role in (self.restorer, self.teacher, self.trained) if role)
+
+
 STAGES = {
-    "sr": ("sr",),  # a super-resolution network, on images
-    "classifier": ("classifier",),  # any classifier, on labels
-    "teacher": ("teacher",),  # the same, as HRVM-Net of ViMD
-    "student": ("sr", "teacher", "student"),  # the classifier of SRVM-Net, on labels and what the teacher makes of them
+    stage.trained: stage
+    for stage in (
+        Stage(RESTORATION, trained="sr"),
+        Stage(CLASSIFICATION, trained="classifier"),
+        Stage(CLASSIFICATION, trained="teacher"),  # HRVM-Net of ViMD
+        Stage(distilled(CLASSIFICATION), trained="student", restorer="sr", teacher="teacher"),  # SRVM-Net of ViMD
+    )
 }
 
 # Options that a run derives from its other settings.
 DERIVED = ("num_classes", "image_size", "scale", "bn_axis_name")
 
-
-class Rule(NamedTuple):
-    """What a setting may be: in words, and as a test."""
-
-    words: str
-    fits: Callable[[Any], bool]
-
-
-def _at_least(low: int) -> Rule:
-    return Rule(f"at least {low}", lambda x: x >= low)
-
-
-def _one_of(*choices: str) -> Rule:
-    return Rule(" or ".join(choices), lambda x: x in choices)
-
-
-_ANY = Rule("", lambda x: True)
-_ABOVE_0 = Rule("above 0", lambda x: x > 0)
-_BELOW_1 = Rule("at least 0 and below 1", lambda x: 0 <= x < 1)
-_SHARE_OR_0 = Rule("from 0 to 1", lambda x: 0 <= x <= 1)
-_SHARE = Rule("above 0 and at most 1", lambda x: 0 < x <= 1)
-_SHARES = Rule("two shares above 0 and at most 1, the smaller first", lambda x: len(x) == 2 and 0 < x[0] <= x[1] <= 1)
-
-
-class Setting(NamedTuple):
-    """One field of a config.
-
-    Attributes:
-      default: its value; a type stands for None, and is the type of other values.
-      rule: what it may be.
-      meaning: what it does.
-      changeable: whether it may differ between a run and its continuation, because it changes no number of the run.
-      stages: which stages have it.
-    """
-
-    default: Any
-    rule: Rule
-    meaning: str
-    changeable: bool = False
-    stages: tuple[str, ...] = tuple(STAGES)
-
-
-_LABELLED = ("classifier", "teacher", "student")
+# Fields of a network's section that are no options of the network.
+_NO_OPTION = ("name", "init", "init_key", "init_position_mode")
 
 # The defaults are the recipe of the ViMD paper (Chen et al., IEEE SPL 2025) for 56x56 images, where the paper and the
 # authors' logs state it.
@@ -79,146 +67,115 @@ _SETTINGS = {
         Rule("from 0 to 4294967295", lambda x: 0 <= x < 2**32),
         "decides the initial weights, the order of the images and their augmentation",
     ),
-    "batch_size": Setting(16, _at_least(1), "images a step, over all devices and hosts"),
+    "batch_size": Setting(16, at_least(1), "images a step, over all devices and hosts"),
     "accumulation_steps": Setting(
         1,
-        _at_least(1),
+        at_least(1),
         "parts that a device computes its share of a batch in, one after the other, to save memory; batch statistics "
         "are those of a part, and stochastic depth then depends on the number of devices",
     ),
-    "eval_batch_size": Setting(64, _at_least(1), "the same in an evaluation", changeable=True),
+    "eval_batch_size": Setting(64, at_least(1), "the same in an evaluation", changeable=True),
     "ema_decay": Setting(
-        0.0, _BELOW_1, "above 0 keeps an exponential moving average of all variables, evaluates and saves it"
+        0.0, BELOW_1, "above 0 keeps an exponential moving average of all variables, evaluates and saves it"
     ),
     "selection": Setting(
-        "validation", _one_of("validation", "test"), 'split that picks the best network; "test" is the published habit'
+        "validation", one_of("validation", "test"), 'split that picks the best network; "test" is the published habit'
     ),
-    "eval_every_epochs": Setting(1, _at_least(1), "epochs between evaluations"),
-    "log_every_steps": Setting(50, _at_least(1), "steps between lines of the log", changeable=True),
+    "scan_implementation": Setting(
+        "",
+        one_of("", *IMPLEMENTATIONS.names),
+        "of the selective scan in all networks; empty: the fastest",
+    ),
+    "eval_every_epochs": Setting(1, at_least(1), "epochs between evaluations"),
+    "log_every_steps": Setting(50, at_least(1), "steps between lines of the log", changeable=True),
     "checkpoint_every_steps": Setting(
-        500, _at_least(1), "steps between checkpoints; every evaluation is followed by one too", changeable=True
+        500, at_least(1), "steps between checkpoints; every evaluation is followed by one too", changeable=True
     ),
     "dataset.name": Setting(
-        "folder", _ANY, "folder, synthetic, cub, cars, dogs, pets, flowers, mit67, action, aircraft or imagenet"
+        "folder", ANY, "folder, synthetic, cub, cars, dogs, pets, flowers, mit67, action, aircraft or imagenet"
     ),
     "dataset.directory": Setting(
         "",
-        _ANY,
+        ANY,
         "contains train|val|test/<class>/*.jpg; empty: read through TFDS, if TFDS has the dataset",
         changeable=True,
     ),
-    "dataset.num_classes": Setting(0, _at_least(0), "0: as many as the data has; otherwise checked"),
-    "dataset.high_resolution": Setting(224, _at_least(1), "pixels, what a classifier sees and a teacher teaches"),
-    "dataset.low_resolution": Setting(56, _at_least(1), "pixels, what a student sees"),
+    "dataset.num_classes": Setting(0, at_least(0), "0: as many as the data has; otherwise checked"),
+    "dataset.high_resolution": Setting(224, at_least(1), "pixels, what a classifier sees and a teacher teaches"),
+    "dataset.low_resolution": Setting(56, at_least(1), "pixels, what a student sees"),
     "dataset.validation_fraction": Setting(
-        0.1, _BELOW_1, "of the training images, held out if the folder has no val/ of its own"
+        0.1, BELOW_1, "of the training images, held out if the folder has no val/ of its own"
     ),
-    "dataset.crop_scale": Setting((0.08, 1.0), _SHARES, "share of the image's area that a random-resized crop takes"),
-    "dataset.flip": Setting(True, _ANY, "mirror half of the training images"),
+    "dataset.crop_scale": Setting((0.08, 1.0), SHARES, "share of the image's area that a random-resized crop takes"),
+    "dataset.flip": Setting(True, ANY, "mirror half of the training images"),
     "dataset.augment.rand_augment": Setting(
         "",
-        _ANY,
+        ANY,
         'RandAugment in timm\'s notation, as "rand-m9-mstd0.5-inc1", or LocalMamba\'s, "local-m9-mstd0.5"; empty: off',
     ),
-    "dataset.augment.three_augment": Setting(False, _ANY, "greyscale, solarisation or blur, as in DeiT III"),
+    "dataset.augment.three_augment": Setting(False, ANY, "greyscale, solarisation or blur, as in DeiT III"),
     "dataset.augment.color_jitter": Setting(
-        0.0, _at_least(0), "largest relative change of brightness, contrast and saturation"
+        0.0, at_least(0), "largest relative change of brightness, contrast and saturation"
     ),
-    "dataset.augment.erasing_probability": Setting(0.0, _SHARE_OR_0, "of random erasing"),
+    "dataset.augment.erasing_probability": Setting(0.0, SHARE_OR_0, "of random erasing"),
     "dataset.augment.erasing_mode": Setting(
-        "pixel", _one_of("pixel", "rand", "const"), 'filled with noise, a random colour "rand", or the mean "const"'
+        "pixel", one_of("pixel", "rand", "const"), 'filled with noise, a random colour "rand", or the mean "const"'
     ),
-    "dataset.augment.erasing_count": Setting(1, _at_least(1), "largest number of boxes"),
+    "dataset.augment.erasing_count": Setting(1, at_least(1), "largest number of boxes"),
     "dataset.reduced_decoding": Setting(
-        False, _ANY, "decode a JPEG at 1/2, 1/4 or 1/8 scale where the training crop is that large"
+        False, ANY, "decode a JPEG at 1/2, 1/4 or 1/8 scale where the training crop is that large"
     ),
-    "dataset.eval_crop": Setting(1.0, _SHARE, "share of the image's short side that the evaluation view keeps"),
+    "dataset.eval_crop": Setting(1.0, SHARE, "share of the image's short side that the evaluation view keeps"),
     "dataset.repeats": Setting(
-        1, _at_least(1), "times each image is drawn in a row; 3 is the published repeated augmentation"
+        1, at_least(1), "times each image is drawn in a row; 3 is the published repeated augmentation"
     ),
     "dataset.on_error": Setting(
-        "stop", _one_of("stop", "skip"), 'an unreadable image: "stop", or "skip" and count', changeable=True
+        "stop", one_of("stop", "skip"), 'an unreadable image: "stop", or "skip" and count', changeable=True
     ),
     "dataset.num_workers": Setting(
-        0, _at_least(0), "input processes; 0: a thread of the training process", changeable=True
+        0, at_least(0), "input processes; 0: a thread of the training process", changeable=True
     ),
-    "dataset.synthetic_classes": Setting(8, _at_least(1), "of the synthetic birds"),
-    "dataset.synthetic_train_size": Setting(2000, _at_least(1), "training images of the synthetic birds"),
-    "dataset.synthetic_test_size": Setting(500, _at_least(1), "test images of the synthetic birds"),
-    "loss.label_loss": Setting(
-        "cross_entropy",
-        _one_of("cross_entropy", "binary_cross_entropy"),
-        "the second makes every class a yes or no of its own, as in DeiT III",
-        stages=_LABELLED,
-    ),
-    "loss.target_threshold": Setting(
-        float, _BELOW_1, "of binary_cross_entropy: labels above it count as 1", stages=_LABELLED
-    ),
-    "mixing.mixup_alpha": Setting(
-        0.0, _at_least(0), "above 0: mixup, its weights from Beta(alpha, alpha)", stages=_LABELLED
-    ),
-    "mixing.cutmix_alpha": Setting(0.0, _at_least(0), "above 0: cutmix, likewise", stages=_LABELLED),
-    "mixing.probability": Setting(1.0, _SHARE_OR_0, "share of the batches that are mixed", stages=_LABELLED),
-    "mixing.switch_probability": Setting(
-        0.5, _SHARE_OR_0, "share of these that cutmix gets where both are on", stages=_LABELLED
-    ),
-    "loss.label_smoothing": Setting(0.1, _BELOW_1, "label mass spread over all classes", stages=_LABELLED),
-    "loss.logits_weight": Setting(
-        1.0, _at_least(0), "alpha of the paper; 0 switches the term off", stages=("student",)
-    ),
-    "loss.temperature": Setting(4.0, _ABOVE_0, "of the logits that are distilled", stages=("student",)),
-    "loss.hidden_weight": Setting(
-        20.0, _at_least(0), "beta of the paper; 0 switches the term off", stages=("student",)
-    ),
-    "loss.hidden_layers": Setting(
-        "all", _ANY, 'layers that are distilled: "all", "last", or numbers as in "5,11,23"', stages=("student",)
-    ),
-    "loss.hidden_normalize": Setting(True, _ANY, "scale each token to unit length first", stages=("student",)),
-    "loss.hidden_map": Setting(
-        False,
-        _ANY,
-        "ours, not the paper's: a learned linear map from each layer of the student to the teacher's layer of the same "
-        "relative depth, for networks of different shapes",
-        stages=("student",),
-    ),
-    "optimizer.weight_decay": Setting(1e-8, _at_least(0), "of AdamW"),
-    "optimizer.b1": Setting(0.9, _BELOW_1, "of AdamW"),
-    "optimizer.b2": Setting(0.999, _BELOW_1, "of AdamW"),
-    "optimizer.eps": Setting(1e-8, _ABOVE_0, "of AdamW"),
-    "optimizer.clip_norm": Setting(float, _at_least(0), "largest global norm of the gradients; none or 0: any"),
+    "dataset.synthetic_classes": Setting(8, at_least(1), "of the synthetic birds"),
+    "dataset.synthetic_train_size": Setting(2000, at_least(1), "training images of the synthetic birds"),
+    "dataset.synthetic_test_size": Setting(500, at_least(1), "test images of the synthetic birds"),
+    "optimizer.weight_decay": Setting(1e-8, at_least(0), "of AdamW"),
+    "optimizer.b1": Setting(0.9, BELOW_1, "of AdamW"),
+    "optimizer.b2": Setting(0.999, BELOW_1, "of AdamW"),
+    "optimizer.eps": Setting(1e-8, ABOVE_0, "of AdamW"),
+    "optimizer.clip_norm": Setting(float, at_least(0), "largest global norm of the gradients; none or 0: any"),
     "optimizer.layer_decay": Setting(
-        1.0, _SHARE, "factor of the learning rate from each layer to the one before it; 1: off"
+        1.0, SHARE, "factor of the learning rate from each layer to the one before it; 1: off"
     ),
     "optimizer.freeze": Setting(
-        "", _ANY, 'regular expression of parameters that are not trained, as "^(patch_embed|position)"; empty: none'
+        "", ANY, 'regular expression of parameters that are not trained, as "^(patch_embed|position)"; empty: none'
     ),
-    "optimizer.decay_state_matrix": Setting(True, _ANY, "weight decay shrinks A_log too, as published"),
+    "optimizer.decay_state_matrix": Setting(True, ANY, "weight decay shrinks A_log too, as published"),
     "schedule.name": Setting(
         "cosine",
-        _one_of("cosine", "timm_epoch", "staircase"),
+        one_of("cosine", "timm_epoch", "staircase"),
         "timm_epoch: Vim's with its one-epoch lag; staircase: LocalMamba's, whose warm-up rises once an epoch",
     ),
-    "schedule.learning_rate": Setting(5e-5, _at_least(0), "at the peak"),
+    "schedule.learning_rate": Setting(5e-5, at_least(0), "at the peak"),
     "schedule.reference_batch_size": Setting(
-        0, _at_least(0), "above 0: learning_rate is for this batch size, and multiplied by batch_size / it"
+        0, at_least(0), "above 0: learning_rate is for this batch size, and multiplied by batch_size / it"
     ),
-    "schedule.min_learning_rate": Setting(1e-6, _at_least(0), "at the end"),
-    "schedule.warmup_learning_rate": Setting(1e-6, _at_least(0), "at the start"),
-    "schedule.warmup_epochs": Setting(5, _at_least(0), "epochs until the peak"),
-    "schedule.num_epochs": Setting(250, _at_least(1), "of the whole run"),
+    "schedule.min_learning_rate": Setting(1e-6, at_least(0), "at the end"),
+    "schedule.warmup_learning_rate": Setting(1e-6, at_least(0), "at the start"),
+    "schedule.warmup_epochs": Setting(5, at_least(0), "epochs until the peak"),
+    "schedule.num_epochs": Setting(250, at_least(1), "of the whole run"),
 }
 
 
 def settings(stage: str) -> dict[str, Setting]:
     """The settings of a stage by their dotted names, apart from the sections of its networks."""
-    return {name: setting for name, setting in _SETTINGS.items() if stage in setting.stages}
+    return {**_SETTINGS, **STAGES[stage].task.settings}
 
 
 def default_config(stage: str) -> ConfigDict:
     """The settings of one training stage, see `STAGES`, at their defaults."""
     if stage not in STAGES:
         raise ValueError(f"config.stage is {stage!r}: choose one of {', '.join(STAGES)}.")
-    config = ConfigDict({"stage": stage, "loss": {}, "mixing": {}})
+    config = ConfigDict({"stage": stage})
     for name, setting in settings(stage).items():
         *sections, field = name.split(".")
         section = config
@@ -228,13 +185,13 @@ def default_config(stage: str) -> ConfigDict:
             section = section[part]
         default = setting.default
         section[field] = config_dict.placeholder(default) if isinstance(default, type) else default
-    for role in STAGES[stage]:
+    for role in STAGES[stage].roles:
         config[role] = _network(role)
     return config.lock()
 
 
 def check_settings(config: ConfigDict) -> None:
-    """Raises ValueError, naming the field, if a setting of a stage is not what it may be."""
+    """Raises ValueError, naming the field, if a setting of a stage has a value that it may not have."""
     for name, setting in settings(config.stage).items():
         value = functools.reduce(getitem, name.split("."), config)
         finite = not isinstance(value, float) or math.isfinite(value)
@@ -248,16 +205,18 @@ def _network(role: str) -> ConfigDict:
     There is a field for every option of every network that could stand here; one that the named network does not have
     is an error. Fields left at None keep the network's own value; "none" is None.
     """
-    names = SR_NETWORKS if role == "sr" else CLASSIFIERS
+    task = STAGES[role].task
     kinds = {
         option: kind
-        for name in names
+        for name in task.networks
         for option, kind in model_options(name).items()
         if option not in DERIVED and kind is not None  # an option that can only be None
     }
     section = ConfigDict({option: config_dict.placeholder(_flag_type(kind)) for option, kind in sorted(kinds.items())})
-    section.name = "srresnet_x4" if role == "sr" else "vim_tiny_stride8"  # for role "sr" also "bicubic": no network
+    section.name = task.network  # of a restorer also "bicubic": no network
     section.init = ""  # a workdir, a converted checkpoint, or a .pth / .safetensors file; empty: from scratch
+    section.init_key = ""  # of a PyTorch file, as "model_ema"; empty: where the weights usually are
+    section.init_position_mode = "correct"  # how positions are resized for another grid; or "reference", as published
     return section
 
 
@@ -273,20 +232,20 @@ def _flag_type(kind: Any) -> type:
 
 def given_options(section: ConfigDict) -> dict[str, Any]:
     """The options of a network's section that are set."""
-    fields = {name: section[name] for name in section if name not in ("name", "init") and section[name] is not None}
+    fields = {name: section[name] for name in section if name not in _NO_OPTION and section[name] is not None}
     return {name: None if value == "none" else value for name, value in fields.items()}
 
 
 def main(stages: list[str]) -> None:
-    """Prints the settings of the named stages, or of all: default, what it may be, meaning."""
+    """Prints the settings of the named stages, or of all: default, meaning, possible values."""
     if unknown := set(stages) - set(STAGES):
         sys.exit(f"error: there is no stage {unknown.pop()!r}: choose from {', '.join(STAGES)}")
-    for name, (default, rule, meaning, _, used_by) in _SETTINGS.items():
-        if set(stages or STAGES) & set(used_by):
-            value = "none" if isinstance(default, type) else repr(default)
-            print(f"config.{name} = {value}\n    {meaning}{f' ({rule.words})' if rule.words else ''}")
+    for name, setting in {n: x for stage in stages or STAGES for n, x in settings(stage).items()}.items():
+        value = "none" if isinstance(setting.default, type) else repr(setting.default)
+        rule = f" ({setting.rule.words})" if setting.rule.words else ""
+        print(f"config.{name} = {value}\n    {setting.meaning}{rule}")
     print(
-        "config.NETWORK.name, .init and the options of that network, NETWORK being classifier, teacher, student or sr"
+        f"config.NETWORK.name, .{', .'.join(_NO_OPTION[1:])} and the options of that network, for {', '.join(STAGES)}"
     )
 
 

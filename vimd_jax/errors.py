@@ -1,5 +1,7 @@
 """The errors of this library. Each message is one line that names the file, field or shape and the remedy."""
 
+import unicodedata
+
 
 class DatasetError(ValueError):
     """Images or labels that cannot be used."""
@@ -23,3 +25,15 @@ class TrainingError(Exception):
 
 class Stopped(SystemExit):
     """The end of a program that was asked to stop; its exit status is that of the signal, as shells count it."""
+
+
+def printable(text: object, most: int | None = 200) -> str:
+    """Text from a file as it may be shown: escaped as `repr` does where it could act on a terminal.
+
+    Args:
+      text: file names, class names, messages, whatever others have written.
+      most: characters after which it is cut; None: never.
+    """
+    text = str(text)
+    shown = "".join(c if c.isprintable() or unicodedata.category(c) == "Zs" else repr(c)[1:-1] for c in text[:most])
+    return shown + "..." * (most is not None and len(text) > most)

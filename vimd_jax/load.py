@@ -9,17 +9,19 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from vimd_jax.checkpoints.adapt import ADAPTABLE, fit
+from vimd_jax.checkpoints.adapt import ADAPTABLE, Change, adapted_leaves, segmenter_leaves
 from vimd_jax.checkpoints.format import read_model
 from vimd_jax.checkpoints.trained_model import TrainedModel
 from vimd_jax.models import describe
-from vimd_jax.models.network import variable_shapes
-from vimd_jax.models.srresnet import SRResNet
-from vimd_jax.models.srvm import SRVM, part
+from vimd_jax.models.network import Network, part, variable_shapes
+from vimd_jax.models.segmenter import Segmenter
+from weight_convert.hub import architecture_of, resolve
 from weight_convert.load import load_torch_model, torch_variables
+from weight_convert.mapping import fill, tensors_for
+from weight_convert.tables import recorded_options, tensors_by_part
+from weight_convert.torch_file import load_torch_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +37,9 @@ def load_model(
     """A network to use: from the workdir of a run, a converted or exported folder, or a PyTorch file.
 
     Args:
-      path: the folder, or a `.pth` or `.safetensors` file.
-      architecture: what a PyTorch file holds, one of `list_models()`. A folder knows it.
+      path: the folder, or a `.pth` or `.safetensors` file, in which `~` is the home directory; or the name of a file
+        elsewhere, see `weight_convert.hub`.
+      architecture: of a PyTorch file, one of `list_models()`. A folder knows its own.
       options: of that architecture, where they differ from its own.
       class_names: for a file or folder that names none.
       key: the entry of a PyTorch file, e.g. "model_ema".
@@ -45,17 +48,20 @@ def load_model(
       FileNotFoundError: nothing is there.
       ValueError: what is there cannot be read (`CheckpointError`), or does not fit what is asked for.
     """
-    path = Path(path)
+    architecture = architecture or architecture_of(path)
+    path = resolve(path, architecture).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such workdir, converted checkpoint or PyTorch file")
-    if path.is_file():
-        if not architecture:
-            raise ValueError(f"{path} does not say which network it holds: name its architecture (--model)")
-        trained = load_torch_model(path, architecture, options or {}, key)
-    else:
-        if architecture or options:
-            raise ValueError(f"{path} knows its network: leave out the architecture (--model) and the options")
+    if path.is_dir():
+        if architecture or options or key:
+            raise ValueError(f"{path} knows its network: leave out the architecture (--model), the options and the key")
         trained = read_model(path)
+    elif not path.is_file():
+        raise ValueError(f"{path}: not a regular file, so not a checkpoint")
+    elif not architecture:
+        raise ValueError(f"{path} does not say which network it holds: name its architecture (--model)")
+    else:
+        trained = load_torch_model(path, architecture, options or {}, key)
     if class_names is None:
         return trained
     names, expected = tuple(class_names), len(trained.class_names)
@@ -65,53 +71,90 @@ def load_model(
 
 
 def load_variables(
-    path: str | Path, model: nn.Module, *, adapt: bool = False, key: str | None = None, position_mode: str = "correct"
+    path: str | Path, model: Network, *, adapt: bool = False, key: str | None = None, position_mode: str = "correct"
 ) -> dict[str, Any]:
-    """Variables of `model` from a checkpoint of the same network, or of an SRVM-Net that the model is one part of.
+    """Variables of `model` from a checkpoint of the same network, or of a composite that has such a part.
+
+    A segmenter can also start from the classifier that its backbone is the trunk of, if `adapt` is set.
 
     Args:
-      path: a workdir, a converted or exported folder, or a PyTorch file.
+      path: as in `load_model`.
       model: the network to fill.
-      adapt: where the number of classes differs, start the head anew; where the grid of patches differs, resize the
-        position embedding; log either. False: such a difference is an error too.
+      adapt: where the number of classes differs, start the head anew, or leave it out if `model` has none; where the
+        grid of patches differs, resize the position embedding; log either. False: such a difference is an error too.
       key: the entry of a PyTorch file, e.g. "model_ema".
       position_mode: see `resize_position_embedding`.
 
     Raises:
       FileNotFoundError, ValueError: nothing is there, it cannot be read, or it holds another network.
     """
-    path, grid = Path(path), None
+    path, origin = resolve(path, describe(model)["architecture"]).expanduser(), None
+    if adapt and isinstance(model, Segmenter) and (classifier := _classifier(path, model, key)):
+        leaves, changes = segmenter_leaves(*classifier, model, position_mode, str(path))
+        return _logged(path, leaves, changes)
     if path.is_file():
         leaves = torch_variables(path, model, flexible=True, key=key)
-        if not adapt and all(leaves[leaf].shape == x.shape for leaf, x in variable_shapes(model).items()):
-            return unflatten_dict(leaves, sep="/")  # for whatever grid: the file does not tell
+        shapes = {name: leaf.shape for name, leaf in variable_shapes(model).items()}
+        if not adapt and shapes == {name: leaf.shape for name, leaf in leaves.items()}:
+            return unflatten_dict(leaves, sep="/")  # for whatever grid: the file does not record it
     else:
-        source, variables = _part_for(model, load_model(path))
-        _check_same_network(path, source, model)
-        leaves, grid = flatten_dict(variables, sep="/"), getattr(source, "grid", None)
-    leaves, changes = fit(leaves, model, grid=grid, mode=position_mode, source=str(path))
+        origin, variables = _network_like(model, load_model(path))
+        _check_same_network(path, origin, model)
+        leaves = flatten_dict(variables, sep="/")
+    leaves, changes = adapted_leaves(leaves, model, origin=origin, mode=position_mode, source=str(path))
     if changes and not adapt:
         raise ValueError(f"{path} does not fit the network: {'; '.join(change.difference for change in changes)}")
+    return _logged(path, leaves, changes)
+
+
+def _logged(path: Path, leaves: dict[str, Any], changes: list[Change]) -> dict[str, Any]:
     for change in changes:
         log.info("%s: %s: %s", path, *change)
     return unflatten_dict(leaves, sep="/")
 
 
-def _part_for(model: nn.Module, trained: Any) -> tuple[nn.Module, dict[str, Any]]:
-    """A network and its variables; of an SRVM-Net the part that `model` could be."""
-    if not isinstance(trained.model, SRVM) or isinstance(model, SRVM):
-        return trained.model, trained.variables
-    name = "sr" if isinstance(model, SRResNet) else "classifier"
-    return getattr(trained.model, name), part(trained.variables, name)
+def _classifier(path: Path, model: Segmenter, key: str | None) -> tuple[dict[str, Any], Network] | None:
+    """The leaves and the network of a classifier of the class of a segmenter's backbone; None where it is a segmenter.
+
+    What a PyTorch file does not record, it has in common with the backbone; class tokens stand in the middle.
+    """
+    backbone = model.backbone
+    if not path.is_file():
+        origin, variables = _network_like(backbone, trained := load_model(path))
+        if isinstance(trained.model, Segmenter):
+            return None
+        if type(origin) is not type(backbone):
+            raise ValueError(f"{path} holds a {type(origin).__name__}, but the backbone is a {type(backbone).__name__}")
+        return flatten_dict(variables, sep="/"), origin
+    state_dict = load_torch_checkpoint(path, key=key)
+    if "" not in tensors_by_part(state_dict, model.parts):
+        return None
+    state_dict = tensors_for(state_dict, backbone, str(path))
+    shapes = {name: tensor.shape for name, tensor in state_dict.items()}
+    recorded = recorded_options(shapes, type(backbone))
+    options = {name: recorded[name] for name in ("class_token", "rope") if name in recorded}
+    if "norm_f.weight" in state_dict and "norm_f.bias" not in state_dict and hasattr(backbone, "normalization"):
+        options["normalization"] = "rms"
+    origin = backbone.clone(**options)
+    return fill(state_dict, origin, flexible=True, source=str(path)), origin
 
 
-def _check_same_network(path: Path, source: nn.Module | None, model: nn.Module) -> None:
-    """Refuses a network of another class, or one that differs in an option that `fit` cannot make up for."""
+def _network_like(model: Network, trained: TrainedModel) -> tuple[Network, dict[str, Any]]:
+    """The network of a checkpoint and its variables; of a composite the first part of the class of `model`, if any."""
+    networks = [(trained.model, trained.variables)]
+    for network, variables in networks:
+        if type(network) is type(model):
+            return network, variables
+        networks += [(inner, part(variables, name)) for name, inner in network.parts.items()]
+    return networks[0]
+
+
+def _check_same_network(path: Path, source: Network, model: Network) -> None:
+    """Refuses a network of another class, or one that differs in an option that adapting cannot make up for."""
     if type(source) is not type(model):
-        found = "no such network" if source is None else f"a {type(source).__name__}"
-        raise ValueError(f"{path} holds {found}, but the model is a {type(model).__name__}")
+        raise ValueError(f"{path} holds a {type(source).__name__}, but the model is a {type(model).__name__}")
     there, here = describe(source)["options"], describe(model)["options"]
     different = [option for option in here if there.get(option) != here[option] and option not in ADAPTABLE]
     if different:
         options = ", ".join(f"{o} is {there.get(o)!r} there, {here[o]!r} in the model" for o in different)
-        raise ValueError(f"{path} holds another network: {options}")
+        raise ValueError(f"{path} holds a different network: {options}")

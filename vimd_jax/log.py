@@ -5,15 +5,20 @@ import logging
 import sys
 from collections.abc import Iterator
 
-from vimd_jax.errors import TrainingError
+from vimd_jax.errors import TrainingError, printable
 
 log = logging.getLogger(__name__)
+
+
+class _Formatter(logging.Formatter):
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  (logging's name)
+        return printable(super().formatMessage(record), None)  # names in it may come from anywhere
 
 
 def show_log(details: bool = False) -> None:
     """Sends this project's log to stderr, one plain line with the time for each message."""
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
+    handler.setFormatter(_Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
     for name in ("vimd_jax", "kernels", "weight_convert"):
         logger = logging.getLogger(name)
         logger.addHandler(handler)
@@ -28,5 +33,5 @@ def readable_errors() -> Iterator[None]:
         yield
     except (ValueError, OSError, TrainingError) as error:
         log.debug("The error came from:", exc_info=True)
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {printable(' '.join(str(error).split()), None)}", file=sys.stderr)
         sys.exit(1)

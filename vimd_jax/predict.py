@@ -8,16 +8,17 @@ every size (short side resized, centre cropped).
 import argparse
 import csv
 import dataclasses
+import io
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from vimd_jax.checkpoints.trained_model import TrainedModel
 from vimd_jax.data.images import find_images
-from vimd_jax.errors import DatasetError
+from vimd_jax.errors import DatasetError, printable
 from vimd_jax.load import load_model
 from vimd_jax.log import readable_errors, show_log
 from vimd_jax.models.network import parse_option
@@ -33,27 +34,48 @@ def label(
             try:
                 readable.append((path, classifier.prepare(path, downsample)))
             except DatasetError as error:
-                print(f"error: {error}", file=sys.stderr)
+                print(f"error: {printable(error, None)}", file=sys.stderr)
         if readable:
             images = np.stack([image for _, image in readable])
-            yield from zip([path for path, _ in readable], classifier.probabilities(images, batch_size))
+            yield from zip([path for path, _ in readable], classifier.probabilities(images))
+        if sys.stderr.isatty() and not sys.stdout.isatty():
+            done = min(first + batch_size, len(paths))
+            print(f"{done:,} of {len(paths):,} images", end="\r" if done < len(paths) else "\n", file=sys.stderr)
 
 
-def write(labels: list[dict], form: str) -> None:
-    """Writes predictions ({"file", "labels": [{"class", "probability"}]}) to standard output."""
+def named(classifier: TrainedModel, path: Path, probabilities: np.ndarray, top: int) -> dict:
+    """The most probable labels of an image: {"file", "labels": [{"class", "probability"}]}."""
+    best = np.argsort(-probabilities)[:top]
+    labels = [{"class": classifier.class_names[i], "probability": float(probabilities[i])} for i in best]
+    return {"file": str(path), "labels": labels}
+
+
+def write(images: Iterable[dict], form: str) -> int:
+    """Writes what `named` gives to standard output, each image as it comes, and returns their number.
+
+    Names are escaped where they could act on a terminal or are not UTF-8; in JSON they can be read back exactly.
+    """
+    count = 0
     if form == "json":
-        print(json.dumps(labels, indent=2))
+        for count, image in enumerate(images, 1):
+            print("[" if count == 1 else ",", json.dumps(image, indent=2), sep="\n", end="", flush=True)
+        print("\n]" if count else "[]")
     elif form == "csv":
         writer = csv.writer(sys.stdout)
         writer.writerow(["file", "rank", "class", "probability"])
-        for image in labels:
+        for image in images:
+            count += 1
             for rank, label in enumerate(image["labels"], 1):
-                writer.writerow([image["file"], rank, label["class"], f"{label['probability']:.6f}"])
+                name = printable(label["class"], None)
+                writer.writerow([printable(image["file"], None), rank, name, f"{label['probability']:.6f}"])
+            sys.stdout.flush()
     else:
-        for image in labels:
-            print(image["file"])
+        for image in images:
+            count += 1
+            print(printable(image["file"], None))
             for label in image["labels"]:
-                print(f"  {100 * label['probability']:6.2f} %  {label['class']}")
+                print(f"  {100 * label['probability']:6.2f} %  {printable(label['class'], None)}", flush=True)
+    return count
 
 
 def _share(text: str) -> float:
@@ -76,7 +98,7 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m vimd_jax.predict", description="Labels images.")
     parser.add_argument("images", nargs="+", type=Path, help="files and folders")
-    parser.add_argument("--checkpoint", required=True, type=Path, help="workdir, converted checkpoint, or PyTorch file")
+    parser.add_argument("--checkpoint", required=True, help="workdir, converted checkpoint, PyTorch file, or its name")
     parser.add_argument("--model", help="architecture of a PyTorch file, for example vim_tiny_stride8")
     parser.add_argument(
         "--option",
@@ -99,6 +121,8 @@ def main() -> None:
     """Labels the images named on the command line; exit status 1 if one of them could not be read."""
     arguments = parse_arguments()
     show_log()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal lacks
     with readable_errors():
         paths = find_images(arguments.images)
         names = arguments.classes.read_text().splitlines() if arguments.classes else None
@@ -109,15 +133,10 @@ def main() -> None:
             raise ValueError(f"{arguments.checkpoint} holds an SR network, which labels nothing: name a classifier.")
         if arguments.crop:
             classifier = dataclasses.replace(classifier, crop=arguments.crop)
-        labels = []
-        batch_size = min(arguments.batch_size, len(paths))
-        for path, probabilities in label(classifier, paths, batch_size, arguments.downsample):
-            best = np.argsort(-probabilities)[: arguments.top]
-            named = [{"class": classifier.class_names[i], "probability": float(probabilities[i])} for i in best]
-            labels.append({"file": str(path), "labels": named})
-        write(labels, arguments.format)
-        if len(labels) < len(paths):
-            raise DatasetError(f"{len(paths) - len(labels)} of {len(paths)} images were not labelled; named above.")
+        labelled = label(classifier, paths, arguments.batch_size, arguments.downsample)
+        count = write((named(classifier, *image, arguments.top) for image in labelled), arguments.format)
+        if count < len(paths):
+            raise DatasetError(f"{len(paths) - count} of {len(paths)} images were not labelled; named above.")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ probabilities is written, FILE with the suffix .png.
 """
 
 import argparse
-import runpy
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
+from vimd_jax.configs import load_config
 from vimd_jax.files import replace_file
 from vimd_jax.load import load_model
 from vimd_jax.log import readable_errors, show_log
@@ -26,13 +26,13 @@ from vimd_jax.training.roles import build_networks
 
 CHOSEN = 4  # directions of a layer of the final network
 
-_CONFIG = '''"""{base} with the directions that a search found.
+# What comes from outside is written as data, never as code: a checkpoint may be a stranger's.
+_CONFIG = '''"""A config with the directions that a search found; for `--config` of vimd_jax.train."""
 
-Searched    {workdir}, step {step}
-Command     python -m vimd_jax.train --config {output} --workdir DIR
-"""
+from vimd_jax.configs import load_config
 
-from {module} import get_config as base
+BASE, ROLE = {base!a}, {role!a}
+SUPERNET, STEP = {workdir!a}, {step!a}
 
 DIRECTIONS = (
 {rows}
@@ -40,8 +40,8 @@ DIRECTIONS = (
 
 
 def get_config():
-    config = base({argument})
-    config.{role}.directions = DIRECTIONS
+    config = load_config(BASE)
+    config[ROLE].directions = DIRECTIONS
     return config
 '''
 
@@ -69,35 +69,26 @@ def load_base(base: str, role: str) -> ConfigDict:
     """The config of the final network.
 
     Raises:
-      ValueError: it cannot be imported from here, or has no such network.
+      ValueError: it is not found, or has no such network.
     """
-    path, _, argument = base.partition(":")
-    if Path(path).is_absolute() or ".." in Path(path).parts or not Path(path).is_file():
-        raise ValueError(f"--base={base}: name a file in or below the current folder, as configs/small_classifier.py")
-    config = runpy.run_path(path)["get_config"](*([argument] if argument else []))
+    config = load_config(base)
     if role not in config:
         raise ValueError(f"--base={base} has no network {role!r}: name one with --role, in a config of one stage")
     return config
 
 
-def config_text(directions: LayerDirections, base: str, role: str, **texts: Any) -> str:
-    """A config file: that of `base`, PATH or PATH:ARGUMENT relative to the repository, with these directions."""
-    path, _, argument = base.partition(":")
-    return _CONFIG.format(
-        base=base,
-        module=".".join(Path(path).with_suffix("").parts),
-        argument=f'"{argument}"' if argument else "",
-        rows="\n".join(f"    {of_layer!r}," for of_layer in directions).replace("'", '"'),
-        role=role,
-        **texts,
-    )
+def config_text(directions: LayerDirections, base: str, role: str, workdir: Path, step: Any) -> str:
+    """The text of a config file: the config `base`, as `--config` takes it, with these directions."""
+    rows = "\n".join(f"    {of_layer!a}," for of_layer in directions).replace("'", '"')
+    step = step if isinstance(step, int) else None
+    return _CONFIG.format(base=base, role=role, workdir=str(workdir), step=step, rows=rows)
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m vimd_jax.search", description=__doc__.splitlines()[0])
     parser.add_argument("--workdir", required=True, type=Path, help="of the supernet, or a checkpoint of one")
-    parser.add_argument("--base", required=True, help="config of the final network: a file of configs/, or FILE:NAME")
+    parser.add_argument("--base", required=True, help="config of the final network, as --config takes it")
     parser.add_argument("--role", default="classifier", help="the network's section in it (default: classifier)")
     parser.add_argument("--output", required=True, type=Path, help="the config to write")
     return parser.parse_args()
@@ -116,15 +107,13 @@ def main() -> None:
             raise ValueError(f"{arguments.workdir}: {error}") from error
         directions = most_probable(probabilities)
         base[arguments.role].directions = directions
-        build_networks(base, num_classes=2)  # an error now if the final network cannot have these directions
-        text = config_text(
-            directions, arguments.base, arguments.role,
-            workdir=arguments.workdir, step=supernet.provenance.get("step", "unknown"), output=arguments.output,
-        )  # fmt: skip
+        build_networks(base, ["a", "b"])  # an error now if the final network cannot have these directions
+        step = supernet.provenance.get("step")
+        text = config_text(directions, arguments.base, arguments.role, arguments.workdir, step)
         replace_file(arguments.output, text.encode())
-        plots.save_direction_probabilities(probabilities, DIRECTIONS, directions, arguments.output.with_suffix(".png"))
         for layer, names in enumerate(directions):
             print(f"layer {layer:2d}  {' '.join(names)}")
+        plots.save_direction_probabilities(probabilities, DIRECTIONS, directions, arguments.output.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@ The same command, given again, continues where the last one stopped. A workdir h
     curves.png       losses, scores, learning rate     panel.png     images with the network's predictions
     data.json        how many images of which names
 
-This file tells the story of a run. Its words are defined in vimd_jax/training/: workdirs, networks (what is trained),
-steps (what a step computes), optimizer, parallel (devices), evaluation, metrics, plots; and in vimd_jax/checkpoints/.
+This file tells the story of a run. Its words are defined in vimd_jax/tasks/ (what is learned), vimd_jax/training/:
+workdirs, roles (the networks), steps, optimizer, parallel (devices), evaluation, metrics, plots; and in
+vimd_jax/checkpoints/.
 """
 
 import contextlib
@@ -23,6 +24,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
+import kernels
 from kernels.choice import implementation_in_use
 from vimd_jax.checkpoints import training_state
 from vimd_jax.checkpoints.format import read_description, save_model
@@ -65,13 +67,14 @@ def check(config: ConfigDict, workdir: Path, made_before: set[Path] = frozenset(
     parallel.check_batch_size("eval_batch_size", config.eval_batch_size)
     data = Splits(*(load_source(config.dataset, s, seed=config.seed) for s in ("train", config.selection, "test")))
     create_schedule(config.schedule, steps_per_epoch(data.train, config.dataset, config.batch_size))
-    nets = roles.build_networks(config, len(data.train.class_names))
+    nets = roles.build_networks(config, data.train.class_names)
+    with kernels.use(scan=config.scan_implementation or None):
+        steps.check_objective(config, nets)
     if config.optimizer.freeze:
         frozen_mask(roles.zeros(nets.trained)["params"], config.optimizer.freeze)
-    steps.check_objective(config, nets)
     parallel.check_alike(f"{implementation_in_use()} and {workdirs.identity(config, data)}")
     if parallel.is_first():
-        roles.check_sources_of_weights(config, workdir, made_before)
+        roles.check_sources_of_weights(config, nets, workdir, made_before)
         workdirs.check(workdir, config, data)
         if not workdirs.is_begun(workdir):
             for split, source in {config.selection: data.held_out, "test": data.test}.items():
@@ -94,7 +97,7 @@ def train(config: ConfigDict, workdir: Path, data: Splits | None = None, stop: S
       Stopped: the run was asked to stop, and is saved.
     """
     data = data or check(config, workdir)
-    with workdirs.locked(workdir):
+    with workdirs.locked(workdir), kernels.use(scan=config.scan_implementation or None):
         if parallel.is_first():
             workdirs.check(workdir, config, data)  # since the first check another run may have begun here
         _train(config, workdir, data, stop or StopRequest())
@@ -103,7 +106,8 @@ def train(config: ConfigDict, workdir: Path, data: Splits | None = None, stop: S
 def _train(config: ConfigDict, workdir: Path, data: Splits, stop: StopRequest) -> None:
     # 1. The trained network, the frozen networks around it, the optimiser. Then the folder belongs to the run.
     class_names = data.train.class_names
-    nets = roles.build_networks(config, len(class_names))
+    nets = roles.build_networks(config, class_names)
+    task = nets.task
     variables, frozen = roles.initial_variables(config, nets, workdir)
     epoch_steps = steps_per_epoch(data.train, config.dataset, config.batch_size)
     total_steps = epoch_steps * config.schedule.num_epochs
@@ -141,9 +145,9 @@ def _train(config: ConfigDict, workdir: Path, data: Splits, stop: StopRequest) -
     eval_step = steps.make_eval_step(nets)
     batches = train_batches(
         data.train, config.dataset, batch_size=config.batch_size, seed=config.seed, start_step=first_step,
-        views=nets.views, process_index=jax.process_index(), process_count=jax.process_count(),
+        views=nets.views, target=task.target, process_index=jax.process_index(), process_count=jax.process_count(),
     )  # fmt: skip
-    held_out = passes(data.held_out, config)
+    held_out = passes(data.held_out, config, task)
     state, replicated_frozen = parallel.replicate(state), parallel.replicate(frozen)
     writer = MetricWriter(workdir, epoch_steps, first_step, evaluated_step)
     progress = Progress(total_steps, epoch_steps, config.batch_size, record)
@@ -156,10 +160,11 @@ def _train(config: ConfigDict, workdir: Path, data: Splits, stop: StopRequest) -
         progress.flush()
         trained = parallel.fetch(steps.trained_variables(config, state))
         variables = nets.product_variables(trained, frozen)
-        scores = evaluate(eval_step, parallel.replicate(variables), next(held_out), config.selection, stop.check)
+        replicated = parallel.replicate(variables)
+        scores, _ = evaluate(task, eval_step, replicated, next(held_out), config.selection, stop.check)
         if evaluation_is_due(step):  # and not only the best network lost
-            writer.write(step, config.selection, scores.summary())
-        save_if_best(workdir, config, nets, variables, class_names, step, scores.score)
+            writer.write(step, config.selection, scores)
+        save_if_best(workdir, config, nets, variables, step, scores[task.drawn[0]])
         evaluated_step = step
 
     def save() -> None:
@@ -208,12 +213,12 @@ def _train(config: ConfigDict, workdir: Path, data: Splits, stop: StopRequest) -
         best = load_model(workdir)
         best_variables, best_step = best.variables, best.provenance["step"]
     best_variables, best_step = parallel.from_first(best_variables), parallel.any_process(best_step)
-    title = f"test, network of step {best_step}"
-    scores = evaluate(eval_step, parallel.replicate(best_variables), next(passes(data.test, config)), title, stop.check)
-    writer.write(total_steps, "test", {**scores.summary(), "best_step": best_step})
+    title, replicated = f"test, network of step {best_step}", parallel.replicate(best_variables)
+    scores, _ = evaluate(task, eval_step, replicated, next(passes(data.test, config, task)), title, stop.check)
+    writer.write(total_steps, "test", {**scores, "best_step": best_step})
     writer.close()
     if parallel.is_first():
-        plots.save_curves(read_metrics(workdir), workdir / "curves.png")
+        plots.save_curves(read_metrics(workdir), workdir / "curves.png", task.drawn, task.axis)
         save_panel(config, nets, best_variables, data.test, workdir / "panel.png")
     log.info("Done. %s holds the best network, curves.png and panel.png.", workdir)
 
@@ -240,7 +245,6 @@ def save_if_best(
     config: ConfigDict,
     nets: roles.Networks,
     variables: dict,
-    class_names: tuple[str, ...],
     step: int,
     score: float,
 ) -> None:
@@ -256,8 +260,8 @@ def save_if_best(
         TrainedModel(
             nets.product,
             variables,
-            class_names if config.stage != "sr" else (),
-            low_resolution=config.dataset.low_resolution if nets.reads_low else 0,
+            nets.outputs,
+            low_resolution=config.dataset.low_resolution if nets.view == "low" else 0,
             crop=config.dataset.eval_crop,
             provenance=provenance,
         ),
@@ -282,5 +286,10 @@ def main(_: list[str]) -> None:
             stop.check()
 
 
-if __name__ == "__main__":
+def program() -> None:
+    """The command `vimd-train`."""
     run(main)
+
+
+if __name__ == "__main__":
+    program()

@@ -17,17 +17,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from flax import linen as nn
 from flax.traverse_util import unflatten_dict
 
-from vimd_jax.checkpoints.adapt import MODES, fit
+from vimd_jax.checkpoints.adapt import MODES, adapted_leaves
 from vimd_jax.checkpoints.format import save_model
+from vimd_jax.errors import printable
 from vimd_jax.models import create_model, describe, list_models
-from vimd_jax.models.network import parse_option, variable_shapes
+from vimd_jax.models.network import Network, parse_option, variable_shapes
+from weight_convert.hub import resolve
 from weight_convert.load import as_trained_model, assumptions, model_for, provenance_of
 from weight_convert.mapping import Entry, fill, flat_state_dict, plan, step_counters, unwrapped
-from weight_convert.safe_pickle import printable
-from weight_convert.tables import halves, name_in_table
+from weight_convert.tables import name_in_table, tensors_by_part
 from weight_convert.torch_file import load_torch_checkpoint
 
 
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _convert(flags)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error, None)}", file=sys.stderr)
         return 1
     return 0
 
@@ -53,10 +53,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", required=True, help="the architecture of the checkpoint, one of those below")
-    parser.add_argument("--checkpoint", required=True, type=Path, help=".pth, .pth.tar or .safetensors")
-    parser.add_argument(
-        "--sr_checkpoint", type=Path, help="srvm_* only: its other half; --checkpoint is the classifier"
-    )
+    parser.add_argument("--checkpoint", required=True, help=".pth, .pth.tar or .safetensors, or its name (see hub.py)")
+    parser.add_argument("--sr_checkpoint", help="srvm_* only: the SR network; --checkpoint is the classifier")
     parser.add_argument("--output", type=Path, help="directory to write; must not exist")
     parser.add_argument("--num_classes", type=int, help="as in the checkpoint by default; otherwise the head is new")
     parser.add_argument("--image_size", type=_size, help="pixels, S or HEIGHTxWIDTH; resizes the position embedding")
@@ -85,15 +83,21 @@ def _convert(flags: argparse.Namespace) -> None:
     if flags.model not in list_models():
         close = difflib.get_close_matches(flags.model, list_models(), n=3) or ["one that --help lists"]
         raise ValueError(f"--model: there is no network {flags.model!r}, did you mean {' or '.join(close)}?")
-    state_dict = _load(flags)
+    flags.checkpoint = resolve(flags.checkpoint, flags.model)
+    flags.sr_checkpoint = flags.sr_checkpoint and resolve(flags.sr_checkpoint)
     given = {"image_size": flags.image_size, "num_classes": flags.num_classes}
     options = dict(flags.option) | {name: value for name, value in given.items() if value is not None}
+    state_dict = _load(flags, create_model(flags.model, **options))
     model = model_for(state_dict, flags.model, options)
     entries = plan(model)
     state_dict, prefixes = unwrapped(state_dict, model, {entry.source for entry in entries})
     leaves = fill(state_dict, model, flexible=True, source=str(flags.checkpoint))
-    grid = _source_grid(flags, model)
-    leaves, changes = fit(leaves, model, grid=grid, mode=flags.position_mode, source=str(flags.checkpoint))
+    if "num_classes" not in options and leaves.keys() != variable_shapes(model).keys():
+        raise ValueError(f"{flags.checkpoint} has no head: --num_classes N starts one anew")
+    origin = _network_at(flags.source_size, model, flags.model)
+    leaves, changes = adapted_leaves(
+        leaves, model, origin=origin, mode=flags.position_mode, source=str(flags.checkpoint)
+    )
     notes = [f"names are read without their prefix {printable(prefix)}" for prefix in prefixes]
     notes += [": ".join(change) for change in changes]
     assumed = assumptions(model, options)
@@ -105,7 +109,7 @@ def _convert(flags: argparse.Namespace) -> None:
 
     _print_table(entries, model)
     print(f"{len(state_dict)} tensors read, each used once ({len(counters)} batch counters only noted)")
-    for note in notes + [f"assumed, as the file does not tell: {note}" for note in assumed]:
+    for note in notes + [f"assumed (not recorded in the file): {note}" for note in assumed]:
         print(note)
     print(f"{parameters:,} parameters")
     if flags.dry_run:
@@ -122,29 +126,29 @@ def _convert(flags: argparse.Namespace) -> None:
     print(f"written to {flags.output}, checksum {save_model(flags.output, trained)}")
 
 
-def _load(flags: argparse.Namespace) -> dict[str, np.ndarray]:
-    """The state dict, for SRVM-Net with both halves under their names."""
+def _load(flags: argparse.Namespace, model: Network) -> dict[str, np.ndarray]:
+    """The state dict, for SRVM-Net with the tensors of both parts under their names."""
     state_dict = load_torch_checkpoint(flags.checkpoint, key=flags.key)
-    half = flags.model.startswith("srvm") and "" in halves(state_dict)
-    if flags.sr_checkpoint and not half:
+    is_classifier_alone = "classifier" in model.parts and "" in tensors_by_part(state_dict, model.parts)
+    if flags.sr_checkpoint and not is_classifier_alone:
         raise ValueError(
-            f"--sr_checkpoint {flags.sr_checkpoint} is not needed: it is the other half of an srvm_* model whose "
-            "--checkpoint is the classifier alone"
+            f"--sr_checkpoint {flags.sr_checkpoint} is not needed: it is for an srvm_* model whose --checkpoint is the "
+            "classifier alone"
         )
-    if not half:
+    if not is_classifier_alone:
         return state_dict
     sr = {"sr": load_torch_checkpoint(flags.sr_checkpoint)} if flags.sr_checkpoint else {}
     return flat_state_dict({"classifier": state_dict} | sr)
 
 
-def _source_grid(flags: argparse.Namespace, model: nn.Module) -> tuple[int, int] | None:
-    if flags.source_size is None:
+def _network_at(size: int | tuple[int, int] | None, model: Network, architecture: str) -> Network | None:
+    """The network as it was for images of a size; None if no size is given."""
+    if size is None:
         return None
-    trained = create_model(flags.model, **describe(model)["options"] | {"image_size": flags.source_size})
-    return getattr(trained, "classifier", trained).grid
+    return create_model(architecture, **describe(model)["options"] | {"image_size": size})
 
 
-def _print_table(entries: list[Entry], model: nn.Module) -> None:
+def _print_table(entries: list[Entry], model: Network) -> None:
     """One row for each variable: the PyTorch names that fill it, its path and its shape."""
     shapes = variable_shapes(model)
     sources: dict[str, list[str]] = {}

@@ -7,7 +7,6 @@ In PyTorch: `model.load_state_dict(safetensors.torch.load_file("X.safetensors"))
 
 import argparse
 import io
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,8 @@ import numpy as np
 from safetensors.numpy import save
 
 from vimd_jax.checkpoints.format import read_model
+from vimd_jax.errors import printable
+from vimd_jax.files import replace_file
 from weight_convert.mapping import export_state_dict
 
 
@@ -24,14 +25,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m weight_convert.export", description=__doc__.split("\n")[0])
     parser.add_argument("--checkpoint", required=True, type=Path, help="workdir of a run, or converted checkpoint")
     parser.add_argument("--output", required=True, type=Path, help=".safetensors file to write")
-    parser.add_argument("--part", choices=("sr", "classifier"), help="srvm_* only: this half, under its own names")
+    parser.add_argument(
+        "--part", help="of a network of several: this one alone, under its own names, e.g. classifier of srvm_*"
+    )
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal lacks must not end an export
     flags = parser.parse_args(arguments)
     try:
         _export(flags.checkpoint, flags.output, flags.part)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error, None)}", file=sys.stderr)
         return 1
     return 0
 
@@ -42,23 +45,17 @@ def _export(checkpoint: Path, output: Path, part: str | None) -> None:
     if output.exists():
         raise ValueError(f"--output {output} exists: name another file or remove it")
     trained = read_model(checkpoint)
+    if part is not None and part not in trained.model.parts:
+        kind, parts = type(trained.model).__name__, ", ".join(trained.model.parts) or "none"
+        raise ValueError(f"--part {part}: {checkpoint} holds a {kind}, which has no such part (it has: {parts})")
     counters = trained.provenance.get("num_batches_tracked", {})
     tensors = export_state_dict(trained.variables, trained.model) | {
         name: np.array(count) for name, count in counters.items()
     }
     if part is not None:
         tensors = {name.removeprefix(f"{part}."): x for name, x in tensors.items() if name.startswith(f"{part}.")}
-        if not tensors:
-            raise ValueError(
-                f"--part {part}: {checkpoint} holds a {type(trained.model).__name__}, which has no such part"
-            )
     output.parent.mkdir(parents=True, exist_ok=True)
-    scratch = output.with_name(f".{output.name}.{os.getpid()}")
-    try:
-        scratch.write_bytes(save(tensors, metadata={"format": "pt"}))
-        scratch.replace(output)
-    finally:
-        scratch.unlink(missing_ok=True)
+    replace_file(output, save(tensors, metadata={"format": "pt"}))
     print(f"{len(tensors)} tensors written to {output}")
 
 

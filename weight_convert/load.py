@@ -8,16 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flax import linen as nn
 from flax.traverse_util import unflatten_dict
 
 from vimd_jax.checkpoints.trained_model import TrainedModel
-from vimd_jax.models import create_model
-from vimd_jax.models.network import square, variable_shapes
-from vimd_jax.models.srresnet import SRResNet
-from vimd_jax.models.srvm import SRVM
-from weight_convert.mapping import fill
-from weight_convert.tables import halves
+from vimd_jax.models import create_model, describe
+from vimd_jax.models.network import Network, options_of, square, variable_shapes
+from weight_convert.mapping import fill, tensors_for
 from weight_convert.torch_file import load_torch_checkpoint
 
 log = logging.getLogger(__name__)
@@ -34,18 +30,22 @@ def load_torch_model(path: Path, architecture: str, options: dict[str, Any], key
     state_dict = load_torch_checkpoint(path, key=key)
     model = model_for(state_dict, architecture, options)
     variables = unflatten_dict(fill(state_dict, model, source=str(path)), sep="/")
-    for assumed in assumptions(model, options):
-        log.info("%s: assumed, as the file does not tell: %s", path, assumed)
-    return as_trained_model(model, options, variables, provenance_of([path], key))
+    assumed = assumptions(model, options)
+    for note in assumed:
+        log.info("%s: assumed (not recorded in the file): %s", path, note)
+    return as_trained_model(model, options, variables, provenance_of([path], key) | {"assumed": assumed})
 
 
 def as_trained_model(
-    model: nn.Module, options: dict[str, Any], variables: dict[str, Any], provenance: dict[str, Any]
+    model: Network, options: dict[str, Any], variables: dict[str, Any], provenance: dict[str, Any]
 ) -> TrainedModel:
-    """With numbered classes, and for a student the low resolution of the images that it enlarges, by `scale`."""
-    low = square(model.classifier.image_size)[0] // options.get("scale", 4) if isinstance(model, SRVM) else 0
-    count = getattr(getattr(model, "classifier", model), "num_classes", 0)
-    return TrainedModel(model, variables, tuple(f"class {i}" for i in range(count)), low, provenance=provenance)
+    """With numbered classes, and for a student the low resolution of the images that it enlarges."""
+    names = tuple(f"class {i}" for i in range(model.num_classes))
+    low_resolution = 0
+    if model.image_size and "scale" in model.option_types({}):
+        height, width = (side // options.get("scale", 4) for side in square(model.image_size))
+        low_resolution = height if height == width else (height, width)
+    return TrainedModel(model, variables, names, low_resolution, provenance=provenance)
 
 
 def provenance_of(files: list[Path], key: str | None) -> dict[str, Any]:
@@ -58,19 +58,16 @@ def provenance_of(files: list[Path], key: str | None) -> dict[str, Any]:
 
 
 def torch_variables(
-    path: Path, model: nn.Module, flexible: bool = False, *, key: str | None = None
+    path: Path, model: Network, flexible: bool = False, *, key: str | None = None
 ) -> dict[str, np.ndarray]:
-    """Path → array of every variable of `model` from a PyTorch file, or from its part of an SRVM-Net's file.
+    """Path → array of every variable of `model` from a PyTorch file of it, or of a composite that has such a part.
 
-    If `flexible`, the leaves of `adapt.FLEXIBLE` keep the shape they come with.
+    If `flexible`, the head and the positions keep the shapes they come with, see `fill`.
     """
-    state_dict = load_torch_checkpoint(path, key=key)
-    if not isinstance(model, SRVM) and (parts := halves(state_dict)).keys() != {""}:
-        state_dict = parts.get("sr" if isinstance(model, SRResNet) else "classifier", {}) | parts.get("", {})
-    return fill(state_dict, model, flexible, str(path))
+    return fill(tensors_for(load_torch_checkpoint(path, key=key), model, str(path)), model, flexible, str(path))
 
 
-def model_for(state_dict: dict[str, Any], architecture: str, options: dict[str, Any]) -> nn.Module:
+def model_for(state_dict: dict[str, Any], architecture: str, options: dict[str, Any]) -> Network:
     """The network of that name and options, with as many classes as the head has where the options do not say.
 
     Raises:
@@ -78,8 +75,7 @@ def model_for(state_dict: dict[str, Any], architecture: str, options: dict[str, 
     """
     model = create_model(architecture, **options)
     head = next((x for name, x in state_dict.items() if f".{name}".endswith(".head.weight") and x.ndim), None)
-    counts = hasattr(getattr(model, "classifier", model), "num_classes")
-    if head is not None and counts and "num_classes" not in options:
+    if head is not None and model.num_classes and "num_classes" not in options:
         model = create_model(architecture, **options | {"num_classes": head.shape[0]})
     try:
         numbers = sum(math.prod(leaf.shape) for leaf in variable_shapes(model).values())
@@ -90,15 +86,26 @@ def model_for(state_dict: dict[str, Any], architecture: str, options: dict[str, 
     return model
 
 
-def assumptions(model: nn.Module, options: dict[str, Any]) -> list[str]:
-    """What no PyTorch file of such a network tells, and `options` do not say."""
-    has = {name: getattr(getattr(model, "classifier", model), name, None) for name in ("class_token", "merge")}
-    told = ("double", None)  # class tokens that have other tensors
-    return [
-        f"{name} is {has[name]!r} (--option {name}=...)"
-        for name in sorted(has.keys() - options)
-        if has[name] not in told
-    ]
+# Options that decide what a network computes, and not which tensors it has.
+_UNRECORDED = ("class_token", "directions", "input_normalization", "merge", "pool", "routing", "vertical_reverse")
+
+
+def assumptions(model: Network, options: dict[str, Any]) -> list[str]:
+    """The values taken for options that no PyTorch file of such a network records, unless they are among `options`."""
+    if model.parts:
+        return [note for inner in model.parts.values() for note in assumptions(inner, options)]
+    values = {
+        name: getattr(model, name) for name in _UNRECORDED if name in options_of(type(model)).keys() - options.keys()
+    }
+    recorded = {
+        "class_token": model.class_token in ("double", None),  # which have tensors of their own
+        "directions": values.get("directions") is None,  # all, with a weight each
+        "pool": model.class_token is not None,  # not read then
+    }
+    notes = {name: f"is {value!r}" for name, value in values.items() if not recorded.get(name)}
+    if "directions" in notes:
+        notes["directions"] = f"are those of {describe(model)['architecture']}"
+    return [f"{name} {note} (--option {name}=...)" for name, note in notes.items()]
 
 
 def file_sha256(path: Path) -> str:

@@ -4,24 +4,30 @@ Every difference of layout between the two frameworks is a transposition or a di
 PyTorch numbers may be stacked on leading axes.
 """
 
-import contextlib
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from vimd_jax.checkpoints.adapt import ADAPTABLE, differs_as_fit_can
-from vimd_jax.models import create_model, describe
-from vimd_jax.models.network import variable_shapes
-from vimd_jax.models.srvm import SRVM
-from weight_convert.safe_pickle import printable
-from weight_convert.tables import Rule, computed_tensors, halves, name_in_table, table, told_options
+from vimd_jax.checkpoints.adapt import HEAD, adaptable
+from vimd_jax.errors import printable
+from vimd_jax.models import create_model, describe, list_models
+from vimd_jax.models.network import Network, variable_shapes
+from weight_convert.tables import (
+    RELEASES,
+    Rule,
+    as_recorded,
+    computed_tensors,
+    name_in_table,
+    recorded_options,
+    table,
+    tensors_by_part,
+)
 
 log = logging.getLogger(__name__)
 
@@ -36,19 +42,24 @@ class Entry(NamedTuple):
     axes: tuple[int, ...] | None
 
 
-def plan(model: nn.Module) -> list[Entry]:
+def plan(model: Network) -> list[Entry]:
     """Every PyTorch tensor that `model` needs, with its place among the variables.
 
     Raises:
       ValueError: no table describes this kind of model, or the table leaves one of its variables without a source.
     """
     shapes = {path: leaf.shape for path, leaf in variable_shapes(model).items()}
-    entries = [entry for rule in table(model) for entry in _expand(rule, shapes)]
+    entries = expand(table(model), shapes)
     if uncovered := sorted(set(shapes) - {entry.target for entry in entries}):
         raise ValueError(
             f"no PyTorch name is known for {_listed(uncovered)} of {type(model).__name__}, with the options it has"
         )
     return entries
+
+
+def expand(rules: Iterable[Rule], shapes: dict[str, tuple[int, ...]]) -> list[Entry]:
+    """The entries of table rows for variables of these shapes, by path."""
+    return [entry for rule in rules for entry in _expand(rule, shapes)]
 
 
 def _expand(rule: Rule, shapes: dict[str, tuple[int, ...]]) -> Iterator[Entry]:
@@ -84,12 +95,12 @@ def step_counters(entries: list[Entry]) -> list[str]:
     return [e.source.removesuffix(ending) + "num_batches_tracked" for e in entries if e.source.endswith(ending)]
 
 
-def convert_state_dict(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+def convert_state_dict(state_dict: dict[str, Any], model: Network) -> dict[str, Any]:
     """PyTorch weights as the variables of `model`, strictly: every tensor is used once, every variable is filled once.
 
     Args:
-      state_dict: PyTorch name → array, of the original classes (`VisionMamba`, `SRResNet`). For SRVM-Net the two
-        halves: `{"sr": {...}, "classifier": {...}}`, or one flat dict with these prefixes. Names may have a prefix in
+      state_dict: PyTorch name → array, of the original classes (`VisionMamba`, `SRResNet`). For SRVM-Net its
+        parts: `{"sr": {...}, "classifier": {...}}`, or one flat dict with these prefixes. Names may have a prefix in
         common, as wrappers of PyTorch leave it, or be older ones. `num_batches_tracked` is ignored, rotary tables are
         compared with ours.
       model: a network of vimd_jax.models; its options decide the expected names and shapes.
@@ -110,28 +121,23 @@ def flat_state_dict(state_dict: dict[str, Any]) -> dict[str, Any]:
     return flatten_dict(state_dict, sep=".")
 
 
-def unwrapped(state_dict: dict[str, Any], model: nn.Module, sources: set[str]) -> tuple[dict[str, Any], list[str]]:
+def unwrapped(state_dict: dict[str, Any], model: Network, sources: set[str]) -> tuple[dict[str, Any], list[str]]:
     """The tensors without the prefix that wrappers put before the network's names, and the prefixes left out.
 
-    Such are `module.` (DataParallel, averages of weights), `_orig_mod.` (compile) and `model.` (Lightning); of an
-    SRVM-Net each half may have its own. `sources` are the names in the table of the model.
+    Such are `module.` (DataParallel, averages of weights), `_orig_mod.` (compile) and `model.` (Lightning); each part
+    of a composite may have its own. `sources` are the names in the table of the model.
     """
-    if isinstance(model, SRVM):
+    if model.parts:
         joined, left_out = {}, []
-        parts = halves(state_dict)
+        parts = tensors_by_part(state_dict, model.parts)
         rest = parts.pop("", {})
         for part, tensors in parts.items():
             own = {name.removeprefix(f"{part}.") for name in sources if name.startswith(f"{part}.")}
-            tensors, prefixes = unwrapped(tensors, getattr(model, part), own)
+            tensors, prefixes = unwrapped(tensors, model.parts[part], own)
             joined |= {f"{part}.{name}": tensor for name, tensor in tensors.items()}
             left_out += prefixes
         return joined | rest, left_out
-    prefixes = Counter()
-    for name in state_dict:
-        pieces = name.split(".", 4)
-        ends = [".".join(pieces[start:]) for start in range(len(pieces))]
-        prefixes.update(name.removesuffix(end) for end in ends if name_in_table(end, model) in sources)
-    prefix = max(prefixes, key=prefixes.get, default="")
+    prefix = next(iter(_prefixes(state_dict, model, sources)), "")
     if not prefix:
         return state_dict, []
     short = {name: name.removeprefix(prefix) for name in state_dict}
@@ -139,23 +145,52 @@ def unwrapped(state_dict: dict[str, Any], model: nn.Module, sources: set[str]) -
     return {short[name] if taken[short[name]] == 1 else name: x for name, x in state_dict.items()}, [prefix]
 
 
+def _prefixes(state_dict: dict[str, Any], model: Network, sources: set[str]) -> list[str]:
+    """The prefixes behind which most names are in the table of the model; more than one if as many are behind each."""
+    prefixes = Counter()
+    for name in state_dict:
+        pieces = name.split(".", 4)
+        ends = [".".join(pieces[start:]) for start in range(len(pieces))]
+        prefixes.update(name.removesuffix(end) for end in ends if name_in_table(end, model) in sources)
+    return [prefix for prefix, count in prefixes.items() if count == max(prefixes.values())]
+
+
+def tensors_for(state_dict: dict[str, Any], model: Network, source: str) -> dict[str, Any]:
+    """The tensors of a network's own file, or those of such a part in the file of a composite.
+
+    Raises:
+      ValueError: the file has several such parts.
+    """
+    if model.parts:
+        return state_dict
+    prefixes = _prefixes(state_dict, model, {entry.source for entry in plan(model)})
+    if len(prefixes) > 1:
+        raise ValueError(f"{source} holds more than one {type(model).__name__}, named {_listed(prefixes)}")
+    prefix = next(iter(prefixes), "")
+    return {name: tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
+
+
 def fill(
-    state_dict: dict[str, Any], model: nn.Module, flexible: bool = False, source: str = "the state dict"
+    state_dict: dict[str, Any], model: Network, flexible: bool = False, source: str = "the state dict"
 ) -> dict[str, np.ndarray]:
     """`convert_state_dict` to path → array; if `flexible`, classes and positions may be as many as they are.
 
-    Errors name the `source`.
+    Then the head may also be missing, or be there though the model has none. Errors name the `source`.
     """
     entries = plan(model)
     state_dict, prefixes = unwrapped(flat_state_dict(state_dict), model, {entry.source for entry in entries})
     if prefixes:
         log.info("%s: names without their prefix %s", source, ", ".join(map(printable, prefixes)))
-    state_dict = _as_in_table(state_dict, entries, model)
+    original, state_dict = state_dict, _as_in_table(state_dict, entries, model)
     if problems := _differences(state_dict, entries, model, flexible):
-        raise ValueError(f"{source}: the weights do not fit {type(model).__name__}: {'; '.join(problems)}")
+        raise ValueError(
+            f"{source}: the weights do not fit {type(model).__name__}: {_in_words(problems, original, model)}"
+        )
     shapes = variable_shapes(model)
     leaves: dict[str, np.ndarray] = {}
     for entry in entries:
+        if entry.source not in state_dict:
+            continue  # a head
         tensor = np.asarray(state_dict[entry.source])
         stacked, own = np.split(shapes[entry.target].shape, [len(entry.index)])
         tensor = tensor if entry.axes is None else tensor.transpose(entry.axes)
@@ -166,7 +201,7 @@ def fill(
     return leaves
 
 
-def _as_in_table(state_dict: dict[str, Any], entries: list[Entry], model: nn.Module) -> dict[str, np.ndarray]:
+def _as_in_table(state_dict: dict[str, Any], entries: list[Entry], model: Network) -> dict[str, np.ndarray]:
     """The tensors under the names of the table; those of linear layers that came as 1×1 convolutions in its shapes."""
     shapes, renamed = {entry.source: entry.shape for entry in entries}, {}
     for name, tensor in state_dict.items():
@@ -188,19 +223,23 @@ def _equivalent_shapes(shape: tuple[int, ...], renamed: bool) -> list[tuple[int,
 
 
 def _differences(
-    state_dict: dict[str, np.ndarray], entries: list[Entry], model: nn.Module, flexible: bool
-) -> list[str]:
-    """What keeps the weights from fitting, each kind in a few words, and what may help; nothing if they do."""
+    state_dict: dict[str, np.ndarray], entries: list[Entry], model: Network, flexible: bool
+) -> dict[str, list[str]]:
+    """By kind, what keeps the weights from fitting; nothing if they do."""
     expected, tables = {entry.source for entry in entries}, computed_tensors(model)
     found = [(entry, state_dict[entry.source]) for entry in entries if entry.source in state_dict]
     rows = {name.removesuffix("weight"): tensor.shape[:1] for name, tensor in state_dict.items()}
-    differences = {
-        "missing": sorted(expected - set(state_dict)),
-        "unexpected": sorted(set(state_dict) - expected - {*step_counters(entries), *tables, "n_averaged"}),
+    heads = {rule.source for rule in table(model) if rule.target.endswith(HEAD)} if flexible else set()
+    no_head = expected & heads if heads.isdisjoint(state_dict) else set()
+    problems = {
+        "missing": sorted(expected - set(state_dict) - no_head),
+        "unexpected": sorted(
+            set(state_dict) - expected - {*step_counters(entries), *tables, "n_averaged"} - (heads - expected)
+        ),
         "wrong shape": [
             f"{entry.source} is {tensor.shape}, expected {entry.shape}"
             for entry, tensor in found
-            if tensor.shape != entry.shape and not (flexible and _differs_flexibly(entry, tensor.shape))
+            if tensor.shape != entry.shape and not (flexible and _differs_adaptably(entry, tensor.shape))
         ],
         "not as many classes as rows of head.weight": [
             f"{entry.source} is {tensor.shape}"
@@ -218,40 +257,91 @@ def _differences(
             name for name in tables if name in state_dict and not _same_table(state_dict[name], tables[name], flexible)
         ],
     }
-    hints = _hints(state_dict, expected, differences["missing"], model) if any(list(differences.values())[:3]) else []
-    most = 3 if hints else 20
-    return [f"{what} ({len(names)}): {_listed(names, most)}" for what, names in differences.items() if names] + hints
+    return {kind: names for kind, names in problems.items() if names}
 
 
-def _differs_flexibly(entry: Entry, shape: tuple[int, ...]) -> bool:
+def _differs_adaptably(entry: Entry, shape: tuple[int, ...]) -> bool:
     if len(shape) != len(entry.shape):
         return False
     axes = entry.axes or range(len(shape))
-    return differs_as_fit_can(entry.target, tuple(shape[i] for i in axes), tuple(entry.shape[i] for i in axes))
+    return adaptable(entry.target, tuple(shape[i] for i in axes), tuple(entry.shape[i] for i in axes))
 
 
-def _hints(state_dict: dict[str, np.ndarray], known: set[str], missing: list[str], model: nn.Module) -> list[str]:
-    """What would fit rather, as far as the names and shapes of the file tell."""
-    if isinstance(model, SRVM) and missing and all(name.startswith("sr.") for name in missing):
+def _in_words(problems: dict[str, list[str]], state_dict: dict[str, np.ndarray], model: Network) -> str:
+    """The problems, each in a few words, and a hint at what would fit."""
+    of_names_or_shapes = problems.keys() & {"missing", "unexpected", "wrong shape"}
+    hints = _hints(state_dict, problems.get("missing", []), model) if of_names_or_shapes else []
+    most = 3 if hints else 20
+    return "; ".join([f"{kind} ({len(names)}): {_listed(names, most)}" for kind, names in problems.items()] + hints)
+
+
+def _hints(state_dict: dict[str, np.ndarray], missing: list[str], model: Network) -> list[str]:
+    """The architecture whose tensors these are, or else its kind, or options of `model` that they imply."""
+    if missing and all(name.startswith("sr.") for name in missing):
         return ["this is the classifier alone: give the SR network's file too (convert: --sr_checkpoint FILE)"]
-    if not any(name in known for name in state_dict):
-        return [f"no tensor has a name of {type(model).__name__}, so this is another network (convert: --model)"]
-    told = told_options({name: tensor.shape for name, tensor in state_dict.items()}, model)
-    if not told:
-        return []
-    with contextlib.suppress(ValueError, TypeError):  # a file may tell what does not fit together; SRVM has no options
-        fitting = describe(model.clone(**told))
-        registered = describe(create_model(fitting["architecture"]))
-        if all(fitting["options"][name] == value or name in ADAPTABLE for name, value in registered["options"].items()):
-            return [f"its tensors are those of {fitting['architecture']}"]
-    options = ", ".join(f"{option}={value!r}".replace(" ", "") for option, value in told.items())
-    return [f"its tensors tell other options: {options} (convert: --option NAME=VALUE)"]
+    if model.parts:
+        parts = tensors_by_part(state_dict, model.parts)
+        hints = [(part, hint) for part in parts if part for hint in _hints(parts[part], [], model.parts[part])]
+        return [f"{part}: {hint.partition(' (convert')[0]}" for part, hint in hints]
+    candidates = [network for network in map(create_model, list_models()) if _has_names_of(network, state_dict)]
+    if names := [describe(network)["architecture"] for network in candidates if _has_tensors_of(network, state_dict)]:
+        return [f"its tensors are those of {' or '.join(names)}{_release(names[0])} (convert: --model)"]
+    kind = min(candidates, key=lambda network: len(table(network)), default=model)
+    if type(kind) is not type(model) and not _has_names_of(model, state_dict):
+        names = [name for name in list_models() if type(create_model(name)) is type(kind)]
+        return [f"its tensors have the names of {', '.join(names)}{_release(names[0])} (convert: --model)"]
+    if not any(_pattern(name_in_table(name, model)) in _patterns(model) for name in state_dict):
+        return [f"no tensor has a name of {type(model).__name__}, so it holds a different network (convert: --model)"]
+    recorded = recorded_options(_shapes(state_dict, model), type(model))
+    implied = {name: value for name, value in recorded.items() if value not in (as_recorded(model, name), "fixed")}
+    options = ", ".join(f"{option}={value!r}".replace(" ", "") for option, value in implied.items())
+    return [f"its tensors imply other options: {options} (convert: --option NAME=VALUE)"] if options else []
+
+
+def _has_tensors_of(model: Network, state_dict: dict[str, np.ndarray]) -> bool:
+    """Whether the tensors are those of a network whose names they have, but for classes and positions."""
+    recorded = recorded_options(_shapes(state_dict, model), type(model))
+    if any(as_recorded(model, option) != value for option, value in recorded.items()):
+        return False  # saves the table
+    entries = plan(model)
+    return not _differences(_as_in_table(state_dict, entries, model), entries, model, flexible=True)
+
+
+def _has_names_of(model: Network, state_dict: dict[str, Any]) -> bool:
+    """Whether every tensor has a name of the network's table, whatever the numbers in it."""
+    return (
+        bool(state_dict)
+        and not model.parts
+        and all(_pattern(name_in_table(name, model)) in _patterns(model) for name in state_dict)
+    )
+
+
+def _patterns(model: Network) -> set[str]:
+    names = [re.sub(r"{[^}]+}", "0", rule.source) for rule in table(model)]
+    counters = [re.sub(r"running_mean$", "num_batches_tracked", name) for name in names]
+    return {_pattern(name) for name in (*names, *counters, *computed_tensors(model))}
+
+
+def _pattern(name: str) -> str:
+    """A name in which one number stands for all."""
+    return re.sub(r"\d+", "0", name)
+
+
+def _shapes(state_dict: dict[str, np.ndarray], model: Network) -> dict[str, tuple[int, ...]]:
+    return {name_in_table(name, model): tensor.shape for name, tensor in state_dict.items()}
+
+
+def _release(architecture: str) -> str:
+    kind = type(create_model(architecture)).__name__
+    return f", of {RELEASES[kind]}" if kind in RELEASES else ""
 
 
 def _same_table(table: Any, expected: np.ndarray, other_grid: bool) -> bool:
+    """Whether a rotary table is ours, as exactly as its numbers can say."""
     if table.shape != expected.shape:
         return other_grid
-    return np.allclose(np.asarray(table, np.float32), expected, atol=1e-3)
+    exact = jnp.finfo(table.dtype).eps if jnp.issubdtype(table.dtype, jnp.floating) else 0
+    return np.allclose(np.asarray(table, np.float32), expected, atol=max(1e-3, float(exact)))
 
 
 def _listed(names: list[str], most: int = 20) -> str:
@@ -259,7 +349,7 @@ def _listed(names: list[str], most: int = 20) -> str:
     return shown + (f", ... and {len(names) - most} more" if len(names) > most else "")
 
 
-def export_state_dict(variables: dict[str, Any], model: nn.Module) -> dict[str, np.ndarray]:
+def export_state_dict(variables: dict[str, Any], model: Network) -> dict[str, np.ndarray]:
     """The variables under PyTorch's names and layouts: the inverse of `convert_state_dict`.
 
     Args:

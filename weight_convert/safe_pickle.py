@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from vimd_jax.errors import PickleError
+from vimd_jax.errors import PickleError, printable
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Constructor:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Inert:
-    """What stands for an object that is not read; calls, arguments, items and attributes leave no trace on it."""
+    """A stand-in for an object that is not read; calls, arguments, items and attributes leave no trace on it."""
 
     module: str
     attribute: str
@@ -47,13 +47,6 @@ _COMMANDS = {"os", "posix", "nt", "sys", "subprocess", "pty", "shutil", "socket"
 _COMMANDS |= {
     f"{builtins} {name}" for builtins in _BUILTINS for name in ("eval", "exec", "compile", "open", "__import__")
 }
-
-
-def printable(text: Any, most: int = 200) -> str:
-    """Text from a file, fit for a message: escaped as `repr` does where it could act on a terminal, and cut."""
-    text = str(text)
-    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:most])
-    return shown + "..." * (len(text) > most)
 
 
 def interpret(pickle: bytes, names: dict[str, Any], persistent: Callable[[Any], Any]) -> Any:
@@ -157,7 +150,7 @@ def _look_up(names: dict[str, Any], module: str, attribute: str) -> Any:
 
 
 def construct(constructor: Any, arguments: Any) -> Any:
-    """What a call of `constructor` gives."""
+    """The result of a call of `constructor`."""
     if isinstance(constructor, Inert):
         return constructor
     if not isinstance(constructor, Constructor) or type(arguments) is not tuple or len(arguments) > _MAX_ARGUMENTS:

@@ -7,15 +7,15 @@ have, by its options, are skipped.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import numpy as np
-from flax import linen as nn
 
 from vimd_jax.models.efficient_vmamba import SCANNING_STAGES, EfficientVMamba
+from vimd_jax.models.heads import POOL_SCALES
+from vimd_jax.models.network import Network, options_of
 from vimd_jax.models.positions import rotary_angles
-from vimd_jax.models.srvm import SRVM
 
 
 class Rule(NamedTuple):
@@ -39,6 +39,7 @@ _LINEAR = (1, 0)  # (out, in) -> (in, out)
 _LINEARS = (0, 2, 1)  # (directions, out, in) -> (directions, in, out)
 _CONV1D = (2, 1, 0)  # (out, in, width) -> (width, in, out)
 _CONV2D = (2, 3, 1, 0)  # (out, in, height, width) -> (height, width, in, out)
+_DECONV2D = (2, 3, 0, 1)  # (in, out, height, width) -> (height, width, in, out)
 
 _MIXER = "layers.{i}.mixer"
 _STACKED_MIXER = "params/layers/mixer"
@@ -58,6 +59,24 @@ def _direction(name: str, a_log: str, suffix: str) -> tuple[Rule, ...]:
     )
 
 
+def _layer_norm(source: str, target: str) -> tuple[Rule, ...]:
+    return Rule(f"{source}.weight", f"params/{target}/scale"), Rule(f"{source}.bias", f"params/{target}/bias")
+
+
+def _batch_norm(source: str, target: str) -> tuple[Rule, ...]:
+    return (
+        Rule(f"{source}.weight", f"params/{target}/scale"),
+        Rule(f"{source}.bias", f"params/{target}/bias"),
+        Rule(f"{source}.running_mean", f"batch_stats/{target}/mean"),
+        Rule(f"{source}.running_var", f"batch_stats/{target}/var"),
+    )
+
+
+def _conv(source: str, target: str) -> tuple[Rule, ...]:
+    """The rows of a convolution with bias."""
+    return Rule(f"{source}.weight", f"params/{target}/kernel", _CONV2D), Rule(f"{source}.bias", f"params/{target}/bias")
+
+
 _ISOTROPIC = (
     Rule("patch_embed.proj.weight", "params/patch_embed/kernel", _CONV2D),
     Rule("patch_embed.proj.bias", "params/patch_embed/bias"),
@@ -65,20 +84,27 @@ _ISOTROPIC = (
     Rule("cls_token_head", "params/class_token_head"),
     Rule("cls_token_tail", "params/class_token_tail"),
     Rule("pos_embed", "params/position_embedding"),
-    Rule("layers.{i}.norm.weight", "params/layers/norm/scale"),
+    *_layer_norm("layers.{i}.norm", "layers/norm"),
     Rule(f"{_MIXER}.in_proj.weight", f"{_STACKED_MIXER}/in_proj/kernel", _LINEAR),
     Rule(f"{_MIXER}.out_proj.weight", f"{_STACKED_MIXER}/out_proj/kernel", _LINEAR),
-    Rule("norm_f.weight", "params/norm/scale"),
+    *_layer_norm("norm_f", "norm"),
     Rule("head.weight", "params/head/kernel", _LINEAR),
     Rule("head.bias", "params/head/bias"),
 )
 
-VIM = (*_ISOTROPIC, *_direction("forward", "A_log", ""), *_direction("backward", "A_b_log", "_b"))
-V2M = (*_ISOTROPIC, *_direction("along", "A_log", ""), *_direction("across", "A_2_log", "_2"))
+_PYRAMID = (  # of a segmenter
+    Rule("fpn1.0.weight", "params/neck/deconv_0_0/kernel", _DECONV2D),
+    Rule("fpn1.0.bias", "params/neck/deconv_0_0/bias"),
+    *_batch_norm("fpn1.1", "neck/norm_0"),
+    Rule("fpn1.3.weight", "params/neck/deconv_0_1/kernel", _DECONV2D),
+    Rule("fpn1.3.bias", "params/neck/deconv_0_1/bias"),
+    Rule("fpn2.0.weight", "params/neck/deconv_1_0/kernel", _DECONV2D),
+    Rule("fpn2.0.bias", "params/neck/deconv_1_0/bias"),
+    Rule("norm_f.weight", "params/neck/final_norm/scale"),
+)
 
-
-def _layer_norm(source: str, target: str) -> tuple[Rule, ...]:
-    return Rule(f"{source}.weight", f"params/{target}/scale"), Rule(f"{source}.bias", f"params/{target}/bias")
+VIM = (*_ISOTROPIC, *_direction("forward", "A_log", ""), *_direction("backward", "A_b_log", "_b"), *_PYRAMID)
+V2M = (*_ISOTROPIC, *_direction("along", "A_log", ""), *_direction("across", "A_2_log", "_2"), *_PYRAMID)
 
 
 def _channel_gate(source: str, target: str) -> tuple[Rule, ...]:
@@ -93,6 +119,7 @@ def _channel_gate(source: str, target: str) -> tuple[Rule, ...]:
 
 LOCAL_VIM = (
     *_ISOTROPIC,
+    *_layer_norm("outnorm_{i}", "neck/norm_{i}"),
     Rule(f"{_MIXER}.conv1d_{{k}}.weight", f"{_STACKED_MIXER}/conv/kernel", _CONV1D),
     Rule(f"{_MIXER}.conv1d_{{k}}.bias", f"{_STACKED_MIXER}/conv/bias"),
     Rule(f"{_MIXER}.x_proj_{{k}}.weight", f"{_STACKED_MIXER}/ssm/x_proj_kernel", _LINEAR),
@@ -107,15 +134,6 @@ LOCAL_VIM = (
         shape=lambda directions: (directions, 1, 1, 1),
     ),
 )
-
-
-def _batch_norm(source: str, target: str) -> tuple[Rule, ...]:
-    return (
-        Rule(f"{source}.weight", f"params/{target}/scale"),
-        Rule(f"{source}.bias", f"params/{target}/bias"),
-        Rule(f"{source}.running_mean", f"batch_stats/{target}/mean"),
-        Rule(f"{source}.running_var", f"batch_stats/{target}/var"),
-    )
 
 
 SRRESNET = (
@@ -139,9 +157,9 @@ SRRESNET = (
 
 _BLOCK, _STAGE = "layers.{s}.blocks.{b}", "params/stage_{s}"
 
+
 _STAGES = (  # what networks with stages have in common
-    Rule("patch_embed.0.weight", "params/patch_embed/kernel", _CONV2D),
-    Rule("patch_embed.0.bias", "params/patch_embed/bias"),
+    *_conv("patch_embed.0", "patch_embed"),
     *_layer_norm("patch_embed.2", "patch_norm"),
     *_layer_norm(f"{_BLOCK}.norm", "stage_{s}/norm"),
     Rule(f"{_BLOCK}.op.in_proj.weight", f"{_STAGE}/mixer/in_proj/kernel", _LINEAR),
@@ -154,6 +172,12 @@ _STAGES = (  # what networks with stages have in common
     Rule(f"{_BLOCK}.op.Ds", f"{_STAGE}/mixer/ssm/D", shape=lambda k, d: (k * d,)),
     *_layer_norm(f"{_BLOCK}.op.out_norm", "stage_{s}/mixer/norm"),
     Rule(f"{_BLOCK}.op.out_proj.weight", f"{_STAGE}/mixer/out_proj/kernel", _LINEAR),
+    *_layer_norm(f"{_BLOCK}.norm2", "stage_{s}/mlp_norm"),
+    Rule(f"{_BLOCK}.mlp.fc1.weight", f"{_STAGE}/mlp_in/kernel", _LINEAR),
+    Rule(f"{_BLOCK}.mlp.fc1.bias", f"{_STAGE}/mlp_in/bias"),
+    Rule(f"{_BLOCK}.mlp.fc2.weight", f"{_STAGE}/mlp_out/kernel", _LINEAR),
+    Rule(f"{_BLOCK}.mlp.fc2.bias", f"{_STAGE}/mlp_out/bias"),
+    *_layer_norm("outnorm{i}", "neck/norm_{i}"),
     *_layer_norm("classifier.norm", "norm"),
     Rule("classifier.head.weight", "params/head/kernel", _LINEAR),
     Rule("classifier.head.bias", "params/head/bias"),
@@ -169,6 +193,16 @@ def _merging(source: str, stage: int | str) -> tuple[Rule, ...]:
 
 
 VMAMBA = (*_STAGES, *_merging("layers.{s}.downsample", "{s}"))
+
+VMAMBA2 = (
+    *_STAGES,
+    *_conv("patch_embed.0", "stem_0/conv"),
+    *_layer_norm("patch_embed.2", "stem_0/norm"),
+    *_conv("patch_embed.5", "stem_1/conv"),
+    *_layer_norm("patch_embed.7", "stem_1/norm"),
+    *_conv("layers.{s}.downsample.1", "downsample_{s}/conv"),
+    *_layer_norm("layers.{s}.downsample.3", "downsample_{s}/norm"),
+)
 
 LOCAL_VMAMBA = (
     *VMAMBA,
@@ -191,11 +225,6 @@ _EFFICIENT_STAGES = (
     Rule(f"{_BLOCK}.conv_branch.3.weight", f"{_STAGE}/conv_out/kernel", _CONV2D),
     Rule(f"{_BLOCK}.conv_branch.3.bias", f"{_STAGE}/conv_out/bias"),
     *_channel_gate(f"{_BLOCK}.se", "stage_{s}/gate"),
-    *_layer_norm(f"{_BLOCK}.norm2", "stage_{s}/mlp_norm"),
-    Rule(f"{_BLOCK}.mlp.fc1.weight", f"{_STAGE}/mlp_in/kernel", _LINEAR),
-    Rule(f"{_BLOCK}.mlp.fc1.bias", f"{_STAGE}/mlp_in/bias"),
-    Rule(f"{_BLOCK}.mlp.fc2.weight", f"{_STAGE}/mlp_out/kernel", _LINEAR),
-    Rule(f"{_BLOCK}.mlp.fc2.bias", f"{_STAGE}/mlp_out/bias"),
     Rule(f"{_CONVOLVING}.conv_pw.0.weight", f"{_STAGE}/expand/kernel", _CONV2D),
     *_batch_norm(f"{_CONVOLVING}.conv_pw.1", "stage_{s}/expand_norm"),
     Rule(f"{_CONVOLVING}.conv_dw.0.weight", f"{_STAGE}/depthwise/kernel", _CONV2D),
@@ -217,10 +246,29 @@ def _efficient_vmamba(model: EfficientVMamba) -> tuple[Rule, ...]:
         if model.downsample == "merge":
             rules += _merging(source, stage)
         else:
-            conv = Rule(f"{source}.1.weight", f"params/{target}/conv/kernel", _CONV2D)
-            rules += (conv, Rule(f"{source}.1.bias", f"params/{target}/conv/bias"))
-            rules += _layer_norm(f"{source}.3", f"{target}/norm")
+            rules += (*_conv(f"{source}.1", f"{target}/conv"), *_layer_norm(f"{source}.3", f"{target}/norm"))
     return rules
+
+
+def _conv_norm(source: str, target: str) -> tuple[Rule, ...]:
+    """The rows of a convolution without bias and the batch norm behind it, as mmsegmentation calls them."""
+    kernel = Rule(f"{source}.conv.weight", f"params/{target}/kernel", _CONV2D)
+    return kernel, *_batch_norm(f"{source}.bn", f"{target}_norm")
+
+
+_CLASSES = (
+    Rule("conv_seg.weight", "params/classes/kernel", _CONV2D),
+    Rule("conv_seg.bias", "params/classes/bias"),
+)
+UPERNET = (
+    *(rule for i, scale in enumerate(POOL_SCALES) for rule in _conv_norm(f"psp_modules.{i}.1", f"pool_{scale}")),
+    *_conv_norm("bottleneck", "bottleneck"),
+    *_conv_norm("lateral_convs.{i}", "lateral_{i}"),
+    *_conv_norm("fpn_convs.{i}", "level_{i}"),
+    *_conv_norm("fpn_bottleneck", "fusion"),
+    *_CLASSES,
+)
+FCN = (*_conv_norm("convs.{i}", "conv_{i}"), *_conv_norm("conv_cat", "joint"), *_CLASSES)
 
 
 def _inside(part: str, rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
@@ -240,6 +288,9 @@ TABLES = {  # by class
     "SRResNet": SRRESNET,
     "LocalVMamba": LOCAL_VMAMBA,
     "VMamba": VMAMBA,
+    "VMamba2": VMAMBA2,
+    "UperNet": UPERNET,
+    "FCN": FCN,
     "EfficientVMamba": _efficient_vmamba,  # a function of the model: its depths are in the names
 }
 
@@ -256,14 +307,23 @@ _ONE_FILE_NAMES = (  # of VMamba's version in one file
     (r"\.downsample\.1\.", ".downsample.norm."),
     (r"\.downsample\.2\.", ".downsample.reduction."),
 )
-RENAMES = {"VMamba": (*_FIRST_NAMES, *_ONE_FILE_NAMES), "EfficientVMamba": _FIRST_NAMES}
+RENAMES = {
+    "VMamba": (*_FIRST_NAMES, *_ONE_FILE_NAMES),
+    "VMamba2": _ONE_FILE_NAMES[:1],
+    "EfficientVMamba": _FIRST_NAMES,
+}
+
+# Where the files of a class come from, for those whose authors published two kinds under like names.
+RELEASES = {
+    "VMamba": "VMamba's first release (#v0cls)",
+    "VMamba2": "VMamba's second release (#v2cls: vssm_*_0229, vssm_*_0230 and vssm1_*)",
+}
 
 
-def table(model: nn.Module) -> tuple[Rule, ...]:
-    """The rows of a network; ValueError if no table describes it."""
-    if isinstance(model, SRVM):
-        sr = () if model.sr is None else _inside("sr", table(model.sr))
-        return sr + _inside("classifier", table(model.classifier))
+def table(model: Network) -> tuple[Rule, ...]:
+    """The rows of a network, of a composite those of its parts; ValueError if no table describes it."""
+    if model.parts:
+        return tuple(rule for name, inner in model.parts.items() for rule in _inside(name, table(inner)))
     kind = type(model).__name__
     if kind not in TABLES:
         raise ValueError(f"model {kind} has no PyTorch counterpart here; convertible: {', '.join(TABLES)}")
@@ -271,47 +331,49 @@ def table(model: nn.Module) -> tuple[Rule, ...]:
     return rules(model) if callable(rules) else rules
 
 
-def name_in_table(name: str, model: nn.Module | None) -> str:
-    """What the table of a network calls a tensor: its last name, where the original code has changed it."""
-    if isinstance(model, SRVM) and "." in name:
-        part, rest = name.split(".", 1)
-        return f"{part}.{name_in_table(rest, getattr(model, part, None))}"
+def name_in_table(name: str, model: Network) -> str:
+    """The table's name of a tensor: its last one, where the original code has changed it."""
+    part, _, rest = name.partition(".")
+    if part in model.parts:
+        return f"{part}.{name_in_table(rest, model.parts[part])}"
     for pattern, replacement in RENAMES.get(type(model).__name__, ()):
         name = re.sub(pattern, replacement, name)
     return name
 
 
-def computed_tensors(model: nn.Module) -> dict[str, np.ndarray]:
+def computed_tensors(model: Network) -> dict[str, np.ndarray]:
     """PyTorch's buffers that are computed here: the rotary tables."""
-    if isinstance(model, SRVM):
-        return {f"classifier.{name}": value for name, value in computed_tensors(model.classifier).items()}
-    if not getattr(model, "rope", False):
-        return {}
-    angles = rotary_angles(model.grid, None, model.embed_dim)
-    return {"rope.freqs_cos": np.cos(angles), "rope.freqs_sin": np.sin(angles)}
+    if getattr(model, "rope", False):
+        angles = rotary_angles(model.grid, None, model.embed_dim)
+        return {"rope.freqs_cos": np.cos(angles), "rope.freqs_sin": np.sin(angles)}
+    parts = {part: computed_tensors(inner) for part, inner in model.parts.items()}
+    return {f"{part}.{name}": value for part, tensors in parts.items() for name, value in tensors.items()}
 
 
-def halves(state_dict: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The tensors of an SRVM-Net by half, "sr" and "classifier", without what precedes that word; "" for all others.
+def tensors_by_part(state_dict: dict[str, Any], parts: Collection[str]) -> dict[str, dict[str, Any]]:
+    """The tensors of a composite by part, without what precedes the part's name; under "" all others.
 
-    VMamba calls its head a classifier, so that only a file in which most names say their half is one of an SRVM-Net.
+    VMamba calls its head a classifier, so that only a file in which most names contain a part is one of a composite.
     """
-    found = {name: re.match(r"(?:\w+\.){0,3}?(sr|classifier)\.(.+)", name) for name in state_dict}
+    pattern = re.compile(rf"(?:\w+\.){{0,3}}?({'|'.join(parts)})\.(.+)")
+    found = {name: pattern.match(name) for name in state_dict}
     if 2 * sum(match is not None for match in found.values()) <= len(found):
         return {"": state_dict}
-    parts: dict[str, dict[str, Any]] = {}
+    tensors: dict[str, dict[str, Any]] = {}
     for name, match in found.items():
         part, rest = match.groups() if match else ("", name)
-        parts.setdefault(part, {})[rest] = state_dict[name]
-    return parts
+        tensors.setdefault(part, {})[rest] = state_dict[name]
+    return tensors
 
 
-def told_options(shapes: dict[str, tuple[int, ...]], model: nn.Module | None) -> dict[str, Any]:
-    """Those options of `model` that names and shapes of a file tell otherwise."""
-    if isinstance(model, SRVM):
-        parts = halves(shapes)
-        sr, rest = (told_options(parts.get(part, {}), getattr(model, part)) for part in ("sr", "classifier"))
-        return {name if name == "scale" else f"sr_{name}": value for name, value in sr.items()} | rest
+_STATES = ("mixer.A_log", "mixer.A_log_0", "blocks.0.op.A_logs")
+
+
+def recorded_options(shapes: dict[str, tuple[int, ...]], kind: type[Network]) -> dict[str, Any]:
+    """Those options of a class of networks that names and shapes of a file record, in the form of `as_recorded`.
+
+    Not recorded is, for example, whether a class token stands in the middle or at the head.
+    """
 
     def count(pattern: str) -> int:
         return len({match[1] for name in shapes if (match := re.match(pattern, name))})
@@ -319,33 +381,39 @@ def told_options(shapes: dict[str, tuple[int, ...]], model: nn.Module | None) ->
     def side(name: str, axis: int) -> int | None:
         return next(iter(shapes.get(name, ())[axis:]), None)
 
+    hidden, width, inner = (side(f"layers.0.blocks.0.{name}.weight", 0) for name in ("mlp.fc1", "norm", "op.in_proj"))
     stages = range(count(r"layers\.(\d+)\.(?:blocks|\d+)\."))
     counted = {
         "depth": count(r"layers\.(\d+)\.mixer\."),
         "embed_dim": side("norm_f.weight", 0),
         "patch_size": side("patch_embed.proj.weight", 2),
-        "state_size": side("layers.0.mixer.A_log", 1) or side("layers.0.mixer.A_log_0", 1),
+        "state_size": next(filter(None, (side(f"layers.0.{name}", 1) for name in _STATES)), None),
+        "expand": inner // width if inner and width else None,
         "num_blocks": count(r"trunk\.(\d+)\."),
         "channels": side("conv3.weight", 1),
         "scale": 2 ** count(r"upsampling\.([0-2])\."),
-        "dims": side("patch_embed.0.weight", 0),
+        "dims": width,
         "depths": tuple(count(rf"layers\.{stage}\.(blocks\.\d+\.norm|\d+\.conv_pw)\.") for stage in stages),
     }
     if not (counted["depth"] or counted["num_blocks"] or counted["depths"]):
-        return {}  # another kind of network
-    hidden, width = (side("layers.0.blocks.0.mlp.fc1.weight", axis) for axis in (0, 1))
+        return {}  # a different kind of network
     there = {
-        "rope": "rope.freqs_cos" in shapes,
         "class_token": "double" if "cls_token_head" in shapes else "middle" if "cls_token" in shapes else None,
         "mlp_ratio": hidden / width if hidden and width else 0.0,
         "downsample": "conv" if "layers.0.downsample.1.weight" in shapes else "merge",
+        "directions": None if any(name.endswith("multi_scan.weights") for name in shapes) else "fixed",
     }
-    if any(name.endswith("multi_scan.weights") for name in shapes):
-        there["directions"] = None
-    told = {name: value for name, value in counted.items() if value} | there
-    has = {name: getattr(model, name) for name in told if hasattr(model, name)}
-    if isinstance(has.get("dims"), tuple):
-        has["dims"] = has["dims"][0]
-    if has.get("class_token") == "head":  # its tensors are those of one in the middle
-        has["class_token"] = "middle"
-    return {name: told[name] for name in has if told[name] != has[name]}
+    if "rope.freqs_cos" in shapes:  # a file may also leave its rotary tables out
+        there["rope"] = True
+    recorded = {name: value for name, value in counted.items() if value} | there
+    return {name: value for name, value in recorded.items() if name in options_of(kind)}
+
+
+def as_recorded(model: Network, option: str) -> Any:
+    """An option's value as far as the tensors of the network record it."""
+    value = getattr(model, option)
+    if option == "dims" and isinstance(value, tuple):
+        return value[0]
+    if option == "directions" and value is not None:
+        return "fixed"  # but not which
+    return "middle" if (option, value) == ("class_token", "head") else value

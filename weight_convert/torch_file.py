@@ -7,6 +7,7 @@ small multiple of its size.
 """
 
 import io
+import logging
 import math
 import re
 import zipfile
@@ -20,8 +21,11 @@ import ml_dtypes
 import numpy as np
 from safetensors import safe_open
 
-from vimd_jax.errors import CheckpointError, PickleError
-from weight_convert.safe_pickle import Constructor, Inert, construct, interpret, printable
+from vimd_jax.errors import CheckpointError, PickleError, printable
+from vimd_jax.files import open_regular
+from weight_convert.safe_pickle import Constructor, Inert, construct, interpret
+
+log = logging.getLogger(__name__)
 
 # Far beyond any real checkpoint (Vim-base with its optimizer state: 2,000 tensors); a hostile file stops here.
 _MAX_PICKLE_BYTES = 8 * 2**20
@@ -56,7 +60,8 @@ def load_torch_checkpoint(path: str | Path, *, key: str | None = None) -> dict[s
     Args:
       path: `.pth`, `.pt`, `.pth.tar` in PyTorch's zip format (1.6 and later), or `.safetensors`.
       key: which entry of the checkpoint, e.g. "model_ema". None takes "model" or "state_dict" where the file has one,
-        the file itself, or its "sr" and "classifier" together. A `.safetensors` file has no entries.
+        the file itself, its "sr" and "classifier" together, or its only state dict, whatever the name. A
+        `.safetensors` file has no entries.
 
     Returns:
       Name → read-only array in the stored dtype (bfloat16 as `ml_dtypes.bfloat16`). Containers inside the state dict
@@ -68,7 +73,7 @@ def load_torch_checkpoint(path: str | Path, *, key: str | None = None) -> dict[s
     """
     path = Path(path)
     with _errors_naming(path):
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             start = file.read(512)
         if start[8:9] == b"{":  # behind the length of a JSON header
             return _load_safetensors(path, int.from_bytes(start[:8], "little"), key)
@@ -86,9 +91,9 @@ def _errors_naming(path: Path) -> Iterator[None]:
         yield
     except (CheckpointError, PickleError) as error:
         raise CheckpointError(f"{path}: {printable(error, 2_000)}") from error.__cause__
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        raise CheckpointError(f"{path}: {error.strerror or error}") from error
     except Exception as error:  # a damaged file can break any step of decoding in any way
+        if isinstance(error, OSError) and error.filename:  # it could not be opened
+            raise CheckpointError(f"{path}: {error.strerror}") from error
         reason = printable(f"{type(error).__name__}: {error}")
         raise CheckpointError(f"{path}: truncated or damaged, download it again ({reason})") from error
 
@@ -233,10 +238,14 @@ def _select(checkpoint: Any, key: str | None) -> dict:
     for name in ("model", "state_dict"):
         if isinstance(checkpoint.get(name), dict):
             return checkpoint[name]
-    halves = {name: checkpoint.get(name) for name in ("sr", "classifier")}
-    if all(isinstance(half, dict) for half in halves.values()):
-        return halves
-    if not any(isinstance(value, _Tensor) for value in checkpoint.values()):
+    parts = {name: checkpoint.get(name) for name in ("sr", "classifier")}
+    if all(isinstance(part, dict) for part in parts.values()):
+        return parts
+    if not _holds_tensors(checkpoint):
+        state_dicts = [name for name, value in checkpoint.items() if isinstance(value, dict) and _holds_tensors(value)]
+        if len(state_dicts) == 1:
+            log.info("Reading %s, the only state dict of the file.", printable(state_dicts[0], 40))
+            return checkpoint[state_dicts[0]]
         whole = [
             f"{name} is an object of type {kind(checkpoint[name])}; "
             for name in ("model", "state_dict")
@@ -246,6 +255,10 @@ def _select(checkpoint: Any, key: str | None) -> dict:
             f"has no state dict named model or state_dict; {''.join(whole)}name one with key (convert: --key): {held}"
         )
     return checkpoint
+
+
+def _holds_tensors(container: dict) -> bool:
+    return any(isinstance(value, _Tensor) for value in container.values())
 
 
 def _named_tensors(state_dict: dict) -> list[tuple[str, _Tensor]]:

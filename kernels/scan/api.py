@@ -13,11 +13,14 @@
 where y is like u and the last state like the initial one. It is differentiable in every array, through both results.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec, auto_axes
 
 from kernels.choice import OPERATIONS, Implementations
-from kernels.scan.inputs import ScanInputs, ScanOptions, canonical, check
+from kernels.scan.inputs import ScanInputs, ScanOptions, canonical, check, vary_like
 
 # Fastest first as scripts/benchmark_scan.py measured them. On a CPU "sequential" beats "associative" at every shape;
 # where a device runs wide operations cheaply and loops slowly, as GPUs and TPUs do, "associative" is what remains.
@@ -85,6 +88,18 @@ def selective_scan(
     check(inputs)
     dtype, inputs = inputs.u.dtype, canonical(inputs)
     options = ScanOptions(bool(delta_softplus), bool(reverse))
-    y, last_state = IMPLEMENTATIONS.call("scan", implementation, inputs, options)
+    y, last_state = _on_mesh(lambda x: IMPLEMENTATIONS.call("scan", implementation, x, options), inputs)
     y = y.astype(dtype)
     return (y, last_state) if return_last_state else y
+
+
+def _on_mesh(scan: Callable, inputs: ScanInputs) -> tuple[jax.Array, jax.Array]:
+    """Lets XLA's partitioner split the scan on a mesh with explicit axes, and inputs vary alike in `jax.shard_map`."""
+    inputs = ScanInputs(*(None if x is None else vary_like(x, *jax.tree.leaves(inputs)) for x in inputs))
+    sharding = jax.typeof(inputs.u).sharding
+    explicit = sharding.mesh.explicit_axes
+    if not explicit:
+        return scan(inputs)
+    batch, _, channels = sharding.spec
+    state = NamedSharding(sharding.mesh, PartitionSpec(batch, channels, None))
+    return auto_axes(scan, axes=explicit, out_sharding=(sharding, state))(inputs)

@@ -3,6 +3,7 @@
 import math
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 HALVES = {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)}
@@ -83,3 +84,14 @@ def canonical(inputs: ScanInputs) -> ScanInputs:
         # Already in float32, so that the gradients of the repetitions are added before they are rounded.
         B, C = (jnp.repeat(x, groups // x.shape[2], axis=2) for x in (B, C))
     return ScanInputs(**arrays | dict(B=B, C=C))
+
+
+def zeros(shape: tuple[int, ...], like: jax.Array) -> jax.Array:
+    """Makes zeros in float32 that may become part of a loop with another array, in `jax.shard_map` too."""
+    return vary_like(jnp.zeros(shape, jnp.float32), like)
+
+
+def vary_like(x: jax.Array, *others: jax.Array) -> jax.Array:
+    """Marks x as varying over the axes of `jax.shard_map` over which others vary; its gradient is summed over them."""
+    varying = [jax.typeof(other).manual_axis_type.varying for other in (x, *others)]
+    return jax.lax.pcast(x, tuple(sorted(frozenset().union(*varying) - varying[0])), to="varying")

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from kernels import build
-from kernels.scan.inputs import ScanInputs, ScanOptions
+from kernels.scan.differentiation import differentiable
+from kernels.scan.inputs import ScanInputs, ScanOptions, vary_like, zeros
 
 SOURCE = Path(__file__).with_name("native.cc")
 FORWARD, BACKWARD = "vimd_selective_scan_forward", "vimd_selective_scan_backward"
@@ -27,36 +28,20 @@ def why_unavailable(platform: str, inputs: ScanInputs) -> str | None:
     return build.register(SOURCE, (FORWARD, BACKWARD), CHUNK=CHUNK)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def scan(inputs: ScanInputs, options: ScanOptions) -> tuple[jax.Array, jax.Array]:
-    """See `kernels.scan.api` for the contract."""
-    y, last_state, _ = _forward(inputs, options, chunks=0)
-    return y, last_state
-
-
-def _scan_and_keep(inputs: ScanInputs, options: ScanOptions):
-    y, last_state, starts = _forward(inputs, options, chunks=-(-inputs.length // CHUNK))
-    return (y, last_state), (inputs, starts)
-
-
-def _gradients(options: ScanOptions, residuals, cotangents):
-    return (_backward(*residuals, *cotangents, options),)
-
-
-scan.defvjp(_scan_and_keep, _gradients)
-
-
-def _forward(inputs: ScanInputs, options: ScanOptions, chunks: int):
+def forward(inputs: ScanInputs, options: ScanOptions, save: bool) -> tuple:
+    """Computes y, the last state and, if asked, the state before every `CHUNK` steps."""
+    chunks = -(-inputs.length // CHUNK) if save else 0
     results = (
         jax.ShapeDtypeStruct(inputs.u.shape, inputs.u.dtype),
         _float32((inputs.batch, inputs.channels, inputs.state)),
-        _float32((inputs.batch, chunks, inputs.state, inputs.channels)),  # the state before every CHUNK steps
+        _float32((inputs.batch, chunks, inputs.state, inputs.channels)),
     )
-    return _call(FORWARD, results, inputs, options, _ranges(inputs))
+    y, last_state, starts = _call(FORWARD, results, inputs, options, _ranges(inputs))
+    return y, last_state, starts if save else None
 
 
-def _backward(inputs: ScanInputs, starts, dy, d_last_state, options: ScanOptions) -> ScanInputs:
-    """Gradients of the inputs. The kernel leaves the sums over the batch and over a group's ranges to us."""
+def backward(inputs: ScanInputs, starts, dy, d_last_state, options: ScanOptions) -> ScanInputs:
+    """Computes the gradients of the inputs; the sums over the batch and over a group's ranges are left to XLA."""
     ranges, nothing = _ranges(inputs), _float32((0,))
     long = jax.ShapeDtypeStruct(inputs.u.shape, inputs.u.dtype)
 
@@ -87,6 +72,9 @@ def _backward(inputs: ScanInputs, starts, dy, d_last_state, options: ScanOptions
     return ScanInputs(*map(total, inputs, partial))
 
 
+scan = differentiable(forward, backward, saved="b..c")
+
+
 def _ranges(inputs: ScanInputs) -> int:
     per_group = inputs.channels // inputs.groups
     most, least = (-(-per_group // channels) for channels in RANGE_CHANNELS)
@@ -95,6 +83,7 @@ def _ranges(inputs: ScanInputs) -> int:
 
 def _call(target: str, results: tuple, arrays: tuple, options: ScanOptions, ranges: int):
     """Absent arrays are passed as empty ones; vmapped axes come first, as native.cc expects them."""
-    arrays = [jnp.zeros((0,), jnp.float32) if x is None else x for x in arrays]
+    arrays = [zeros((0,), like=arrays[0]) if x is None else x for x in arrays]
     call = jax.ffi.ffi_call(target, results, vmap_method="broadcast_all")
-    return call(*arrays, ranges=ranges, delta_softplus=options.delta_softplus, reverse=options.reverse)
+    outputs = call(*arrays, ranges=ranges, delta_softplus=options.delta_softplus, reverse=options.reverse)
+    return jax.tree.map(lambda x: vary_like(x, arrays[0]), outputs)

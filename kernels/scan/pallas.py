@@ -38,6 +38,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from kernels.scan.differentiation import differentiable
 from kernels.scan.inputs import ScanInputs, ScanOptions
 
 WINDOW = 12  # steps from one saved state to the next, all of whose states the backward kernel holds in registers
@@ -62,26 +63,6 @@ def why_unavailable(platform: str, inputs: ScanInputs) -> str | None:
     if max(*inputs.u.shape, inputs.state) >= 2**31:
         return f"u has shape {inputs.u.shape}, but no axis may be longer than 2³¹ - 1: cut it into parts"
     return None
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def scan(inputs: ScanInputs, options: ScanOptions) -> tuple[jax.Array, jax.Array]:
-    """See `kernels.scan.api` for the contract."""
-    outputs = forward(pad(inputs, options), options, save_states=False)
-    return outputs["y"], outputs["last_state"]
-
-
-def _scan_forward(inputs: ScanInputs, options: ScanOptions):
-    inputs = pad(inputs, options)
-    outputs = forward(inputs, options, save_states=True)
-    return (outputs["y"], outputs["last_state"]), (inputs, outputs["states"])
-
-
-def _scan_backward(options: ScanOptions, residuals, cotangents):
-    return (backward(*residuals, *cotangents, options),)
-
-
-scan.defvjp(_scan_forward, _scan_backward)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,6 +133,8 @@ class Plan:
 
     def call(self, kernel, options: ScanOptions, arguments: list, in_specs: list, outputs) -> Any:
         """Runs `kernel(plan, options, *arguments, outputs)` in every program; `outputs` is a tree of shapes."""
+        varying = jax.typeof(arguments[0].u).manual_axis_type  # over axes of `jax.shard_map`, as all arguments do
+        outputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=varying), outputs)
         call = pl.pallas_call(
             functools.partial(kernel, self, options),
             grid=(self.blocks, self.chunks, self.groups, self.batch),
@@ -230,6 +213,18 @@ def backward(inputs: ScanInputs, states, dy, d_last_state, options: ScanOptions)
         rows = jnp.moveaxis(rows.sum(2)[..., first : first + length, :], 2, 0).swapaxes(2, 3)
         totals |= zip(varying, rows)
     return partial._replace(**totals)
+
+
+def _pad_and_run_forward(inputs: ScanInputs, options: ScanOptions, save: bool) -> tuple:
+    outputs = forward(pad(inputs, options), options, save_states=save)
+    return outputs["y"], outputs["last_state"], outputs.get("states")
+
+
+def _pad_and_run_backward(inputs: ScanInputs, states, dy, d_last_state, options: ScanOptions) -> ScanInputs:
+    return backward(pad(inputs, options), states, dy, d_last_state, options)
+
+
+scan = differentiable(_pad_and_run_forward, _pad_and_run_backward, saved="b.c.")
 
 
 def pad(inputs: ScanInputs, options: ScanOptions) -> ScanInputs:

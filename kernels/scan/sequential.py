@@ -9,42 +9,26 @@ flipped. Arrays in bfloat16 go through the loops as integers: XLA's CPU backend 
 and back, all of it, at every step.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from kernels.scan.associative import softplus
-from kernels.scan.inputs import ScanInputs, ScanOptions
+from kernels.scan.differentiation import differentiable
+from kernels.scan.inputs import ScanInputs, ScanOptions, zeros
 
 CHUNK = 10  # the kept states and the states of a chunk together are least around here, at the lengths of Vim
 
 
-def scan(inputs: ScanInputs, options: ScanOptions) -> tuple[jax.Array, jax.Array]:
-    """See `kernels.scan.api` for the contract."""
-    groups, initial_state = inputs.groups, inputs.initial_state
-    if initial_state is None:
-        initial_state = jnp.zeros((inputs.batch, *inputs.A.shape), jnp.float32)
-    B, C = (x.T if x.ndim == 2 else x.reshape(*x.shape[:2], -1) for x in (inputs.B, inputs.C))
-    inputs = inputs._replace(A=inputs.A.T, B=B, C=C, initial_state=initial_state.swapaxes(1, 2))
-    y, last_state = _scan(inputs, groups, options)
-    return y, last_state.swapaxes(1, 2)
+# Here what belongs to a group is a part of the last axis of each array: A is (state, channels), B and C are (batch,
+# length, groups * state) or (state, channels), the initial and the last state (batch, state, channels).
 
 
-# From here on what belongs to a group is a part of the last axis of each array: A is (state, channels), B and C are
-# (batch, length, groups * state) or (state, channels), the initial and the last state (batch, state, channels).
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _scan(inputs: ScanInputs, groups: int, options: ScanOptions):
-    return _forward(inputs, groups, options)[0]
-
-
-def _forward(inputs: ScanInputs, groups: int, options: ScanOptions):
-    batch, length, _ = inputs.u.shape
+def forward(inputs: ScanInputs, options: ScanOptions, save: bool) -> tuple:
+    """Computes y, the last state and, if asked, the state before every `CHUNK` steps."""
+    groups, (batch, length, _) = inputs.groups, inputs.u.shape
     chunks = -(-length // CHUNK)
-    residuals, inputs = inputs, jax.tree.map(_as_bits, inputs)
+    inputs = jax.tree.map(_as_bits, _transpose(inputs))
 
     def sequence(i, results):
         part = _Part(inputs, groups, options, i)
@@ -66,19 +50,19 @@ def _forward(inputs: ScanInputs, groups: int, options: ScanOptions):
         state, y, starts = lax.fori_loop(0, chunks, chunk, (part.get(inputs.initial_state, part.batch), y, starts))
         return y, part.put(last_state, state, part.batch), starts
 
-    starts = jnp.zeros((batch, chunks, *inputs.A.shape), jnp.float32)
-    results = (jnp.zeros_like(inputs.u), jnp.zeros_like(inputs.initial_state), starts)
+    starts = zeros((batch, chunks, *inputs.A.shape), like=inputs.u) if save else None
+    results = jnp.zeros_like(inputs.u), jnp.zeros_like(inputs.initial_state), starts
     y, last_state, starts = lax.fori_loop(0, batch * groups, sequence, results)
-    return (_as_floats(y), last_state), (residuals, starts)
+    return _as_floats(y), last_state.swapaxes(1, 2), starts
 
 
-def _backward(groups: int, options: ScanOptions, residuals, cotangents):
-    inputs, starts = residuals
-    dy, d_last_state = cotangents
-    inputs, dy = jax.tree.map(_as_bits, (inputs, dy))
+def backward(given: ScanInputs, starts, dy, d_last_state, options: ScanOptions) -> ScanInputs:
+    """Computes the gradients of the inputs."""
+    groups, inputs = given.groups, jax.tree.map(_as_bits, _transpose(given))
+    dy, d_last_state = _as_bits(dy), d_last_state.swapaxes(1, 2)
     batch, length, channels = inputs.u.shape
     chunks = -(-length // CHUNK)
-    empty = jnp.zeros((CHUNK, inputs.A.shape[0], channels // groups), jnp.float32)
+    empty = zeros((CHUNK, inputs.A.shape[0], channels // groups), like=inputs.u)
 
     def sequence(i, grads):
         part = _Part(inputs, groups, options, i)
@@ -134,10 +118,26 @@ def _backward(groups: int, options: ScanOptions, residuals, cotangents):
         return grads._replace(initial_state=part.put(grads.initial_state, d_state, part.batch))
 
     grads = lax.fori_loop(0, batch * groups, sequence, jax.tree.map(jnp.zeros_like, inputs))
-    return (jax.tree.map(_as_floats, grads),)
+    return _transpose_back(jax.tree.map(_as_floats, grads), given)
 
 
-_scan.defvjp(_forward, _backward)
+scan = differentiable(forward, backward, saved="b..c")
+
+
+def _transpose(inputs: ScanInputs) -> ScanInputs:
+    """Brings channels to the last axis, and makes the initial state an array."""
+    state = inputs.initial_state
+    if state is None:
+        state = zeros((inputs.batch, *inputs.A.shape), like=inputs.u)
+    B, C = (x.T if x.ndim == 2 else x.reshape(*x.shape[:2], -1) for x in (inputs.B, inputs.C))
+    return inputs._replace(A=inputs.A.T, B=B, C=C, initial_state=state.swapaxes(1, 2))
+
+
+def _transpose_back(grads: ScanInputs, inputs: ScanInputs) -> ScanInputs:
+    """Brings gradients of what `_transpose` returns to the shapes of its inputs."""
+    B, C = (grad.T if x.ndim == 2 else grad.reshape(x.shape) for grad, x in zip(grads[3:5], inputs[3:5]))
+    state = None if inputs.initial_state is None else grads.initial_state.swapaxes(1, 2)
+    return grads._replace(A=grads.A.T, B=B, C=C, initial_state=state)
 
 
 def _as_bits(x):
@@ -162,14 +162,16 @@ class _Part:
         return _as_floats(part).astype(jnp.float32)
 
     def put(self, x, value, *index):
-        """x with the group's part of x[index] replaced."""
+        """Replaces the group's part of x[index]; None stays None."""
+        if x is None:
+            return None
         start, size = self._window(x, index)
         value = _as_bits(value.astype(jnp.bfloat16)) if x.dtype == jnp.uint16 else value.astype(x.dtype)
         return lax.dynamic_update_slice(x, value.reshape(size), start)
 
     def add(self, x, value):
-        """x with something added to the group's part; None stays None."""
-        return None if x is None else self.put(x, self.get(x) + value)
+        """Adds to the group's part of x; None stays None."""
+        return x if x is None else self.put(x, self.get(x) + value)
 
     def put_matrix(self, grad, state, row, *index):
         """Writes the gradient of a row of B or C, (state, channels) times (channels,); adds it to a constant one's."""

@@ -17,7 +17,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels.scan.inputs import ScanInputs, ScanOptions
+from kernels.scan.differentiation import differentiable
+from kernels.scan.inputs import ScanInputs, ScanOptions, vary_like
 
 WINDOW = 8  # steps from one saved state to the next
 BLOCK = 32  # channels of a program, one for each thread
@@ -41,25 +42,6 @@ def why_unavailable(platform: str, inputs: ScanInputs) -> str | None:
     return None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def scan(inputs: ScanInputs, options: ScanOptions) -> tuple[jax.Array, jax.Array]:
-    """See `kernels.scan.api` for the contract."""
-    y, last_state, _ = forward(inputs, options, False, run)
-    return y, last_state
-
-
-def _scan_forward(inputs: ScanInputs, options: ScanOptions):
-    y, last_state, states = forward(inputs, options, True, run)
-    return (y, last_state), (inputs, states)
-
-
-def _scan_backward(options: ScanOptions, residuals, cotangents):
-    return (backward(*residuals, *cotangents, options, run),)
-
-
-scan.defvjp(_scan_forward, _scan_backward)
-
-
 def run(name: str, arguments: list, outputs: list, grid: tuple, warps: int, constants: dict) -> list:
     """Calls a kernel of `kernels.scan.triton_kernels` from JAX; `outputs` are shapes."""
     import jax_triton
@@ -67,22 +49,23 @@ def run(name: str, arguments: list, outputs: list, grid: tuple, warps: int, cons
     from kernels.scan import triton_kernels
 
     kernel, launch = getattr(triton_kernels, name), dict(grid=grid, num_warps=warps, num_stages=1)
-    return jax_triton.triton_call(*arguments, kernel=kernel, out_shape=outputs, **launch, **constants)
+    results = jax_triton.triton_call(*arguments, kernel=kernel, out_shape=outputs, **launch, **constants)
+    return [vary_like(x, arguments[0]) for x in results]
 
 
-def forward(inputs: ScanInputs, options: ScanOptions, save_states: bool, run) -> list:
-    """y, the last state and the saved states (one that means nothing unless `save_states`)."""
+def forward(inputs: ScanInputs, options: ScanOptions, save_states: bool, run) -> tuple:
+    """Computes y, the last state and, if asked, the state before every `WINDOW` steps."""
     batch, length, channels = inputs.u.shape
     saved = (batch, -(-length // WINDOW), inputs.state, channels) if save_states else (1, 1, 1, 1)
     outputs = [_like(inputs.u), _float32(batch, inputs.state, channels), _float32(*saved)]
     arrays = [inputs.u if x is None else x for x in _transpose_states(inputs)]
     constants = _constants(inputs, options) | dict(SAVE=save_states)
     y, last_state, states = run("forward", arrays, outputs, _grid(inputs), BLOCK // 32, constants)
-    return [y, last_state.swapaxes(1, 2), states]
+    return y, last_state.swapaxes(1, 2), states if save_states else None
 
 
 def backward(inputs: ScanInputs, states, dy, d_last_state, options: ScanOptions, run) -> ScanInputs:
-    """The gradients of all inputs."""
+    """Computes the gradients of the inputs."""
     batch, length, channels = inputs.u.shape
     absent = {name for name, x in inputs._asdict().items() if x is None}
     constant, vector = _float32(batch, inputs.state, channels), _float32(batch, channels)
@@ -111,6 +94,9 @@ def backward(inputs: ScanInputs, states, dy, d_last_state, options: ScanOptions,
         return x.sum(2).swapaxes(1, 2) if x.ndim == 5 else x.sum(0)
 
     return _transpose_states(ScanInputs(**{name: total(name, x) for name, x in partial._asdict().items()}))
+
+
+scan = differentiable(functools.partial(forward, run=run), functools.partial(backward, run=run), saved="b..c")
 
 
 def _transpose_states(inputs: ScanInputs) -> ScanInputs:

@@ -1,5 +1,6 @@
 """The format of a network on disk: what is written is read, and what is not right is refused in one line."""
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -9,12 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image
 
-from vimd_jax.checkpoints import format
+from vimd_jax.checkpoints import description, format
 from vimd_jax.checkpoints.format import save_model
 from vimd_jax.checkpoints.trained_model import TrainedModel
-from vimd_jax.errors import CheckpointError, DatasetError
+from vimd_jax.errors import CheckpointError
 from vimd_jax.load import load_model, load_variables
 from vimd_jax.models import create_model
 
@@ -43,8 +43,11 @@ def vim(tmp_path) -> Path:
 
 
 def change(folder: Path, **fields) -> None:
+    """Changes the description as one who wants to: with a checksum that is right."""
     path = folder / "network.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    content = json.loads(path.read_text()) | fields
+    del content["description_checksum"]
+    path.write_text(json.dumps(content | {"description_checksum": description.digest(content)}))
 
 
 def assert_refused(folder: Path, message: str) -> None:
@@ -78,7 +81,7 @@ def test_the_next_network_takes_the_place_of_the_last(vim):
     jax.tree.map(np.testing.assert_array_equal, load_model(vim).variables, better.variables)
 
 
-@pytest.mark.parametrize("moment", ["save", "json.dumps"])
+@pytest.mark.parametrize("moment", ["save", "sealed"])
 def test_an_interrupted_write_leaves_the_last_network(vim, moment, monkeypatch):
     before = load_model(vim)
     better = dataclasses.replace(before, variables=jax.tree.map(lambda x: x + 1, before.variables))
@@ -114,13 +117,28 @@ def test_damage_is_noticed(vim):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"checksum": "0"}, "checksum differs"),
+        ({"checksum": "0" * 64}, "checksum differs"),
+        ({"checksum": "0"}, "has checksum '0', expected a SHA-256"),
         ({"format": "vimd_jax network 9"}, "has the format 'vimd_jax network 9', but this version reads"),
         ({"class_names": ["owl"]}, "names 1 classes, but the network has 3"),
         ({"architecture": "vim_huge"}, "is damaged .*'vim_huge'"),
-        ({"options": {"num_classes": 3, "depth": 2}}, "describes another network than its variables are of"),
+        ({"options": {"num_classes": 3, "depth": 2}}, "describes a different network than its variables are of"),
         ({"options": {"depth": "two"}}, "is damaged .*depth: 'two'"),
-        ({"options": None}, "network.json is incomplete"),
+        ({"options": None}, "network.json has options None, expected options of a network by name"),
+        ({"options": {"depth": {}}}, "has options.depth {}, expected a number up to"),
+        ({"options": {"embed_dim": 2**63}}, "has options.embed_dim 9223372036854775808, expected a number up to"),
+        ({"options": {"depth": 10**6}}, "is damaged .a network with .* steps in its scans of an image, more than"),
+        ({"options": {"image_size": 10**6}}, "is damaged .a network with .* pixels in an image, more than"),
+        ({"class_names": "owl"}, "has class_names 'owl', expected a list of names"),
+        ({"class_names": {"owl": 1}}, "has class_names .*expected a list of names"),
+        ({"class_names": ["\x1b[2J", 3]}, r"has class_names \['.x1b.2J', 3\], expected"),
+        ({"view": {"low_resolution": 0, "crop": "x"}}, "has view.crop 'x', expected a number above 0 and up to 1"),
+        ({"view": {"low_resolution": 0, "crop": float("nan")}}, "has view.crop nan, expected"),
+        ({"view": {"low_resolution": -5, "crop": 1.0}}, "has view.low_resolution -5, expected 0, or the side or"),
+        ({"view": {"low_resolution": 33, "crop": 1.0}}, "low resolution of 33, but the network reads 32"),
+        ({"variables": "../x.safetensors"}, "has variables '../x.safetensors', expected the name of a file beside"),
+        ({"architecture": ["vim_tiny"]}, "has architecture .*expected a name"),
+        ({"anything": 1}, "has an unknown field 'anything'"),
         ({"view": {}}, "network.json is incomplete"),
     ],
     ids=str,
@@ -128,6 +146,49 @@ def test_damage_is_noticed(vim):
 def test_a_description_that_is_not_right_is_refused(vim, fields, message):
     change(vim, **fields)
     assert_refused(vim, message)
+
+
+def test_every_flipped_bit_of_a_description_is_noticed(vim):
+    path = vim / "network.json"
+    text, before = path.read_bytes(), format.read_description(vim)
+    for bit in range(0, 8 * len(text), 7):
+        flipped = bytearray(text)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        with contextlib.suppress(CheckpointError):
+            assert format.read_description(vim) == before, bit  # another space between two fields
+
+
+def test_an_edited_description_is_refused_and_class_names_have_another_way(vim, tmp_path):
+    path = vim / "network.json"
+    path.write_text(path.read_text().replace("crow", "rook"))
+    assert_refused(vim, "network.json was changed since it was written.*rename classes: save_model")
+    path.write_text(path.read_text().replace("rook", "crow"))
+    save_model(tmp_path / "new", load_model(vim, class_names=["rook", "owl", "jay"]))
+    assert load_model(tmp_path / "new").class_names == ("rook", "owl", "jay")
+
+
+def test_folders_without_a_checksum_of_the_description_are_read(vim):
+    """As version 1 wrote them; the checksum is that of the variables."""
+    path, before = vim / "network.json", load_model(vim)
+    content = json.loads(path.read_text())
+    del content["description_checksum"]
+    path.write_text(json.dumps(content | {"format": "vimd_jax network 1"}))
+    assert_refused(vim, "its checksum differs")
+    content["checksum"] = format.checksum_of(before.variables)
+    path.write_text(json.dumps(content | {"format": "vimd_jax network 1"}))
+    assert load_model(vim).class_names == before.class_names
+    path.write_text(json.dumps(content))
+    assert_refused(vim, "was changed since it was written")
+
+
+def test_networks_that_differ_in_their_options_alone_differ_in_their_checksum(tmp_path):
+    network = trained("vim")
+    other = dataclasses.replace(network, model=network.model.clone(merge="mean"))
+    assert save_model(tmp_path / "a", network) != save_model(tmp_path / "b", other)
+    assert save_model(tmp_path / "c", dataclasses.replace(network, provenance={})) == save_model(
+        tmp_path / "a", network
+    )
 
 
 @pytest.mark.parametrize(
@@ -180,44 +241,10 @@ def test_class_names_can_be_given(vim):
 )
 def test_it_fills_no_network_with_other_settings(vim, option, there, here):
     model = MODELS["vim"].clone(**{option: {"merge": "mean", "pool": "mean"}.get(option, False)})
-    with pytest.raises(ValueError, match=f"holds another network: {option} is {there} there, {here} in the model"):
+    with pytest.raises(ValueError, match=f"holds a different network: {option} is {there} there, {here} in the model"):
         load_variables(vim, model, adapt=True)
 
 
 def test_how_a_network_is_computed_may_differ(vim):
     model = MODELS["vim"].clone(dtype="bfloat16", remat=True, drop_path_rate=0.1)
     assert load_variables(vim, model)["params"]
-
-
-@pytest.fixture
-def files(tmp_path) -> Path:
-    folder = tmp_path / "images"
-    folder.mkdir()
-    random = np.random.default_rng(0)
-    for name, size in (("b.png", (8, 8)), ("a.png", (8, 8)), ("c.png", (20, 30))):
-        Image.fromarray(random.integers(0, 256, (*size, 3), np.uint8)).save(folder / name)
-    return folder
-
-
-def test_predicting_arrays_files_and_folders(files):
-    vim = trained("vim")
-    arrays = np.stack([vim.prepare(files / name) for name in ("a.png", "b.png", "c.png")])
-    expected = jax.nn.softmax(vim.model.apply(vim.variables, arrays))
-    for images in (arrays, files, str(files), [files / "a.png", files / "b.png", str(files / "c.png")]):
-        for batch_size in (2, 32):
-            actual = vim.predict(images, batch_size=batch_size)
-            np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(vim.predict(files / "a.png"), expected[:1], rtol=1e-4, atol=1e-6)
-
-
-def test_a_student_resizes_only_when_asked(files):
-    student = trained("srvm")
-    assert student.predict([files / "a.png", files / "b.png"]).shape == (2, 3)
-    with pytest.raises(DatasetError, match="c.png: 30x20 pixels, but this network reads 8x8; add --downsample"):
-        student.predict(files)
-    assert student.predict(files, downsample=True).shape == (3, 3)
-
-
-def test_a_super_resolution_network_predicts_nothing(files):
-    with pytest.raises(ValueError, match="super-resolution network"):
-        trained("srresnet").predict(files)

@@ -7,14 +7,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vimd_jax.data.geometry import NEAREST, central_view, low_resolution_view
+from vimd_jax.data.images import read_image
 from vimd_jax.data.pipeline import eval_batches, samples_per_epoch, steps_per_epoch, train_batches
-from vimd_jax.data.sources import load_source
-from vimd_jax.data.transforms import eval_view, low_resolution_view
+from vimd_jax.data.sources import Record, Source, load_source
 from vimd_jax.errors import DatasetError, UnreadableImage
 
 
+def label(record, view):
+    """The class of a record, 0 where it has none."""
+    return np.int32(record.target or 0)
+
+
 def take(source, config, count, **arguments):
-    arguments = dict(batch_size=8, seed=3) | arguments
+    arguments = dict(batch_size=8, seed=3, target=label) | arguments
     return list(itertools.islice(train_batches(source, config, **arguments), count))
 
 
@@ -32,7 +38,7 @@ def test_shapes_and_types(dataset_config):
     assert {key: (value.shape, value.dtype.name) for key, value in batch.items()} == {
         "high": ((8, 32, 32, 3), "uint8"),
         "low": ((8, 8, 8, 3), "uint8"),
-        "label": ((8,), "int32"),
+        "target": ((8,), "int32"),
         "index": ((8,), "int32"),
         "weight": ((8,), "float32"),
         "skipped": ((8,), "int32"),
@@ -70,6 +76,52 @@ def test_reduced_decoding_sees_the_same_crops(dataset_config, tmp_path):
         assert not difference[one["index"] % 4 == 2].any(), "an image that is too small is decoded in full"
         assert difference.any()
     assert_same(*(list(eval_batches(load_source(c, "test"), c, batch_size=4)) for c in (config, reduced)))
+
+
+class Segments(Source):
+    """JPEG photographs with maps of labels beside them: each pixel's label is the brightness of its cell."""
+
+    class_names = ("dark", "grey", "bright")
+
+    def __init__(self, folder):
+        rng = np.random.default_rng(0)
+        self._sizes = [(400, 304), (72, 56), (1000, 704), (304, 400)]
+        self._folder = folder
+        for i, size in enumerate(self._sizes):
+            cells = Image.fromarray(rng.integers(0, 3, (4, 4), np.uint8))
+            cells.resize(size, NEAREST).save(folder / f"{i}.png")
+            cells.point([0, 120, 240] + [0] * 253).resize(size, NEAREST).convert("RGB").save(folder / f"{i}.jpg")
+
+    def __len__(self):
+        return len(self._sizes)
+
+    def read(self, i, reduction=None):
+        with Image.open(self._folder / f"{i}.png") as labels:
+            return Record(read_image(self._folder / f"{i}.jpg", reduction), labels.copy())
+
+    def name(self, i):
+        return str(self._folder / f"{i}.jpg")
+
+
+def segments(record, view):
+    if record.target is None:
+        return np.full(view.size[::-1], 255, np.uint8)
+    return np.asarray(view.apply(record.target, NEAREST))
+
+
+@pytest.mark.parametrize("reduced", [False, True])
+def test_a_map_of_labels_follows_its_image(dataset_config, tmp_path, reduced):
+    config = dataset_config(crop_scale=(0.3, 1.0), reduced_decoding=reduced)
+    source = Segments(tmp_path)
+    training = take(source, config, 4, target=segments, batch_size=4)
+    evaluation = list(eval_batches(source, config, batch_size=3, target=segments))
+    for batch in training + evaluation:
+        seen = batch["weight"] == 1
+        assert batch["target"].shape == (len(seen), 32, 32) and batch["target"].dtype == np.uint8
+        brightness = np.rint(batch["high"][seen].mean(axis=-1) / 120)
+        assert (brightness == batch["target"][seen]).mean() > 0.9, "all but the edges of the cells"
+        assert (batch["target"][~seen] == 255).all()
+    assert sum((batch["weight"] == 0).sum() for batch in evaluation) == 2
 
 
 def test_low_resolution_is_the_same_crop_down_sampled(dataset_config):
@@ -173,10 +225,10 @@ def test_every_epoch_has_all_images_in_a_new_order(dataset_config):
 def test_labels_match_the_images(dataset_config):
     config = dataset_config(crop_scale=(1.0, 1.0), flip=False)
     source = load_source(config, "train")
-    for i, high, label in zip(*(take(source, config, 1)[0][key] for key in ("index", "high", "label"))):
-        assert label == source.labels[i]
+    for i, high, target in zip(*(take(source, config, 1)[0][key] for key in ("index", "high", "target"))):
+        assert target == source.labels[i]
         # A crop of the whole area is stretched unless its aspect ratio is 1, but most of the bird is always there.
-        assert np.abs(high.astype(float) - np.asarray(source.read(i))).mean() < 60
+        assert np.abs(high.astype(float) - np.asarray(source.read(i).image)).mean() < 60
 
 
 @pytest.mark.parametrize(
@@ -222,17 +274,19 @@ def test_evaluation_sees_each_image_once(dataset_config, batch_size, processes):
     source = load_source(config, "test")
     batches = []
     for i in range(processes):
-        share = list(eval_batches(source, config, batch_size=batch_size, process_index=i, process_count=processes))
+        share = list(
+            eval_batches(source, config, batch_size=batch_size, target=label, process_index=i, process_count=processes)
+        )
         assert len(share) == -(-13 // batch_size)
-        assert all(len(batch["label"]) == batch_size // processes for batch in share)
+        assert all(len(batch["target"]) == batch_size // processes for batch in share)
         batches += share
     merged = {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
     real = merged["weight"] == 1
     np.testing.assert_array_equal(np.sort(merged["index"][real]), np.arange(13))
-    np.testing.assert_array_equal(merged["label"][real], source.labels[merged["index"][real]])
+    np.testing.assert_array_equal(merged["target"][real], source.labels[merged["index"][real]])
     assert (merged["index"][~real] == -1).all() and (merged["weight"][~real] == 0).all()
     for i, high in zip(merged["index"][real], merged["high"][real]):
-        np.testing.assert_array_equal(high, eval_view(source.read(i), 32))
+        np.testing.assert_array_equal(high, central_view((32, 32), 32).apply(source.read(i).image))
 
 
 @pytest.fixture
@@ -254,11 +308,11 @@ def test_skip_uses_the_next_readable_image_in_training(damaged, caplog):
     damaged.on_error = "skip"
     source = load_source(damaged, "train")
     batches = take(source, damaged, 5, batch_size=2)
-    index, skipped, label = (np.concatenate([b[key] for b in batches]) for key in ("index", "skipped", "label"))
+    index, skipped, targets = (np.concatenate([b[key] for b in batches]) for key in ("index", "skipped", "target"))
     # Images 4 and 5 are damaged: 6 is seen three times in the epoch, twice as a replacement.
     assert sorted(index) == [0, 1, 2, 3, 6, 6, 6, 7, 8, 9]
     assert skipped.sum() == 2 and set(index[skipped == 1]) == {6}
-    np.testing.assert_array_equal(label, source.labels[index])
+    np.testing.assert_array_equal(targets, source.labels[index])
     assert sum("a/004.png" in message for message in caplog.messages) == 1
 
 

@@ -24,7 +24,7 @@ def test_folder_with_three_splits(dataset_config, image_folder):
     assert train.labels.dtype == np.int32
     assert train.name(4).endswith("train/bee/000.png")
     with Image.open(train.name(4)) as image:
-        np.testing.assert_array_equal(np.asarray(train.read(4)), np.asarray(image))
+        np.testing.assert_array_equal(np.asarray(train.read(4).image), np.asarray(image))
 
 
 def test_val_is_the_test_set_in_the_published_layout(dataset_config, image_folder):
@@ -234,7 +234,7 @@ def test_tfds_source(dataset_config, fake_tfds, tiny_pets):
     test = load_source(config, "test")
     assert test.class_names == ("cat", "dog")
     np.testing.assert_array_equal(test.labels, [0, 1, 0])
-    assert test.read(1).getpixel((0, 0)) == (11, 0, 0)
+    assert test.read(1).image.getpixel((0, 0)) == (11, 0, 0) and test.read(1).target == test.labels[1]
     assert test.name(1) == "oxford_iiit_pet[test] record 1"
     assert sum(len(load_source(config, split)) for split in ("train", "validation")) == 7
 

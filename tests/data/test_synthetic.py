@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
+from vimd_jax.data.geometry import low_resolution_view
 from vimd_jax.data.sources import load_source
 from vimd_jax.data.synthetic import class_markings, draw_bird
-from vimd_jax.data.transforms import low_resolution_view
 from vimd_jax.errors import DatasetError
 
 
@@ -11,14 +11,14 @@ def test_images_depend_only_on_split_and_index(dataset_config):
     one, other = (load_source(dataset_config(), "train", seed=seed) for seed in (0, 1))
     other.read(7)  # the reading order does not matter
     for i in (3, 7, 8):
-        np.testing.assert_array_equal(one.read(i), other.read(i))
-    assert one.read(3).mode == "RGB" and one.read(3).size == (32, 32)
+        np.testing.assert_array_equal(one.read(i).image, other.read(i).image)
+    assert one.read(3).image.mode == "RGB" and one.read(3).image.size == (32, 32)
 
 
 def test_images_are_distinct_within_and_across_splits(dataset_config):
     config = dataset_config(synthetic_train_size=60, synthetic_test_size=30, validation_fraction=0.5)
     images = [
-        source.read(i).tobytes()
+        source.read(i).image.tobytes()
         for source in (load_source(config, split) for split in ("train", "validation", "test"))
         for i in range(len(source))
     ]

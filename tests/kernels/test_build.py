@@ -3,12 +3,17 @@
 import concurrent.futures
 import os
 import stat
+import subprocess
+import sys
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 
 from kernels import build
 
+ROOT = Path(__file__).parents[2]
 needs_compiler = pytest.mark.skipif(not build.compiler(), reason="no C++ compiler")
 
 
@@ -91,12 +96,12 @@ def test_a_library_that_does_not_load_is_a_reason(source, empty_cache, tmp_path,
 def test_a_damaged_library_is_built_again(source, empty_cache):
     library = build._build(source, ("-DANSWER=42",))
     library.write_text("")
-    assert build._load(source, ("-DANSWER=42",)).answer() == 42
+    assert build._load(source, ("-DANSWER=42",))[1].answer() == 42
 
 
 @needs_compiler
 def test_each_value_of_a_macro_has_its_own_library(source, empty_cache):
-    assert [build._load(source, (f"-DANSWER={value}",)).answer() for value in (1, 2)] == [1, 2]
+    assert [build._load(source, (f"-DANSWER={value}",))[1].answer() for value in (1, 2)] == [1, 2]
     assert len(list(empty_cache.iterdir())) == 2
 
 
@@ -112,14 +117,87 @@ def test_what_is_cached_is_used_where_nothing_can_be_written(source, empty_cache
     assert build._build(source) == library
 
 
-def test_without_a_writable_cache_it_builds_in_a_private_folder(source, tmp_path, monkeypatch):
+@pytest.mark.parametrize("home", ["no home", "not writable"])
+def test_without_a_writable_cache_a_folder_among_the_temporary_files_serves(home, source, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setenv("XDG_CACHE_HOME", "" if home == "no home" else str(tmp_path / "file"))
+    monkeypatch.setattr(build.os.path, "expanduser", lambda path: path)  # as it does without a home
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     fake_compiler(tmp_path, monkeypatch, 'echo library > "$out"')
-    build._private_folder.cache_clear()
     library = build._build(source)
-    assert library.read_text() == "library\n" and stat.S_IMODE(library.parent.stat().st_mode) == 0o700
+    assert library.read_text() == "library\n" and library.parent == tmp_path / f"vimd_jax-{os.getuid()}"
+    assert stat.S_IMODE(library.parent.stat().st_mode) == 0o700
+    monkeypatch.setenv("CXX", "/nonexistent")
+    assert build._build(source) == library
+
+
+@pytest.mark.parametrize("trap", ["folder", "link"])
+def test_a_temporary_folder_of_somebody_else_is_not_used(trap, source, tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "_cache_folders", lambda: [tmp_path / "theirs"])
+    (tmp_path / "target").mkdir()
+    if trap == "folder":
+        (tmp_path / "theirs").mkdir()
+    else:
+        (tmp_path / "theirs").symlink_to(tmp_path / "target")
+    if os.getuid() == 0:
+        os.chown(tmp_path / "theirs", 12345, -1, follow_symlinks=False)
+    else:
+        monkeypatch.setattr(os, "getuid", lambda: 12345)
+    fake_compiler(tmp_path, monkeypatch, 'echo library > "$out"')
+    library = build._build(source)
+    assert library.read_text() == "library\n" and library.parent not in (tmp_path / "theirs", tmp_path / "target")
     build._private_folder.cache_clear()
+
+
+def test_a_cached_library_needs_no_compiler(source, empty_cache, tmp_path, monkeypatch):
+    fake_compiler(tmp_path, monkeypatch, 'echo library > "$out"')
+    library = build._build(source)
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", "")
+    assert build._build(source) == library
+    with pytest.raises(RuntimeError, match="no C\\+\\+ compiler"):
+        build._build(source, ("-DOTHER",))
+
+
+def test_a_killed_build_leaves_nothing_in_the_cache(source, empty_cache, tmp_path, monkeypatch):
+    fake_compiler(tmp_path, monkeypatch, 'echo half > "$out"; touch begun; sleep 60')
+    monkeypatch.chdir(tmp_path)
+    code = f"import sys, pathlib; sys.path[:0] = {sys.path!r}; from kernels import build; "
+    process = subprocess.Popen([sys.executable, "-c", f"{code}build._build(pathlib.Path({str(source)!r}))"])
+    while not (tmp_path / "begun").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    assert list(empty_cache.iterdir()) == []
+
+
+def test_a_library_for_a_named_processor_is_the_same_on_every_machine(source, empty_cache, tmp_path, monkeypatch):
+    fake_compiler(tmp_path, monkeypatch, 'echo "$@" > "$out"')
+    here = build._build(source)
+    assert "=native" in here.read_text()
+    monkeypatch.setenv("CXXFLAGS", "-march=x86-64-v3")
+    portable = build._build(source)
+    assert "=native" not in portable.read_text()
+    monkeypatch.setattr(build, "_processor", lambda: "another")
+    assert build._build(source) == portable
+    monkeypatch.delenv("CXXFLAGS")
+    assert build._build(source) != here
+
+
+@needs_compiler
+def test_the_command_builds_ahead(empty_cache, monkeypatch):
+    monkeypatch.setenv("CXXFLAGS", "-O0")  # compiles in less time
+    command = [sys.executable, "-m", "kernels.build"]
+    built = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert built.returncode == 0, built.stderr
+    assert [str(path) for path in empty_cache.iterdir()] == built.stdout.split()
+    again = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | dict(PATH="", CXX=""))
+    assert again.stdout == built.stdout
+    for library in empty_cache.iterdir():
+        library.unlink()
+    failed = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | dict(PATH="", CXX=""))
+    assert failed.returncode == 1 and failed.stderr.startswith("selective scan: no C++ compiler")
 
 
 @pytest.mark.parametrize("writable_by_others", ["file", "folder"])
@@ -156,7 +234,7 @@ def test_a_damaged_library_that_cannot_be_removed_is_built_elsewhere(source, emp
         raise PermissionError
 
     monkeypatch.setattr(build.Path, "unlink", refuse)
-    assert build._load(source, ("-DANSWER=42",)).answer() == 42
+    assert build._load(source, ("-DANSWER=42",))[1].answer() == 42
 
 
 def test_a_library_may_be_written_by_nobody_else_whatever_the_umask(source, empty_cache, tmp_path, monkeypatch):

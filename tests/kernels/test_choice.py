@@ -2,9 +2,11 @@
 
 import concurrent.futures
 import logging
+import os
 import sys
 import threading
 import types
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -156,3 +158,24 @@ def test_a_compiled_function_has_a_program_for_each_environment():
 def test_unknown_names_in_an_environment(implementations, message):
     with pytest.raises(ValueError, match=f"^{message}"), kernels.use(**implementations):
         pass
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_fork_is_told_that_it_would_wait_for_ever():
+    u = jnp.ones((1, 5, 4))
+    jax.make_jaxpr(scan_of)(u)
+    reader, writer = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # JAX and Python warn of forks
+        child = os.fork()
+    if child == 0:
+        try:
+            jax.make_jaxpr(lambda u: scan_of(u))(u)
+        except RuntimeError as error:
+            os.write(writer, str(error).encode())
+        os._exit(0)
+    os.close(writer)
+    os.waitpid(child, 0)
+    message = os.read(reader, 1000).decode()
+    os.close(reader)
+    assert message.startswith(f"This process was forked from process {os.getpid()}, which had used JAX")

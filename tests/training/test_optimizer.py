@@ -250,7 +250,7 @@ def test_recipes(config, batch, peak, weight_decay, drop_path, clip, average):
 
 
 def test_drop_path_rates_grow_linearly():
-    model = build_networks(vim_small_imagenet.get_config(), 1000).trained
+    model = build_networks(vim_small_imagenet.get_config(), [str(i) for i in range(1000)]).trained
     np.testing.assert_allclose(model.drop_rates(), 0.05 * np.arange(24) / 23, rtol=1e-5)
 
 

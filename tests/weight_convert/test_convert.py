@@ -23,6 +23,7 @@ from vimd_jax.models import create_model, list_models
 from weight_convert import convert as convert_command
 from weight_convert import export as export_command
 from weight_convert import load_torch_checkpoint
+from weight_convert.load import assumptions
 from weight_convert.mapping import plan
 
 FILES = golden.FOLDER / "checkpoints"
@@ -99,10 +100,10 @@ def test_srvm_from_two_files_and_back(tmp_path, capsys):
 
     student = load_model(tmp_path / "srvm")
     assert student.low_resolution == 16
-    for half, model in (("sr", student.model.sr), ("classifier", student.model.classifier)):
+    for part, model in (("sr", student.model.sr), ("classifier", student.model.classifier)):
         for source in (tmp_path / "srvm", tmp_path / "both.safetensors"):
             params = load_variables(source, model)["params"]
-            jax.tree.map(np.testing.assert_array_equal, params, student.variables["params"][half])
+            jax.tree.map(np.testing.assert_array_equal, params, student.variables["params"][part])
 
 
 def test_the_converted_directory_gives_the_network_and_its_variables(tmp_path):
@@ -241,12 +242,13 @@ def test_a_prefix_is_left_out_and_told(prefix, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("outer", "inner"), [("", ""), ("module.", ""), ("model.", "_orig_mod.")])
-def test_both_halves_in_one_file(outer, inner, tmp_path):
+def test_both_parts_in_one_file(outer, inner, tmp_path):
     options = [*VIM_OPTIONS, "--option", "sr_channels=16", "--option", "sr_num_blocks=3"]
-    halves = {"sr": load_torch_checkpoint(SR_FILE), "classifier": load_torch_checkpoint(FILES / "vim_style.pth")}
-    content = {part: {inner + name: x for name, x in half.items()} for part, half in halves.items()}
+    parts = {"sr": load_torch_checkpoint(SR_FILE), "classifier": load_torch_checkpoint(FILES / "vim_style.pth")}
+    content = {part: {inner + name: x for name, x in tensors.items()} for part, tensors in parts.items()}
     if outer:
-        content = {"model": {f"{outer}{part}.{name}": x for part, half in content.items() for name, x in half.items()}}
+        joined = {f"{part}.{name}": x for part, tensors in content.items() for name, x in tensors.items()}
+        content = {"model": {outer + name: x for name, x in joined.items()}}
     torch_writer.save(tmp_path / "x.pth", content)
     assert (
         convert("--model", "srvm_tiny", "--checkpoint", tmp_path / "x.pth", *options, "--output", tmp_path / "x") == 0
@@ -259,7 +261,7 @@ def test_both_halves_in_one_file(outer, inner, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (VIM[:4], "its tensors tell other options: depth=4,embed_dim=48"),
+        (VIM[:4], "its tensors imply other options: depth=4,embed_dim=48"),
         ([*VIM, "--option", "patch_size=8"], "other options: patch_size=16"),
         ([*SR[:4], "--option", "channels=16"], "other options: num_blocks=3"),
         (["--model", "srresnet_x2", *SR[2:]], "other options: scale=4"),
@@ -275,18 +277,58 @@ def test_another_registered_network_is_named(tmp_path, capsys):
     small = {
         entry.source: expanded(0, entry.shape, (0,) * len(entry.shape)) for entry in plan(create_model("vim_small"))
     }
-    torch_writer.save(tmp_path / "x.pth", small | {"padding": np.zeros(25_000_000, np.float32)})
+    torch_writer.save(tmp_path / "x.pth", {"model": small, "padding": np.zeros(25_000_000, np.float32)})
     assert convert("--model", "vim_tiny", "--checkpoint", tmp_path / "x.pth", "--dry_run") == 1
-    assert "its tensors are those of vim_small" in capsys.readouterr().err
+    assert "its tensors are those of vim_small or vim_small_stride8 (convert: --model)" in capsys.readouterr().err
+
+
+def test_a_searched_network_is_not_taken_for_one_without_a_search(tmp_path, capsys):
+    """Options that fit the shapes would leave the directions wrong."""
+    weights = {
+        entry.source: expanded(0, entry.shape, (0,) * len(entry.shape))
+        for entry in plan(create_model("local_vim_tiny", num_classes=7))
+    }
+    torch_writer.save(tmp_path / "x.pth", {"model": weights, "padding": np.zeros(10_000_000, np.float32)})
+    assert convert("--model", "local_vim_small", "--checkpoint", tmp_path / "x.pth", "--dry_run") == 1
+    error = capsys.readouterr().err
+    assert "its tensors are those of local_vim_tiny (convert: --model)" in error and "embed_dim=" not in error
 
 
 def test_what_a_file_does_not_tell_is_said(tmp_path, capsys):
     assert convert(*VIM, "--dry_run") == 0
-    assert "assumed, as the file does not tell: class_token is 'middle' (--option class_token=...)" in (
+    assert "assumed (not recorded in the file): class_token is 'middle' (--option class_token=...)" in (
         capsys.readouterr().out
     )
-    assert convert(*VIM, "--dry_run", "--option", "class_token=head", "--option", "merge=sum") == 0
+    told = ["class_token=head", "merge=sum", "input_normalization=True"]
+    assert convert(*VIM, "--dry_run", *(part for option in told for part in ("--option", option))) == 0
     assert "assumed" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        (
+            "v2m_tiny",
+            {"class_token": None},
+            ["input_normalization is False", "merge is 'mean'", "pool is 'mean'", "routing is 'four_corners'"],
+        ),
+        (
+            "local_vim_tiny",
+            {},
+            [
+                "directions are those of local_vim_tiny",
+                "input_normalization is False",
+                "pool is 'mean'",
+                "vertical_reverse is 'correct'",
+            ],
+        ),
+        ("local_vmamba_search", {}, ["input_normalization is False", "vertical_reverse is 'correct'"]),
+        ("srvm_tiny", {"input_normalization": True}, ["class_token is 'middle'", "merge is 'mean'"]),
+    ],
+)
+def test_every_assumption_that_changes_results_is_named(name, options, expected):
+    notes = assumptions(create_model(name, **options), options)
+    assert [note.partition(" (--option ")[0] for note in sorted(notes)] == expected
 
 
 def test_a_table_of_as_many_positions_is_taken_to_be_square(tmp_path, capsys):
@@ -360,7 +402,7 @@ def test_help_lists_the_architectures(capsys):
 def test_a_network_that_differs_in_more_than_shapes_is_refused(override, message, tmp_path):
     assert convert(*VIM, "--output", tmp_path / "vim") == 0
     model = load_model(tmp_path / "vim").model
-    with pytest.raises(ValueError, match=f"vim holds another network: {message} there"):
+    with pytest.raises(ValueError, match=f"vim holds a different network: {message} there"):
         load_variables(tmp_path / "vim", model.copy(**override), adapt=True)
 
 
@@ -384,7 +426,7 @@ def test_dry_run_writes_nothing(tmp_path, capsys):
         ([*VIM, "--option", "depht=4"], "depht: vim_tiny has no such option"),
         ([*VIM, "--option", "depth=many"], "depth: 'many' is not valid"),
         ([*VIM, "--option", "rope=false"], "rope: 'false' is not valid"),
-        ([*VIM, "--sr_checkpoint", SR_FILE], "is not needed: it is the other half"),
+        ([*VIM, "--sr_checkpoint", SR_FILE], "is not needed: it is for an srvm_* model"),
         ([*VIM, "--source_size", "64x32"], "is for 49 patches, not for 7x3; say"),
         ([*VIM, "--option", "depth=5"], "missing (17): layers.4"),
         ([*VIM, "--key", "state_dict"], "no state dict named 'state_dict'"),

@@ -4,6 +4,7 @@ import functools
 
 import golden_models
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 import torch_writer
@@ -12,6 +13,7 @@ from vimd_jax.models import create_model
 from vimd_jax.models.efficient_vmamba import EfficientVMamba
 from vimd_jax.models.vim import Vim
 from vimd_jax.models.vmamba import VMamba
+from vimd_jax.models.vmamba2 import VMamba2
 from weight_convert import (
     convert_state_dict,
     export_state_dict,
@@ -169,8 +171,52 @@ def test_a_classifier_whose_head_is_called_classifier(tmp_path):
 
 def test_options_that_names_depend_on_are_pointed_out():
     weights = weights_of(EFFICIENT.clone(mlp_ratio=2.0))
-    with pytest.raises(ValueError, match="unexpected.*; its tensors tell other options: mlp_ratio=2.0"):
+    with pytest.raises(ValueError, match="unexpected.*; its tensors imply other options: mlp_ratio=2.0"):
         convert_state_dict(weights, EFFICIENT)
     weights = weights_of(EFFICIENT.clone(downsample="conv"))
     with pytest.raises(ValueError, match="options: downsample='conv'"):
         convert_state_dict(weights, EFFICIENT)
+
+
+def test_the_release_that_a_file_is_of_is_named():
+    newer = weights_of(VMamba2(num_classes=5, dims=8, depths=(2, 1)))
+    with pytest.raises(ValueError, match="the names of vmamba2_base, .*VMamba's second release .#v2cls"):
+        convert_state_dict(newer, VMAMBA)
+    with pytest.raises(ValueError, match="the names of vmamba_base, .*VMamba's first release .#v0cls"):
+        convert_state_dict(weights_of(VMAMBA), VMamba2(num_classes=5, dims=8, depths=(2, 1)))
+
+
+def test_rotary_tables_are_compared_as_exactly_as_their_numbers_are():
+    model = create_model(
+        "local_vim_tiny", embed_dim=16, depth=1, image_size=112, num_classes=2, directions=(("h", "v"),)
+    )
+    weights = weights_of(model)
+    rounded = {name: x.astype(ml_dtypes.bfloat16) for name, x in weights.items()}
+    assert np.abs(rounded["rope.freqs_cos"].astype(np.float32) - weights["rope.freqs_cos"]).max() > 1e-3
+    convert_state_dict(rounded, model)
+    rounded["rope.freqs_cos"] = rounded["rope.freqs_sin"]
+    with pytest.raises(ValueError, match="not the rotary table of this grid"):
+        convert_state_dict(rounded, model)
+
+
+def test_a_part_of_any_composite_fills_its_network(tmp_path):
+    """Of a file with two such parts none is chosen."""
+    vim = Vim(num_classes=5, image_size=32, embed_dim=16, depth=1)
+    weights = weights_of(vim)
+    headless = {name: x for name, x in weights.items() if not name.startswith("head.")}
+    inside = {f"module.backbone.{name}": x for name, x in weights.items()} | {"neck.x": np.ones(3, np.float32)}
+    assert_same(
+        torch_variables(_saved(tmp_path / "x.pth", inside), vim),
+        torch_variables(_saved(tmp_path / "y.pth", weights), vim),
+    )
+    twice = {f"{role}.{name}": x for role in ("student", "teacher") for name, x in weights.items()}
+    with pytest.raises(ValueError, match="holds more than one Vim, named student., teacher."):
+        torch_variables(_saved(tmp_path / "z.pth", twice), vim)
+    with pytest.raises(ValueError, match=r"missing \(2\): head.bias, head.weight"):
+        torch_variables(_saved(tmp_path / "w.pth", headless), vim)
+    assert "params/head/kernel" not in torch_variables(tmp_path / "w.pth", vim, flexible=True)
+
+
+def _saved(path, weights):
+    torch_writer.save(path, weights)
+    return path

@@ -161,9 +161,12 @@ def test_plain_containers_of_other_kinds_are_accepted(protocol, tmp_path):
 def test_key_chooses_the_state_dict(tmp_path):
     torch_writer.save(tmp_path / "x.pth", {"weights": {"x": np.ones(3, np.float32)}, "epoch": 3})
     assert list(load_torch_checkpoint(tmp_path / "x.pth", key="weights")) == ["x"]
-    with pytest.raises(CheckpointError, match="no state dict named model or state_dict.*weights, epoch"):
+    assert list(load_torch_checkpoint(tmp_path / "x.pth")) == ["x"]  # the only one
+    two = {"weights": {"x": np.ones(3, np.float32)}, "average": {"x": np.ones(3, np.float32)}}
+    torch_writer.save(tmp_path / "x.pth", two)
+    with pytest.raises(CheckpointError, match="no state dict named model or state_dict.*weights, average"):
         load_torch_checkpoint(tmp_path / "x.pth")
-    with pytest.raises(CheckpointError, match="no state dict named 'ema'.*weights, epoch"):
+    with pytest.raises(CheckpointError, match="no state dict named 'ema'.*weights, average"):
         load_torch_checkpoint(tmp_path / "x.pth", key="ema")
 
 
@@ -405,7 +408,7 @@ def test_a_whole_network_is_refused_with_its_name(tmp_path):
         load_torch_checkpoint(tmp_path / "x.pth")
 
 
-def test_two_halves_are_one_state_dict(tmp_path):
+def test_two_parts_are_one_state_dict(tmp_path):
     torch_writer.save(tmp_path / "x.pth", {"sr": {"a": GOOD["x"]}, "classifier": {"b": GOOD["x"]}, "epoch": 3})
     assert list(load_torch_checkpoint(tmp_path / "x.pth")) == ["sr.a", "classifier.b"]
 

@@ -1,1 +1,1 @@
-"""Images: where they come from (sources), how they are cropped (transforms), how they become batches (pipeline)."""
+"""Images: where they come from (sources), how they are cropped (geometry), how they become batches (pipeline)."""

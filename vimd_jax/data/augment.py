@@ -101,7 +101,7 @@ def random_erasing(
     pixels = np.array(image)
     boxes = int(rng.integers(1, count + 1))
     for _ in range(boxes):
-        top, left, height, width = erased_box(*pixels.shape[:2], rng, boxes)
+        top, left, height, width = erased_box(pixels.shape[0], pixels.shape[1], rng, boxes)
         if mode == "const":
             noise = np.zeros(3)
         else:

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, features
 
 from vimd_jax.errors import UnreadableImage
+from vimd_jax.files import open_regular
 
 EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 if features.check("avif"):
@@ -75,7 +76,7 @@ def check_header(path: str | os.PathLike) -> None:
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike) -> Iterator[BinaryIO]:
     try:
-        file = open(path, "rb")  # noqa: SIM115  (closed below; only the errors of opening are caught)
+        file = open_regular(path)  # closed below; only the errors of opening are caught
     except OSError as error:
         raise UnreadableImage(f"{os.fspath(path)}: {error.strerror}") from None
     with file:
@@ -102,6 +103,14 @@ def decode_image(
     except Exception as error:  # On damaged files Pillow's decoders raise errors of nearly every type.
         cause = str(error).splitlines()[0] if str(error) else type(error).__name__
     raise UnreadableImage(f"{name}: {cause}")
+
+
+def as_rgb(image: Image.Image, name: str) -> Image.Image:
+    """A copy of a Pillow image, as `read_image` would return it; error messages call it `name`."""
+    try:
+        return _to_rgb(ImageOps.exif_transpose(image))
+    except Exception as error:  # see decode_image
+        raise UnreadableImage(f"{name}: {error or type(error).__name__}") from None
 
 
 def _smallest_size(image: Image.Image, reduction: Reduction | None) -> tuple[int, int]:

@@ -13,7 +13,8 @@ import os
 import signal
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
 
 import grain
 import numpy as np
@@ -22,12 +23,14 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from vimd_jax.data.augment import augment
+from vimd_jax.data.geometry import View, central_view, draw_view, low_resolution_view
 from vimd_jax.data.images import Reduction
-from vimd_jax.data.sources import Source
-from vimd_jax.data.transforms import eval_view, low_resolution_view, random_crop_box, train_view
+from vimd_jax.data.sources import Record, Source
 from vimd_jax.errors import DatasetError, UnreadableImage
 
 Batch = dict[str, np.ndarray]
+Batches = Generator[Batch, None, None]  # has close()
+Target = Callable[[Record, View], Any]  # what stands beside an image in a batch, an array of one shape for all records
 
 ENDLESS = 2**48  # Grain requires a finite length
 VIEWS = ("high", "low")
@@ -42,9 +45,10 @@ def train_batches(
     seed: int,
     start_step: int = 0,
     views: Sequence[str] = VIEWS,
+    target: Target | None = None,
     process_index: int = 0,
     process_count: int = 1,
-) -> Iterator[Batch]:
+) -> Batches:
     """Endless shuffled, augmented training batches.
 
     Args:
@@ -55,19 +59,21 @@ def train_batches(
         seed: determines the order and the augmentation.
         start_step: number of batches to skip; the rest are those of an uninterrupted run.
         views: those of "high" and "low" that batches shall have; to leave one out saves its time.
+        target: what stands beside an image, from its record and the view drawn of it; None: nothing.
         process_index: which of the process_count equal, contiguous slices of every global batch to yield.
         process_count: number of processes that train together.
 
     Returns:
         An iterator of dictionaries of numpy arrays, b = batch_size / process_count: "high" uint8 (b, H, H, 3), "low"
-        uint8 (b, h, h, 3) and int32 (b,) "label", "index" (in the source) and "skipped" (1 where an unreadable image
-        was replaced by the next readable one), and float32 (b,) "weight" (1). Its `close()` stops the worker processes.
+        uint8 (b, h, h, 3), "target" (b, …), int32 (b,) "index" (in the source) and "skipped" (1 where an unreadable
+        image was replaced by the next readable one), and float32 (b,) "weight" (1). Its `close()` stops the worker
+        processes.
 
     Raises:
         DatasetError: at once for invalid arguments; while iterating for unreadable images, unless
             config.on_error = "skip", which replaces and logs them.
     """
-    example = functools.partial(_train_example, source, config, seed, views)
+    example = functools.partial(_train_example, source, config, seed, views, target)
     return _batches(example, range(start_step, ENDLESS), config, batch_size, process_index, process_count)
 
 
@@ -76,18 +82,19 @@ def eval_batches(
     config: ConfigDict,
     *,
     batch_size: int,
+    target: Target | None = None,
     process_index: int = 0,
     process_count: int = 1,
     endless: bool = False,
-) -> Iterator[Batch]:
+) -> Batches:
     """Every image of the source exactly once, in order, in ceil(n / batch_size) batches; `endless`: again and again.
 
-    Arguments and batches are those of `train_batches`; the view is `eval_view` with config.eval_crop. Two kinds of
-    examples are black images with weight 0: the padding of the last batch (index -1, label 0), and unreadable images
-    if config.on_error = "skip" (skipped 1).
+    Arguments and batches are those of `train_batches`; the view is `central_view` with config.eval_crop. Two kinds of
+    examples are black images with weight 0 and the target of a record without one: the padding of the last batch
+    (index -1), and unreadable images if config.on_error = "skip" (skipped 1).
     """
     steps = -(-len(source) // max(1, batch_size))
-    example = functools.partial(_eval_example, source, config, steps * batch_size)
+    example = functools.partial(_eval_example, source, config, target, steps * batch_size)
     return _batches(example, range(ENDLESS if endless else steps), config, batch_size, process_index, process_count)
 
 
@@ -105,50 +112,73 @@ def samples_per_epoch(size: int, repeats: int) -> int:
     return size if repeats == 1 or size < 256 else size // 256 * 256
 
 
-def _train_example(source: Source, config: ConfigDict, seed: int, views: Sequence[str], i: int) -> Batch:
+def _train_example(
+    source: Source, config: ConfigDict, seed: int, views: Sequence[str], target: Target | None, i: int
+) -> Batch:
     epoch, position = divmod(i, samples_per_epoch(len(source), config.repeats))
     scheduled = int(_epoch_order(seed, epoch, len(source))[position // config.repeats])
-    reduction = CropReduction(config, (seed, 1, i)) if config.reduced_decoding else None
-    index, image = _next_readable(source, scheduled, config.on_error, reduction)
-    rng = np.random.default_rng((seed, 1, i))
-    high = train_view(
-        image, config.high_resolution, rng, crop_scale=config.crop_scale, flip=config.flip,
-        full_size=reduction and reduction.full_size,
-    )  # fmt: skip
-    high = augment(high, config.augment, rng)
-    return _example(high, config, source.labels[index], index, views=views, skipped=index != scheduled)
+    for index in itertools.chain(range(scheduled, len(source)), range(scheduled)):
+        drawing = Drawing(config, (seed, 1, i))
+        record = read_or_skip(source, index, config.on_error, drawing.reduction if config.reduced_decoding else None)
+        if record is not None:
+            break
+    else:
+        raise DatasetError(f"none of the {len(source)} training images can be read; check config.dataset.directory")
+    view = drawing.view or drawing.draw(record.image.size)
+    high = augment(view.apply(record.image), config.augment, drawing.rng)
+    beside = _beside(target, record, view)
+    return _example(high, config, index, beside, views=views, skipped=index != scheduled)
 
 
-class CropReduction:
-    """How much smaller an image may be for the crop that a seed draws, to be no smaller than the view made of it."""
+class Drawing:
+    """What a seed draws for one image: its view, and from `rng` afterwards its augmentation.
+
+    With reduced decoding, the view is drawn as soon as the header tells the image's size, and decides how much smaller
+    the image is decoded; otherwise from the decoded image's size.
+    """
 
     def __init__(self, config: ConfigDict, seed: tuple[int, ...]):
-        self._config, self._seed = config, seed
-        self.full_size: tuple[int, int] | None = None  # of the image that was read last
+        self._config, self.rng = config, np.random.default_rng(seed)
+        self.view: View | None = None
 
-    def __call__(self, width: int, height: int) -> int:
-        self.full_size = width, height
-        rng = np.random.default_rng(self._seed)
-        left, top, right, bottom = random_crop_box(width, height, rng, self._config.crop_scale)
-        return max(1, min(right - left, bottom - top) // self._config.high_resolution)
+    def draw(self, full_size: tuple[int, int]) -> View:
+        config = self._config
+        self.view = draw_view(
+            full_size, config.high_resolution, self.rng, crop_scale=config.crop_scale, flip=config.flip
+        )
+        return self.view
+
+    def reduction(self, width: int, height: int) -> int:
+        return self.draw((width, height)).reduction
 
 
-def _eval_example(source: Source, config: ConfigDict, period: int, i: int) -> Batch:
-    black = Image.new("RGB", (config.high_resolution, config.high_resolution))
+def _eval_example(source: Source, config: ConfigDict, target: Target | None, period: int, i: int) -> Batch:
     i %= period
     if i >= len(source):
-        return _example(black, config, 0, PADDING, weight=0)
-    image = read_or_skip(source, i, config.on_error)
-    if image is None:
-        return _example(black, config, source.labels[i], i, weight=0, skipped=True)
-    return _example(eval_view(image, config.high_resolution, config.eval_crop), config, source.labels[i], i)
+        return blank_example(config, target)
+    record = read_or_skip(source, i, config.on_error)
+    if record is None:
+        return {**blank_example(config, target), "index": np.int32(i), "skipped": np.int32(1)}
+    view = central_view(record.image.size, config.high_resolution, config.eval_crop)
+    return _example(view.apply(record.image), config, i, _beside(target, record, view))
+
+
+def blank_example(config: ConfigDict, target: Target | None) -> Batch:
+    """An example that does not count: black, weight 0, index -1, and the target of a record without one."""
+    record = Record(Image.new("RGB", (config.high_resolution, config.high_resolution)))
+    view = central_view(record.image.size, config.high_resolution)
+    return _example(record.image, config, PADDING, _beside(target, record, view), weight=0)
+
+
+def _beside(target: Target | None, record: Record, view: View) -> Batch:
+    return {} if target is None else {"target": target(record, view)}
 
 
 def _example(
     high: Image.Image,
     config: ConfigDict,
-    label: int,
     index: int,
+    beside: Batch,
     *,
     views: Sequence[str] = VIEWS,
     weight: float = 1,
@@ -157,7 +187,7 @@ def _example(
     made = {"high": lambda: high, "low": lambda: low_resolution_view(high, config.low_resolution)}
     return {
         **{name: np.asarray(made[name]()) for name in views},
-        "label": np.int32(label),
+        **beside,
         "index": np.int32(index),
         "weight": np.float32(weight),
         "skipped": np.int32(skipped),
@@ -169,17 +199,8 @@ def _epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
     return np.random.default_rng((seed, 0, epoch)).permutation(size)
 
 
-def _next_readable(source: Source, start: int, on_error: str, reduction: Reduction | None) -> tuple[int, Image.Image]:
-    """The first readable image from `start` on, with its index; unless on_error is "skip", that is `start` itself."""
-    for i in range(start, start + len(source)):
-        i %= len(source)
-        if image := read_or_skip(source, i, on_error, reduction):
-            return i, image
-    raise DatasetError(f"none of the {len(source)} training images can be read; check config.dataset.directory")
-
-
-def read_or_skip(source: Source, i: int, on_error: str, reduction: Reduction | None = None) -> Image.Image | None:
-    """Image i of a source; None if it cannot be read and on_error is "skip", which is logged once.
+def read_or_skip(source: Source, i: int, on_error: str, reduction: Reduction | None = None) -> Record | None:
+    """Record i of a source; None if it cannot be read and on_error is "skip", which is logged once.
 
     Raises:
         UnreadableImage: it cannot be read, and on_error is "stop".
@@ -208,7 +229,7 @@ def _batches(
     batch_size: int,
     process_index: int,
     process_count: int,
-) -> Iterator[Batch]:
+) -> Batches:
     """This process's share of the batches numbered `steps`, computed in advance by Grain."""
     if batch_size < 1 or batch_size % process_count:
         raise DatasetError(
@@ -245,10 +266,15 @@ def _start_worker(worker_index: int, worker_count: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # which schedulers send to the whole process group
         signal.signal(number, signal.SIG_IGN)
     main = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (main.join(), os._exit(1)), daemon=True).start()
+
+    def follow() -> None:
+        main.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
-def _iterate(batches: grain.IterDataset, count: int) -> Iterator[Batch]:
+def _iterate(batches: grain.IterDataset, count: int) -> Batches:
     iterator = iter(batches)
     try:
         # Through map, so that no variable here keeps a batch, and with it shared memory, alive beyond the close.
@@ -265,7 +291,7 @@ def _received(batch: Batch | DatasetError) -> Batch:
 
 
 # Workers still running at exit would outlive the interpreter's modules and fail noisily.
-_open: weakref.WeakSet[Iterator[Batch]] = weakref.WeakSet()
+_open: weakref.WeakSet[Batches] = weakref.WeakSet()
 
 
 @atexit.register

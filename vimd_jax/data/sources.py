@@ -1,4 +1,4 @@
-"""Datasets as random-access lists of labelled images: a folder of class folders, TensorFlow Datasets, or synthetic."""
+"""Datasets as random-access lists of records: a folder of class folders, TensorFlow Datasets, or synthetic."""
 
 import collections
 import functools
@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -27,21 +27,35 @@ SPLITS = ("train", "validation", "test")
 LAYOUT = "expected train/<class>/*.jpg and test/<class>/*.jpg, optionally val/<class>/*.jpg"
 
 
+class Record(NamedTuple):
+    """An image and what its source knows of it.
+
+    Attributes:
+        image: RGB.
+        target: an index into the source's `class_names`, or a map of such indices on the image's grid (Pillow, mode
+            "L"), or whatever a task learns; None where there is none.
+    """
+
+    image: Image.Image
+    target: Any = None
+
+
 class Source:
-    """A list of labelled images.
+    """A list of images and their targets.
 
     Attributes:
         class_names: the class names.
-        labels: int32 (number of images,), indices into `class_names`.
+        labels: int32 (number of images,), indices into `class_names`; None where an image has no class of its own.
+            What holds out images, checks and describes a dataset reads them; learning reads the records.
     """
 
     class_names: tuple[str, ...]
-    labels: np.ndarray
+    labels: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def read(self, i: int, reduction: Reduction | None = None) -> Image.Image:
+    def read(self, i: int, reduction: Reduction | None = None) -> Record:
         """Image i in RGB, a JPEG where possible smaller by what `reduction` allows; raises UnreadableImage."""
         raise NotImplementedError
 
@@ -161,10 +175,10 @@ class FolderSource(Source):
         self.labels = np.array(labels, np.int32)
         if ignored:
             kinds = ", ".join(f"{count} with {suffix}" for suffix, count in ignored.most_common(5))
-            _warn_once(f"{folder}: files are ignored that have no name of an image: {kinds}")
+            _warn_once(f"{folder}: ignoring files that are not images: {kinds}")
 
-    def read(self, i: int, reduction: Reduction | None = None) -> Image.Image:
-        return read_image(self.paths[i], reduction)
+    def read(self, i: int, reduction: Reduction | None = None) -> Record:
+        return Record(read_image(self.paths[i], reduction), int(self.labels[i]))
 
     def check(self, i: int) -> None:
         check_header(self.paths[i])
@@ -211,8 +225,9 @@ class TfdsSource(Source):
         self.labels = cached_labels(self._records, f"{builder.info.full_name}-{split}")
         self._name = f"{name}[{split}]"
 
-    def read(self, i: int, reduction: Reduction | None = None) -> Image.Image:
-        return decode_image(io.BytesIO(self._records[int(i)]["image"]), self.name(i), reduction)
+    def read(self, i: int, reduction: Reduction | None = None) -> Record:
+        record = self._records[int(i)]
+        return Record(decode_image(io.BytesIO(record["image"]), self.name(i), reduction), int(record["label"]))
 
     def check(self, i: int) -> None:
         decode_image(io.BytesIO(self._records[int(i)]["image"]), self.name(i), header_only=True)
@@ -244,11 +259,11 @@ class SyntheticSource(Source):
         self.class_names = tuple(map(str, self._markings))
         self.labels = (np.arange(size) % len(self._markings)).astype(np.int32)
 
-    def read(self, i: int, reduction: Reduction | None = None) -> Image.Image:
+    def read(self, i: int, reduction: Reduction | None = None) -> Record:
         if i not in self._images:
             rng = np.random.default_rng((SPLITS.index(self._split), i))  # the splits share no image
             self._images[i] = np.asarray(draw_bird(self._markings[self.labels[i]], self._side, rng))
-        return Image.fromarray(self._images[i])
+        return Record(Image.fromarray(self._images[i]), int(self.labels[i]))
 
     def name(self, i: int) -> str:
         return f"synthetic {self._split} image {i}"
@@ -260,9 +275,12 @@ class Subset(Source):
     def __init__(self, source: Source, indices: np.ndarray):
         self._source, self._indices = source, indices
         self.class_names = source.class_names
-        self.labels = source.labels[indices]
+        self.labels = None if source.labels is None else source.labels[indices]
 
-    def read(self, i: int, reduction: Reduction | None = None) -> Image.Image:
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def read(self, i: int, reduction: Reduction | None = None) -> Record:
         return self._source.read(self._indices[i], reduction)
 
     def check(self, i: int) -> None:
@@ -333,7 +351,7 @@ def _hold_out(source: Source, split: str, fraction: float, seed: int) -> Source:
     """
     draws = np.array([_uniform(f"{seed}/{source.key(i)}") for i in range(len(source))])
     held_out = draws < fraction
-    for label in range(len(source.class_names)):
+    for label in range(len(source.class_names) if source.labels is not None else 0):
         of_class = np.flatnonzero(source.labels == label)
         if len(of_class) and held_out[of_class].all():
             held_out[of_class[draws[of_class].argmax()]] = False

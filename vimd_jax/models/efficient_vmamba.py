@@ -46,7 +46,7 @@ class EfficientVMamba(Hierarchical):
         if self.mlp_ratio < 0 or self.mlp_ratio and min(self.widths) * self.mlp_ratio < 1:
             raise ValueError(f"mlp_ratio: {self.mlp_ratio} is not valid, expected 0, or enough for a channel")
 
-    def make_block(self, stage: int, train: bool) -> Callable[..., Block]:
+    def make_block(self, stage: int, train: bool) -> partial[Block]:
         """See `Hierarchical`."""
         norm = partial(BatchNorm, train=train, axis_name=self.bn_axis_name)
         drops = train and self.drop_path_rate > 0
@@ -92,7 +92,7 @@ class EVSSBlock(Block):
         scanned = gate(self.mixer(name="mixer")(normalized, order))
         x = x + self.drop(scanned + gate(self.convolve(normalized)), drop_rate)
         if self.mlp_ratio:
-            x = x + self.drop(self.mlp(layer_norm(name="mlp_norm")(x)), drop_rate)
+            x = x + self.drop(self.mlp(x, self.mlp_ratio, self.dtype), drop_rate)
         return x, None
 
     def convolve(self, x: jax.Array) -> jax.Array:
@@ -100,12 +100,6 @@ class EVSSBlock(Block):
         x = DepthwiseConv(name="conv")(x.astype(self.dtype))
         x = nn.gelu(self.batch_norm(name="conv_norm")(x.astype(jnp.float32)), approximate=False)
         return _pointwise(x.shape[-1], x.shape[-1], self.dtype, "conv_out")(x)
-
-    def mlp(self, x: jax.Array) -> jax.Array:
-        """Two linear layers, token by token."""
-        dense = partial(nn.Dense, kernel_init=nn.initializers.normal(0.02), dtype=self.dtype)
-        hidden = nn.gelu(dense(int(x.shape[-1] * self.mlp_ratio), name="mlp_in")(x), approximate=False)
-        return dense(x.shape[-1], name="mlp_out")(hidden)
 
 
 class InvertedResidual(Block):

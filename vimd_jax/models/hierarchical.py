@@ -7,6 +7,7 @@ Parameters, stream, norms and head are float32; `dtype` is that of projections a
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -70,7 +71,7 @@ class Hierarchical(Network):
             return tuple(self.dims * 2**stage for stage in range(len(self.depths)))
         return self.dims
 
-    def make_block(self, stage: int, train: bool) -> Callable[..., "Block"]:
+    def make_block(self, stage: int, train: bool) -> "partial[Block]":
         """What makes a block of a stage."""
         raise NotImplementedError
 
@@ -119,7 +120,12 @@ class Hierarchical(Network):
         return (output, {"hidden_states": states, "pre_logits": pre_logits}) if return_features else output
 
     def feature_maps(
-        self, images: jax.Array, layers: Sequence[int] | None = None, *, train: bool = False
+        self,
+        images: jax.Array,
+        layers: Sequence[int] | None = None,
+        *,
+        train: bool = False,
+        neck: Callable[..., nn.Module] | None = None,
     ) -> tuple[jax.Array, ...]:
         """Maps of what stages made of images: `apply(…, method="feature_maps")`.
 
@@ -127,25 +133,32 @@ class Hierarchical(Network):
           images: (batch, height, width, 3) floats in [0, 1], of any size.
           layers: numbers of stages from 0; None: all.
           train: as in a call.
+          neck: makes a part of this network, given a name, that the maps go through.
 
         Returns:
           For each of these stages the map after its last block, as in features["hidden_states"]: (batch, rows, columns,
-          channels of the stage) float32, not normalised.
+          channels of the stage) float32, not normalised; or what the neck makes of them.
 
         Raises:
           ValueError: there is no such stage, or the images are not valid.
         """
         layers = check_layers(layers, len(self.depths))
-        states = self.run_stages(images, train)
-        return tuple(states[stage] for stage in layers)
+
+        def chosen(states: list[jax.Array]) -> tuple[jax.Array, ...]:
+            maps = tuple(states[stage] for stage in layers)
+            return neck(name="neck")(maps) if neck else maps
+
+        return self.run_stages(images, train, chosen)
 
     def to_maps(self, states: Sequence[jax.Array], size: tuple[int, int]) -> tuple[jax.Array, ...]:
         """Maps (batch, rows, columns, channels) from features["hidden_states"], which here are such."""
         return tuple(states)
 
     @nn.compact
-    def run_stages(self, images: jax.Array, train: bool) -> tuple[jax.Array, ...]:
-        """The map after the last block of each stage."""
+    def run_stages(
+        self, images: jax.Array, train: bool, then: Callable[[list[jax.Array]], tuple[jax.Array, ...]] = tuple
+    ) -> tuple[jax.Array, ...]:
+        """The map after the last block of each stage, or what `then` makes of these, which may have modules."""
         x, states = self.embed(images), []
         rates = np.split(np.linspace(0.0, self.drop_path_rate, sum(self.depths)), np.cumsum(self.depths)[:-1])
         for stage, stage_rates in enumerate(rates):
@@ -153,7 +166,7 @@ class Hierarchical(Network):
             states.append(x)
             if stage < len(self.depths) - 1:
                 x = self.make_downsampling(stage)(x)
-        return tuple(states)
+        return then(states)
 
     def embed(self, images: jax.Array) -> jax.Array:
         """Normalised patches, (batch, rows, columns, channels)."""
@@ -200,6 +213,12 @@ class Block(nn.Module):
         """What a branch adds to the stream, in float32, dropped for whole images at random where `drops` is on."""
         update = update.astype(jnp.float32)
         return drop_path(self, update, rate) if self.drops else update
+
+    def mlp(self, x: jax.Array, ratio: float, dtype: Any) -> jax.Array:
+        """What two linear layers make of every token, with `ratio` times the channels between them."""
+        dense = partial(nn.Dense, kernel_init=nn.initializers.normal(0.02), dtype=dtype)
+        hidden = dense(int(x.shape[-1] * ratio), name="mlp_in")(layer_norm(name="mlp_norm")(x))
+        return dense(x.shape[-1], name="mlp_out")(nn.gelu(hidden, approximate=False))
 
     def __call__(self, x: jax.Array, inputs: tuple[jax.Array, Any]) -> tuple[jax.Array, None]:
         """Maps x (batch, rows, columns, channels) and (drop rate, the block's inputs) to (the next x, None)."""

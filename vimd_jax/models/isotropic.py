@@ -28,6 +28,7 @@ from vimd_jax.models.positions import (
 )
 
 Rotation = tuple[jax.Array, jax.Array]  # cosines and sines, (tokens, embed_dim)
+State = Literal["normalized", "stream", "rotated_stream", "update"]  # see `Isotropic.feature_maps`
 
 
 class Isotropic(Network):
@@ -137,8 +138,9 @@ class Isotropic(Network):
         images: jax.Array,
         layers: Sequence[int] | None = None,
         *,
-        state: Literal["normalized", "stream", "update"] = "normalized",
+        state: State = "normalized",
         train: bool = False,
+        neck: Callable[..., nn.Module] | None = None,
     ) -> tuple[jax.Array, ...]:
         """Maps of what layers made of images, on the grid of these images' patches: `apply(…, method="feature_maps")`.
 
@@ -146,19 +148,30 @@ class Isotropic(Network):
           images: (batch, height, width, 3) floats in [0, 1], of any size.
           layers: numbers of layers from 0; None: all.
           state: the stream after the layer, "normalized" as the last one is for the head and as in
-            features["hidden_states"]; the "stream" as it is; or the "update" that the layer adds to it.
+            features["hidden_states"]; the "stream" as it is; the "rotated_stream", as the next layer rotates it at once
+            where there are rotary positions, after the last layer the stream; or the "update" that the layer adds to
+            the stream, before any of it is dropped.
           train: as in a call.
+          neck: makes a part of this network, given a name, that the maps go through.
 
         Returns:
-          For each of the layers (batch, rows, columns, embed_dim) float32, without the class tokens.
+          For each of the layers (batch, rows, columns, embed_dim) float32, without the class tokens; or what the neck
+          makes of these.
 
         Raises:
           ValueError: there is no such layer, or the images are not valid.
         """
-        layers = check_layers(layers, self.depth)
-        _, states = self.run_layers(images, train, keep="update" if state == "update" else "stream")
-        states = jnp.stack([states[layer] for layer in layers])
-        return self.to_maps(self.norm(states) if state == "normalized" else states, images.shape[1:3])
+        layers, size = check_layers(layers, self.depth), images.shape[1:3]
+
+        def chosen(_: jax.Array, states: jax.Array) -> tuple[jax.Array, ...]:
+            if state == "rotated_stream" and self.rope:
+                rotation = self.rotation(self.grid_of(size))
+                states = jnp.concatenate([rotate(states[:-1], *rotation), states[-1:]])
+            states = jnp.stack([states[layer] for layer in layers])
+            maps = self.to_maps(self.norm(states) if state == "normalized" else states, size)
+            return neck(name="neck")(maps) if neck else maps
+
+        return self.run_layers(images, train, "update" if state == "update" else "stream", chosen)
 
     def to_maps(self, states: jax.Array, size: tuple[int, int]) -> tuple[jax.Array, ...]:
         """Maps (batch, rows, columns, channels) from states (layers, batch, tokens, channels) of images of a size."""
@@ -169,11 +182,16 @@ class Isotropic(Network):
 
     @nn.compact
     def run_layers(
-        self, images: jax.Array, train: bool, keep: Literal["stream", "update"] | None
-    ) -> tuple[jax.Array, jax.Array | None]:
+        self,
+        images: jax.Array,
+        train: bool,
+        keep: Literal["stream", "update"] | None,
+        then: Callable[[jax.Array, jax.Array | None], Any] = lambda x, states: (x, states),
+    ) -> Any:
         """The stream after the last layer, and for all layers what `keep` names, (depth, batch, tokens, embed_dim).
 
-        The layers run under nn.scan: one compiled body, parameters stacked on a leading axis.
+        Or what `then` makes of these, which may have modules. The layers run under nn.scan: one compiled body,
+        parameters stacked on a leading axis.
         """
         check_images(images)
         grid = self.grid_of(images.shape[1:3])
@@ -191,7 +209,8 @@ class Isotropic(Network):
             name="layers",
         )
         x = self.embed(images, grid)
-        return layers(x, self.drop_rates(), self.layer_inputs(grid), self.rotation(grid) if self.rope else None)
+        rotation = self.rotation(grid) if self.rope else None
+        return then(*layers(x, self.drop_rates(), self.layer_inputs(grid), rotation))
 
     def embed(self, images: jax.Array, grid: tuple[int, int]) -> jax.Array:
         """Patches with the class tokens among them, plus positions: (batch, tokens, embed_dim) float32."""
@@ -260,14 +279,9 @@ class Layer(nn.Module):
         """Maps x (batch, tokens, dim) to (next x, what is kept): a step of nn.scan."""
         if rotation is not None:
             x = rotate(x, *rotation)
-        update = self.update(x, drop_rate, inputs)
-        x = x + update
+        update = self.mixer(name="mixer")(self.norm(name="norm")(x), inputs).astype(jnp.float32)
+        x = x + (drop_path(self, update, drop_rate) if self.drops else update)
         return x, {"stream": x, "update": update, None: None}[self.keep]
-
-    def update(self, x: jax.Array, drop_rate: jax.Array, inputs: Any) -> jax.Array:
-        """What the layer adds to the stream."""
-        y = self.mixer(name="mixer")(self.norm(name="norm")(x), inputs).astype(jnp.float32)
-        return drop_path(self, y, drop_rate) if self.drops else y
 
 
 def out_projection(dim: int, depth: int, dtype: Any) -> nn.Dense:

@@ -122,16 +122,31 @@ class ChannelGate(nn.Module):
 def drop_path(module: nn.Module, update: jax.Array, rate: jax.Array | float) -> jax.Array:
     """Stochastic depth (Huang et al., 2016): drops what a layer adds for whole images at random, scales up the rest.
 
-    Draws from the module's rng stream "drop_path". Where devices share a batch (`DEVICES`) it draws for all of it, so
-    that their number does not decide which images are dropped.
+    Draws from the module's rng stream "drop_path".
     """
-    count = update.shape[0]
+    return _drop(module, update, rate, (1,) * (update.ndim - 1))
+
+
+def drop_channels(module: nn.Module, x: jax.Array, rate: float) -> jax.Array:
+    """Dropout of whole channels of single images, x being (batch, rows, columns, channels); scales up the rest.
+
+    Draws from the module's rng stream "drop_path".
+    """
+    return _drop(module, x, rate, (1, 1, x.shape[-1]))
+
+
+def _drop(module: nn.Module, x: jax.Array, rate: jax.Array | float, shape: tuple[int, ...]) -> jax.Array:
+    """Zeros in x where a draw of that shape for each image says so.
+
+    Where devices share a batch (`DEVICES`) it draws for all of it: what is dropped does not depend on their number.
+    """
+    count = x.shape[0]
     try:
         first, total = count * jax.lax.axis_index(DEVICES), count * jax.lax.axis_size(DEVICES)
     except NameError:  # of an axis that is not there
         first, total = 0, count
-    keep = jax.random.bernoulli(module.make_rng("drop_path"), 1 - rate, (total, *[1] * (update.ndim - 1)))
-    return jnp.where(jax.lax.dynamic_slice_in_dim(keep, first, count), update / (1 - rate), 0)
+    keep = jax.random.bernoulli(module.make_rng("drop_path"), 1 - rate, (total, *shape))
+    return jnp.where(jax.lax.dynamic_slice_in_dim(keep, first, count), x / (1 - rate), 0)
 
 
 def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -201,9 +216,13 @@ class BatchNorm(nn.Module):
             mean = self._mean(x)
             var = self._mean(jnp.square(x - mean))
             count = x.size // channels * (jax.lax.axis_size(self.axis_name) if self.axis_name else 1)
+            if count < 2:
+                raise ValueError(
+                    f"images: batch normalisation has a single value for each channel of {'/'.join(self.path)}, "
+                    "train with at least two images a step"
+                )
             running_mean.value += 0.1 * (mean - running_mean.value)
-            unbiased = var * count / max(count - 1, 1)  # of one value the variance is 0, not 0 / 0
-            running_var.value += 0.1 * (unbiased - running_var.value)
+            running_var.value += 0.1 * (var * count / (count - 1) - running_var.value)
         factor = scale * jax.lax.rsqrt(var + 1e-5)
         if conv:
             return conv(x, lambda kernel, offset: (kernel * factor, (offset - mean) * factor + bias))

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from vimd_jax.models.isotropic import Isotropic, Rotation, out_projection
-from vimd_jax.models.layers import ChannelGate, layer_norm, uniform, uniform_fan_in
+from vimd_jax.models.layers import ChannelGate, layer_norm, rms_norm, uniform, uniform_fan_in
 from vimd_jax.models.mamba import EXPAND, GroupedShortConv, GroupedSSM
 from vimd_jax.models.network import Network
 from vimd_jax.models.positions import class_token_positions, resize_positions, rotary_angles
@@ -73,6 +73,7 @@ class LocalVim(Isotropic):
       directions: names of the ways that each layer scans (see scan_order.py), a tuple for each layer or one for all;
         equally many in every layer. SEARCHED serves networks of up to 20 layers. None is the network of the search:
         all ways in every layer, each result normalised and weighed by a learned softmax.
+      normalization: in front of layers and head, "rms" as published, or "layer" as in the authors' segmenters.
       vertical_reverse: "correct", or "published": on grids that are not square the original returns the results of
         vertical scans to the wrong tokens (see `scan_order.reverse_map`).
 
@@ -84,6 +85,7 @@ class LocalVim(Isotropic):
     class_token: Literal["middle", "head"] | None = None
     rope: bool = True
     directions: LayerDirections | None = SEARCHED
+    normalization: Literal["rms", "layer"] = "rms"
     vertical_reverse: VerticalReverse = "correct"
 
     patch_init = staticmethod(uniform_fan_in)
@@ -101,6 +103,11 @@ class LocalVim(Isotropic):
     def patch_bias_init(self) -> nn.initializers.Initializer:
         """See `Isotropic`."""
         return uniform((3 * self.patch_size**2) ** -0.5)
+
+    @property
+    def norm_layer(self) -> Callable[..., nn.Module]:
+        """See `Isotropic`."""
+        return {"rms": rms_norm, "layer": layer_norm}[self.normalization]
 
     def make_mixer(self, grid: tuple[int, int]) -> Callable[..., nn.Module]:
         """See `Isotropic`."""

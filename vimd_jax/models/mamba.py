@@ -53,6 +53,7 @@ class GroupedSSM(nn.Module):
       dt_proj_init: of the projection of the steps, (directions, delta_rank, channels).
       dt_bias_init: what the step sizes start from, (directions, channels).
       dtype: of the projections.
+      expand: channels here over those of a token outside the mixer.
     """
 
     state_size: int
@@ -60,12 +61,13 @@ class GroupedSSM(nn.Module):
     dt_proj_init: nn.initializers.Initializer
     dt_bias_init: nn.initializers.Initializer
     dtype: Any
+    expand: float = EXPAND
 
     @nn.compact
     def __call__(self, u: jax.Array, z: jax.Array | None = None) -> jax.Array:
         """Maps u and, where there is one, the gate z (batch, length, directions, channels) to the same shape."""
         *sequence, groups, channels = u.shape
-        rank, state = delta_rank(channels), self.state_size
+        rank, state = delta_rank(channels, self.expand), self.state_size
         x_proj = self.param("x_proj_kernel", self.x_proj_init, (groups, channels, rank + 2 * state), jnp.float32)
         dt_proj = self.param("dt_proj_kernel", self.dt_proj_init, (groups, rank, channels), jnp.float32)
         dt_bias = self.param("dt_proj_bias", self.dt_bias_init, (groups, channels), jnp.float32)
@@ -114,9 +116,9 @@ def selective_projections(
     return delta, B, C, delta_bias
 
 
-def delta_rank(channels: int) -> int:
+def delta_rank(channels: int, expand: float = EXPAND) -> int:
     """Numbers per token that the step sizes of all channels are made from: a sixteenth of the token's channels."""
-    return math.ceil(channels // EXPAND / 16)
+    return math.ceil(channels // expand / 16)
 
 
 def state_matrix(module: nn.Module, name: str, channels: int, state_size: int) -> jax.Array:

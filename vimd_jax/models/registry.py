@@ -10,10 +10,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from vimd_jax.models import efficient_vmamba, local_vim, local_vmamba, srresnet, v2m, vim, vmamba
+from vimd_jax.models import efficient_vmamba, local_vim, local_vmamba, srresnet, v2m, vim, vmamba, vmamba2
 from vimd_jax.models.network import Network, from_plain
 
-CLASSIFIERS = vim.MODELS | local_vim.MODELS | v2m.MODELS | vmamba.MODELS | local_vmamba.MODELS | efficient_vmamba.MODELS
+_ISOTROPIC = vim.MODELS | local_vim.MODELS | v2m.MODELS
+_HIERARCHICAL = vmamba.MODELS | vmamba2.MODELS | local_vmamba.MODELS | efficient_vmamba.MODELS
+CLASSIFIERS = _ISOTROPIC | _HIERARCHICAL
 SR_NETWORKS = srresnet.MODELS
 
 # By name a class of networks, or such a class with the options that the name stands for.
@@ -62,7 +64,8 @@ def describe(model: Network) -> dict[str, Any]:
 
     def differing(name: str) -> int:
         defaults = _kind_and_defaults(name)[1]
-        return sum(options[option] != value for option, value in defaults.items()) - len(defaults)
+        same = (option in options and options[option] == value for option, value in defaults.items())
+        return -sum(same)
 
     names = [name for name in MODELS if _kind_and_defaults(name)[0] is type(model)]
     return {"architecture": min(names, key=differing), "options": options}

@@ -27,7 +27,7 @@ _uniform_fan_in = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", b
 class VMamba(Hierarchical):
     """Image classifier; its options are those of `Hierarchical`."""
 
-    def make_block(self, stage: int, train: bool) -> Callable[..., Block]:
+    def make_block(self, stage: int, train: bool) -> partial[Block]:
         """See `Hierarchical`."""
         drops = train and self.drop_path_rate > 0
         return partial(VSSBlock, drops=drops, mixer=partial(SS2D, state_size=self.state_size, dtype=self.dtype))
@@ -66,11 +66,13 @@ class SS2D(nn.Module):
     state_size: int
     dtype: Any
 
+    expand = EXPAND  # channels of the scans over those of the map
+
     @nn.compact
     def __call__(self, x: jax.Array, order: ScanOrder) -> jax.Array:
         """Maps x (batch, rows, columns, dim) to the same shape."""
         dim = x.shape[-1]
-        u, z = jnp.split(projection(2 * EXPAND * dim, self.dtype, "in_proj")(x), 2, axis=-1)
+        u, z = jnp.split(projection(2 * self.expand * dim, self.dtype, "in_proj")(x), 2, axis=-1)
         u = DepthwiseConv(activation=nn.silu, name="conv")(u)
         batch, rows, columns, channels = u.shape
         y = self.merge(self.scan(u.reshape(batch, rows * columns, channels), order))
@@ -85,6 +87,7 @@ class SS2D(nn.Module):
             dt_proj_init=_uniform_fan_in,
             dt_bias_init=inverse_softplus_of_steps,
             dtype=self.dtype,
+            expand=self.expand,
             name="ssm",
         )
         return to_tokens(ssm(to_sequences(u, order)), order)

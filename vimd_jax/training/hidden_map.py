@@ -5,7 +5,6 @@ tokens, are a map of features; that is resized to the teacher's grid and project
 map of its own, which is trained with the student and left out of what is saved as best.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,6 +15,7 @@ from ml_collections import ConfigDict
 
 from vimd_jax.models.network import input_images
 from vimd_jax.models.positions import class_token_positions
+from vimd_jax.tasks.task import Output
 from vimd_jax.training.roles import Networks
 
 NAME = "hidden_map"  # of the maps' parameters beside those of the student
@@ -23,40 +23,43 @@ NAME = "hidden_map"  # of the maps' parameters beside those of the student
 
 def add(config: ConfigDict, networks: Networks, variables: dict[str, Any]) -> dict[str, Any]:
     """Variables of a student with its maps, where config.loss.hidden_map asks for them."""
-    if config.stage != "student" or not config.loss.hidden_map or networks.teacher is None:
+    if networks.teacher is None or not config.loss.hidden_map:
         return variables
-    student, teacher = (_feature_maps(model, _hidden_shapes(model)) for model in (networks.trained, networks.teacher))
+    student, teacher = (_map_shapes(model) for model in (networks.trained, networks.teacher))
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
     maps = {}
     for i, j in enumerate(_partners(len(student), len(teacher))):
-        shape = student[i].shape[-1], teacher[j].shape[-1]
+        shape = student[i][-1], teacher[j][-1]
         maps[f"layer_{i}"] = {"kernel": nn.initializers.lecun_normal()(jax.random.fold_in(key, i), shape)}
     return {**variables, "params": {**variables["params"], NAME: maps}}
 
 
-def apply(
-    params: dict[str, Any],
-    networks: Networks,
-    student_hidden: jax.Array | Sequence[jax.Array],
-    teacher_hidden: jax.Array | Sequence[jax.Array],
-) -> tuple[list[jax.Array], list[jax.Array]]:
-    """For each layer of the student its mapped features and the teacher's, (batch, rows, columns, teacher's channels).
+def apply(params: dict[str, Any], networks: Networks, output: Output, size: tuple[int, int]) -> Output:
+    """Brings the hidden states of a student and its teacher to the same shapes.
 
     Args:
       params: of the student, with its maps.
       networks: of the stage.
-      student_hidden: `features["hidden_states"]` of the student.
-      teacher_hidden: the same of the teacher.
+      output: of the student, with its teacher's.
+      size: (height, width) of the images that both have read.
+
+    Returns:
+      The same with other `features["hidden_states"]`: for each layer of the student its mapped features and the
+      teacher's, (batch, rows, columns, teacher's channels).
     """
-    student = _feature_maps(networks.trained, student_hidden)
-    teacher = _feature_maps(networks.teacher, teacher_hidden)
+    student = feature_maps(networks.trained, output.features["hidden_states"], size)
+    teacher = feature_maps(networks.teacher, output.teacher.features["hidden_states"], size)
     targets = [teacher[j] for j in _partners(len(student), len(teacher))]
     mapped = []
     for i, (features, target) in enumerate(zip(student, targets)):
         if features.shape[1:3] != target.shape[1:3]:
             features = jax.image.resize(features, (*target.shape[:3], features.shape[-1]), "linear")
         mapped.append(features @ params[NAME][f"layer_{i}"]["kernel"])
-    return mapped, targets
+    return Output(
+        output.value,
+        {**output.features, "hidden_states": mapped},
+        output.teacher._replace(features={**output.teacher.features, "hidden_states": targets}),
+    )
 
 
 def _partners(student_depth: int, teacher_depth: int) -> list[int]:
@@ -65,18 +68,25 @@ def _partners(student_depth: int, teacher_depth: int) -> list[int]:
     return [max(0, round(depth * teacher_depth) - 1) for depth in depths]
 
 
-def _feature_maps(model: nn.Module, hidden: Any) -> list[Any]:
-    """Every layer's features as maps, without class tokens."""
+def feature_maps(model: nn.Module, hidden: Any, size: tuple[int, int]) -> list[jax.Array]:
+    """The features of every layer as maps (batch, rows, columns, channels), without class tokens.
+
+    Args:
+      model: a classifier.
+      hidden: its `features["hidden_states"]`.
+      size: (height, width) of the images that it has read.
+    """
     if isinstance(hidden, tuple | list):
         return list(hidden)
-    rows, columns = model.grid
+    rows, columns = model.grid_of(size)
     kept = np.delete(np.arange(hidden.shape[2]), class_token_positions(model.class_token, rows * columns))
     return [jnp.take(layer, kept, axis=1).reshape(-1, rows, columns, layer.shape[-1]) for layer in hidden]
 
 
-def _hidden_shapes(model: nn.Module) -> Any:
-    def hidden(key):
+def _map_shapes(model: nn.Module) -> list[tuple[int, ...]]:
+    def maps(key):
         images = jnp.zeros(input_images(model).shape)
-        return model.init_with_output(key, images, return_features=True)[0][1]["hidden_states"]
+        hidden = model.init_with_output(key, images, return_features=True)[0][1]["hidden_states"]
+        return feature_maps(model, hidden, images.shape[1:3])
 
-    return jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), jax.eval_shape(hidden, jax.random.key(0)))
+    return [x.shape for x in jax.eval_shape(maps, jax.random.key(0))]

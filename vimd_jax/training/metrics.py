@@ -97,7 +97,7 @@ class Progress:
         self._total_steps, self._steps_per_epoch, self._batch_size = total_steps, steps_per_epoch, batch_size
         self._pending: tuple[int, Any, list[str]] | None = None
         self._restart_window()
-        self._window = record.get("window", [])
+        self._window: list[dict[str, float]] = record.get("window", [])
         self.skipped = record.get("skipped", 0)
 
     def record(self) -> dict[str, Any]:
@@ -162,7 +162,7 @@ class Progress:
         self._start += time.perf_counter() - began
 
     def _restart_window(self) -> None:
-        self._window: list[dict[str, float]] = []
+        self._window = []
         self._timed = 0  # steps of the window that this process has run
         self._input_wait = 0.0
         self._start = time.perf_counter()

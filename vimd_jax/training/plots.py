@@ -1,4 +1,4 @@
-"""Plots of a run: its curves, and what the networks see and predict."""
+"""Plots of a run: its curves, and its images beside the predictions."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,11 +11,17 @@ import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first: no 
 import numpy as np  # noqa: E402
 
 
-def save_curves(lines: list[dict[str, Any]], path: Path) -> None:
-    """Draws metrics.jsonl as a PNG: the loss with its terms, the scores of the evaluations, the learning rate."""
+def save_curves(lines: list[dict[str, Any]], path: Path, scores: Sequence[str], title: str) -> None:
+    """Draws metrics.jsonl as a PNG: the loss with its terms, these scores of the evaluations, the learning rate.
+
+    Args:
+      lines: see `metrics.read_metrics`.
+      path: the PNG.
+      scores: names of scores that share an axis.
+      title: of that axis.
+    """
     train = [line for line in lines if line["split"] == "train"]
     evaluations = [line for line in lines if line["split"] in ("validation", "test")]
-    score = "top1" if any("top1" in line["metrics"] for line in evaluations) else "psnr"
     figure, axes = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
     hidden = ("learning_rate", "images_per_second", "input_wait", "gradient_norm", "parameter_norm")
     for name in train[0]["metrics"] if train else ():
@@ -23,13 +29,13 @@ def save_curves(lines: list[dict[str, Any]], path: Path) -> None:
             axes[0].plot([line["epoch"] for line in train], [line["metrics"][name] for line in train], label=name)
     axes[0].set(title="training loss and its terms", yscale="log")
     for split in ("validation", "test"):
-        for name in (score, "psnr_bicubic"):
+        for name in scores:
             points = [
                 (x["epoch"], x["metrics"][name]) for x in evaluations if x["split"] == split and name in x["metrics"]
             ]
             if points:
                 axes[1].plot(*zip(*points), marker="o", markersize=3, label=f"{split} {name}")
-    axes[1].set(title="top-1 accuracy (%)" if score == "top1" else "PSNR (dB)")
+    axes[1].set(title=title)
     axes[2].plot([line["epoch"] for line in train], [line["metrics"]["learning_rate"] for line in train])
     axes[2].set(title="learning rate")
     for axis in axes:
@@ -58,7 +64,7 @@ def save_panel(columns: dict[str, np.ndarray], captions: list[str], path: Path) 
             axes[row, column].set_axis_off()
         axes[0, column].set_title(f"{title} ({images.shape[1]} px)", fontsize=9)
     # Room for the captions: between rows, and below the last.
-    figure.get_layout_engine().set(h_pad=0.12, rect=(0, 0.12 / rows, 1, 1 - 0.12 / rows))
+    figure.get_layout_engine().set(h_pad=0.12, rect=(0, 0.12 / rows, 1, 1 - 0.12 / rows))  # type: ignore[call-arg]
     for row, caption in enumerate(captions):
         axes[row, 0].text(0, -0.04, caption, transform=axes[row, 0].transAxes, fontsize=8, va="top", in_layout=False)
     _save(figure, path)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ from flax import linen as nn
 from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
-from vimd_jax.config import DERIVED, STAGES, given_options
+from vimd_jax.checkpoints.adapt import MODES
+from vimd_jax.config import DERIVED, STAGES, Stage, given_options
 from vimd_jax.load import load_variables
-from vimd_jax.models import CLASSIFIERS, SR_NETWORKS, create_model, model_options
+from vimd_jax.models import create_model, model_options
 from vimd_jax.models.network import input_images, options_of, variable_shapes
 from vimd_jax.models.srvm import SRVM, bicubic, join
+from vimd_jax.tasks.task import Task, unit
 from vimd_jax.training import parallel
 from vimd_jax.training.parallel import AXIS
 from vimd_jax.training.workdirs import init_path
@@ -29,67 +32,85 @@ class Networks:
     """The networks of a stage.
 
     Attributes:
-      trained: the one whose parameters change; of a student its classifier.
-      reads_low: whether the images are low-resolution ones: in stages "sr" and "student".
-      is_student: whether the trained network reads what an SR network restores.
-      sr: the frozen SR network of a student; None restores by bicubic interpolation.
-      teacher: the frozen teacher of a student that distils.
+      stage: the row of `STAGES`.
+      outputs: names of the trained network's outputs.
+      trained: the one whose parameters change; where images are restored first, the network that reads those.
+      restorer: the frozen network that restores them; None: bicubic interpolation, or none is restored.
+      teacher: the frozen teacher, where the loss needs it.
     """
 
+    stage: Stage
+    outputs: tuple[str, ...]
     trained: nn.Module
-    reads_low: bool = False
-    is_student: bool = False
-    sr: nn.Module | None = None
+    restorer: nn.Module | None = None
     teacher: nn.Module | None = None
+
+    @property
+    def task(self) -> Task:
+        """The task of the stage."""
+        return self.stage.task
 
     @property
     def product(self) -> nn.Module:
         """The network that comes out: what is evaluated and saved."""
-        return SRVM(self.sr, self.trained) if self.is_student else self.trained
+        return SRVM(sr=self.restorer, classifier=self.trained) if self.stage.restorer else self.trained
+
+    @property
+    def view(self) -> str:
+        """The images that the product reads, "low" or "high"."""
+        return "low" if self.stage.restorer else self.task.view
 
     @property
     def views(self) -> tuple[str, ...]:
         """The images of a batch that training reads, "low" or "high" or both."""
-        low = ("low",) if self.reads_low else ()
-        return low if self.is_student and self.teacher is None else (*low, "high")
+        read = {self.view, *self.task.truth} | ({"high"} if self.teacher else set())
+        return tuple(view for view in ("low", "high") if view in read)
+
+    @property
+    def frozen(self) -> dict[str, nn.Module]:
+        """The frozen networks by role."""
+        by_role = {self.stage.restorer: self.restorer, self.stage.teacher: self.teacher}
+        return {role: model for role, model in by_role.items() if model is not None}
 
     def product_variables(self, trained: Variables, frozen: dict[str, Variables]) -> Variables:
         """The variables of the product, from those of the trained network and of the frozen ones."""
-        return join(frozen.get("sr"), trained) if self.is_student else trained
+        return join(frozen.get(self.stage.restorer), trained) if self.stage.restorer else trained
 
-    def restore(self, frozen: dict[str, Variables], images: jax.Array) -> jax.Array:
-        """What a student's classifier reads: low-resolution images, enlarged, without a gradient."""
-        if self.sr is None:
+    def images(self, frozen: dict[str, Variables], batch: dict[str, jax.Array]) -> jax.Array:
+        """The images of a batch that the trained network reads, in [0, 1]; restored ones without a gradient."""
+        images = unit(batch[self.view])
+        if not self.stage.restorer:
+            return images
+        if self.restorer is None:
             return bicubic(images, self.trained.image_size)
-        return jax.lax.stop_gradient(self.sr.apply(frozen["sr"], images))
+        return jax.lax.stop_gradient(self.restorer.apply(frozen[self.stage.restorer], images))
 
 
-def build_networks(config: ConfigDict, num_classes: int) -> Networks:
-    """The networks of config.stage.
+def build_networks(config: ConfigDict, class_names: Sequence[str]) -> Networks:
+    """The networks of config.stage, for a dataset of these classes.
 
     Raises:
-      ValueError: no such network or option, or the SR network does not turn the low resolution into the high one.
+      ValueError: no such network or option, or the restorer does not turn the low resolution into the high one.
     """
-    sr = None
-    if "sr" in STAGES[config.stage]:
-        sr = None if config.sr.name == "bicubic" else _build(config, "sr", train=config.stage == "sr")
-        _check_resolutions(config, sr)
-    if config.stage == "sr":
-        if sr is None:
-            raise ValueError('config.sr.name is "bicubic", which has nothing to train: choose srresnet_x4.')
-        return Networks(sr, reads_low=True)
-    trained = _build(config, config.stage, num_classes, train=True)
-    if config.stage != "student":
-        return Networks(trained)
-    teacher = _build(config, "teacher", num_classes) if _distils(config) else None
-    return Networks(trained, reads_low=True, is_student=True, sr=sr, teacher=teacher)
+    stage = STAGES[config.stage]
+    trained = _build(config, stage.trained, class_names, train=True)
+    restorer = teacher = None
+    if stage.restorer and config[stage.restorer].name != "bicubic":
+        restorer = _build(config, stage.restorer, class_names)
+    if stage.teacher and stage.task.needs_teacher(config):
+        teacher = _build(config, stage.teacher, class_names)
+    networks = Networks(stage, stage.task.outputs(tuple(class_names)), trained, restorer, teacher)
+    if networks.view == "low":
+        _check_resolutions(config, stage.restorer or stage.trained, restorer if stage.restorer else trained)
+    return networks
 
 
-def _build(config: ConfigDict, role: str, num_classes: int | None = None, train: bool = False) -> nn.Module:
+def _build(config: ConfigDict, role: str, class_names: Sequence[str], train: bool = False) -> nn.Module:
     """The network of one section; while it trains, its batch statistics are averaged over the devices."""
     section = config[role]
     _check_section(role, section)
-    derived = {} if num_classes is None else {"num_classes": num_classes, "image_size": config.dataset.high_resolution}
+    outputs = STAGES[role].task.outputs(tuple(class_names))
+    derived = {"num_classes": len(outputs), "image_size": config.dataset.high_resolution} if outputs else {}
     try:
         model = create_model(section.name, **derived, **given_options(section))
     except ValueError as error:
@@ -99,7 +120,7 @@ def _build(config: ConfigDict, role: str, num_classes: int | None = None, train:
 
 def _check_section(role: str, section: ConfigDict) -> None:
     """Raises ValueError unless the named network fits the role and has the options that are set."""
-    names = SR_NETWORKS if role == "sr" else CLASSIFIERS
+    names = STAGES[role].task.networks
     if section.name not in names:
         close = difflib.get_close_matches(section.name, names, n=3) or names
         raise ValueError(f"config.{role}.name is {section.name!r}: choose one of {', '.join(close)}.")
@@ -110,40 +131,40 @@ def _check_section(role: str, section: ConfigDict) -> None:
         )
 
 
-def _check_resolutions(config: ConfigDict, sr: nn.Module | None) -> None:
-    high, low, name = config.dataset.high_resolution, config.dataset.low_resolution, config.sr.name
-    scale = high // max(low, 1) if sr is None else sr.scale
+def _check_resolutions(config: ConfigDict, role: str, restorer: nn.Module | None) -> None:
+    high, low, name = config.dataset.high_resolution, config.dataset.low_resolution, config[role].name
+    scale = high // max(low, 1) if restorer is None else restorer.scale
     if low < 1 or low * scale != high:
         raise ValueError(
-            f"config.dataset.low_resolution {low} x {scale} (config.sr.name {name}) is not high_resolution {high}: "
-            f"set config.dataset.low_resolution to {high // scale}, or choose another config.sr.name."
+            f"config.dataset.low_resolution {low} x {scale} (config.{role}.name {name}) is not high_resolution {high}: "
+            f"set config.dataset.low_resolution to {high // scale}, or choose another config.{role}.name."
         )
 
 
-def check_sources_of_weights(config: ConfigDict, workdir: Path, made_before: set[Path]) -> None:
+def check_sources_of_weights(config: ConfigDict, networks: Networks, workdir: Path, made_before: set[Path]) -> None:
     """Raises unless every network that needs weights is told where they are, and something is there or will be.
 
     Args:
       config: of one stage.
+      networks: of the stage.
       workdir: its folder.
       made_before: workdirs that earlier stages of the same command make.
     """
-    for role in STAGES[config.stage]:
-        init, frozen = init_path(config, role, workdir), role != config.stage
-        wanted = config.sr.name != "bicubic" if role == "sr" else not frozen or _distils(config)
-        if not wanted:
-            continue
-        if frozen and not init:
+    for role in (*networks.frozen, networks.stage.trained):
+        section, init = config[role], init_path(config, role, workdir)
+        if role in networks.frozen and not init:
             raise ValueError(
-                f"config.{role}.init is empty, but a student needs a trained {role} network: name the workdir of a "
-                f'"{role}" run, a converted checkpoint or a PyTorch file.'
+                f"config.{role}.init is empty, but a {config.stage} needs a trained {role} network: name the workdir "
+                f'of a "{role}" run, a converted checkpoint or a PyTorch file.'
             )
         if init and not init.exists() and init.resolve() not in made_before:
             raise FileNotFoundError(f"config.{role}.init: {init}: no such workdir, converted checkpoint or file.")
-
-
-def _distils(config: ConfigDict) -> bool:
-    return bool(config.loss.logits_weight or config.loss.hidden_weight)
+        if section.init_key and (not init or init.is_dir()):
+            raise ValueError(f"config.{role}.init_key is {section.init_key!r}, but only a PyTorch file has keys.")
+        if section.init_position_mode not in MODES:
+            raise ValueError(
+                f"config.{role}.init_position_mode is {section.init_position_mode!r}: it must be {' or '.join(MODES)}."
+            )
 
 
 def initial_variables(config: ConfigDict, networks: Networks, workdir: Path) -> tuple[Variables, dict[str, Variables]]:
@@ -151,13 +172,18 @@ def initial_variables(config: ConfigDict, networks: Networks, workdir: Path) -> 
 
     Of several processes only the first one reads files. The others get zeros of the same shapes, see `from_first`.
     """
-    frozen = {role: getattr(networks, role) for role in ("sr", "teacher") if getattr(networks, role) is not None}
+
+    def load(role: str, model: nn.Module, adapt: bool = False) -> Variables:
+        section = config[role]
+        options = {"key": section.init_key or None, "position_mode": section.init_position_mode}
+        return load_variables(init_path(config, role, workdir), model, adapt=adapt, **options)
+
+    trained, role = networks.trained, networks.stage.trained
     if not parallel.is_first():
-        return zeros(networks.trained), {role: zeros(model) for role, model in frozen.items()}
-    frozen = {role: load_variables(init_path(config, role, workdir), model) for role, model in frozen.items()}
-    trained, init = networks.trained, init_path(config, config.stage, workdir)
-    if init:
-        return load_variables(init, trained, adapt=True), frozen
+        return zeros(trained), {role: zeros(model) for role, model in networks.frozen.items()}
+    frozen = {role: load(role, model) for role, model in networks.frozen.items()}
+    if config[role].init:
+        return load(role, trained, adapt=True), frozen
     images = input_images(trained)
     return jax.jit(trained.init)(jax.random.key(config.seed), jnp.zeros(images.shape, images.dtype)), frozen
 

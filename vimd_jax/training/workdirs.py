@@ -25,7 +25,7 @@ def stages(config: ConfigDict, workdir: Path) -> list[tuple[ConfigDict, Path]]:
     if "order" in config:
         return [pair for name in config.order for pair in stages(config.stages[name], workdir / name)]
     config = config.copy_and_resolve_references()
-    for role in STAGES[config.stage]:
+    for role in STAGES[config.stage].roles:
         init = config[role].init
         if init and not init.startswith(HERE):
             config[role].init = str(Path(init).expanduser().absolute())
@@ -103,16 +103,21 @@ def _is_changeable(stage: str, field: str) -> bool:
 
 
 def fingerprint(data: Splits) -> dict[str, dict[str, list[Any]]]:
-    """Split → class → number of images and a hash of their names: what a run must find again when it continues."""
+    """Split → class → number of images and a hash of their names, which a run must find again when it continues.
+
+    Images without a class of their own are counted under the name "".
+    """
     return {split: _fingerprint(source) for split, source in data._asdict().items()}
 
 
 def _fingerprint(source: Source) -> dict[str, list[Any]]:
-    by_class: dict[int, list[str]] = {label: [] for label in range(len(source.class_names))}
-    for i in range(len(source)):
-        by_class[int(source.labels[i])].append(source.key(i))
-    digests = {label: hashlib.sha256("\n".join(keys).encode()).hexdigest()[:16] for label, keys in by_class.items()}
-    return {name: [len(by_class[label]), digests[label]] for label, name in enumerate(source.class_names)}
+    keys: dict[str, list[str]] = {name: [] for name in source.class_names}
+    if source.labels is None:
+        keys |= {"": [source.key(i) for i in range(len(source))]}
+    else:
+        for i, label in enumerate(source.labels):
+            keys[source.class_names[label]].append(source.key(i))
+    return {name: [len(of), hashlib.sha256("\n".join(of).encode()).hexdigest()[:16]] for name, of in keys.items()}
 
 
 def _change(known: dict[str, list[Any]], found: dict[str, list[Any]]) -> str:

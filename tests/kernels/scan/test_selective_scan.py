@@ -320,6 +320,44 @@ def test_transformations(implementation):
         np.testing.assert_array_equal(mapped[name][0], plain[name])
 
 
+ORDERS = {
+    "forward": lambda f, x: jax.jvp(f, (x,), (x,)),
+    "forward, compiled": lambda f, x: jax.jit(lambda x: jax.jvp(f, (x,), (x,)))(x),
+    "forward, mapped": lambda f, x: jax.jacfwd(f)(x),
+    "forward over reverse": lambda f, x: jax.hessian(f)(x),
+    "reverse over reverse": lambda f, x: jax.grad(lambda x: jax.grad(f)(x).sum())(x),
+    "in a loop": lambda f, x: jax.jvp(lambda x: jax.lax.scan(lambda c, _: (c + f(x), None), 0.0, None, 2), (x,), (x,)),
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("implementation", EXACT)
+def test_other_derivatives_name_the_implementation_that_has_them(implementation, order):
+    inputs = make_inputs(length=3, channels=2, state=2)
+
+    def loss(u):
+        return (selective_scan(**inputs | {"u": u}, implementation=implementation) ** 2).sum()
+
+    with pytest.raises(TypeError, match="once, in reverse mode.*associative") as error:
+        jax.block_until_ready(ORDERS[order](loss, inputs["u"]))
+    assert "\n" not in str(error.value)
+
+
+def test_second_derivatives_of_associative():
+    inputs = make_inputs(batch=1, length=5, channels=2, state=2)
+    u, direction = inputs["u"], jax.random.normal(jax.random.key(0), (1, 5, 2))
+
+    def loss(u):
+        return (selective_scan(**inputs | {"u": u}, implementation="associative") ** 2).sum()
+
+    curvature = jax.jvp(jax.grad(loss), (u,), (direction,))[1]
+    slope = jax.grad(loss)
+    numeric = (slope(u + 0.01 * direction) - slope(u - 0.01 * direction)) / 0.02  # exact: the loss is quadratic in u
+    np.testing.assert_allclose(curvature, numeric, rtol=1e-3, atol=1e-3)
+    tangent = jax.jvp(loss, (u,), (direction,))[1]
+    np.testing.assert_allclose(tangent, jnp.vdot(slope(u), direction), rtol=1e-4)
+
+
 @pytest.mark.parametrize("implementation", EXACT)
 def test_mixed_and_wide_dtypes(implementation):
     inputs = make_inputs()

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vimd_jax.training.mixing import mix
+from vimd_jax.tasks.mixing import check_groups, mix
 
 HIGH, LOW = 32, 16
 
@@ -122,11 +122,36 @@ def test_a_view_that_is_no_multiple_of_the_other():
         np.testing.assert_array_equal(high, low[np.ix_(centre, centre)])
 
 
-@pytest.mark.parametrize("devices", [1, 4])
-@pytest.mark.parametrize("alphas", [{"mixup_alpha": 0.8}, {"cutmix_alpha": 1.0}], ids=["mixup", "cutmix"])
-def test_devices_that_share_a_batch_mix_the_whole_of_it(devices, alphas):
+def test_each_group_has_a_draw_and_mirrors_of_its_own():
     views, labels = batch()
-    key = jax.random.key(3)
+    mixed, targets = mix(jax.random.key(0), views, labels, 8, mixup_alpha=0.8, group_size=4)
+    shares = np.diag(np.asarray(targets))
+    np.testing.assert_array_equal(shares.reshape(2, 4), np.repeat(shares[::4, None], 4, axis=1))
+    assert abs(shares[0] - shares[4]) > 0.01
+    partner = np.array([3, 2, 1, 0, 7, 6, 5, 4])
+    np.testing.assert_allclose(mixed["high"][:, 0, 0, 0], shares * np.arange(8) + (1 - shares) * partner, rtol=1e-5)
+
+
+def test_a_batch_no_larger_than_a_group_is_one():
+    views, labels = batch()
+    whole, larger = (mix(jax.random.key(0), views, labels, 8, mixup_alpha=0.8, group_size=n) for n in (0, 128))
+    jax.tree.map(np.testing.assert_array_equal, whole, larger)
+
+
+def test_groups_that_do_not_fit_the_batch_or_the_devices():
+    for batch_size, group_size, devices in ((1024, 128, 8), (1024, 128, 16), (64, 128, 1), (30, 0, 5), (32, 8, 2)):
+        check_groups(batch_size, group_size, devices)
+    for batch_size, group_size, devices in ((1000, 128, 1), (48, 16, 2), (24, 12, 3)):
+        with pytest.raises(ValueError, match="^config.mixing.group_size is"):
+            check_groups(batch_size, group_size, devices)
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize("group_size", [0, 1, 4])
+@pytest.mark.parametrize("alphas", [{"mixup_alpha": 0.8}, {"cutmix_alpha": 1.0}], ids=["mixup", "cutmix"])
+def test_the_number_of_devices_changes_nothing(devices, group_size, alphas):
+    views, labels = batch()
+    key, alphas = jax.random.key(3), {"group_size": group_size, **alphas}
     whole = mix(key, views, labels, 8, smoothing=0.1, **alphas)
     shards = jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), (views, labels))
     shared = jax.vmap(partial(mix, key, num_classes=8, smoothing=0.1, axis_name="i", **alphas), axis_name="i")(*shards)

@@ -4,7 +4,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vimd_jax.data.transforms import eval_view, low_resolution_view, random_crop_box, train_view
+from vimd_jax.data.geometry import NEAREST, View, central_view, draw_view, low_resolution_view, random_crop_box
+
+
+def eval_view(image, side, crop=1.0):
+    return central_view(image.size, side, crop).apply(image)
 
 
 def photograph(width, height, seed=0):
@@ -54,7 +58,7 @@ def test_train_view_is_crop_then_resize_then_flip():
     image = photograph(120, 90)
     flips = 0
     for seed in range(40):
-        view = train_view(image, 48, np.random.default_rng(seed), crop_scale=(0.08, 1.0), flip=True)
+        view = draw_view(image.size, 48, np.random.default_rng(seed), crop_scale=(0.08, 1.0), flip=True).apply(image)
         box = random_crop_box(120, 90, np.random.default_rng(seed), (0.08, 1.0))
         plain = np.asarray(image.crop(box).resize((48, 48), Image.Resampling.BICUBIC))
         flipped = np.array_equal(np.asarray(view), plain[:, ::-1])
@@ -63,10 +67,28 @@ def test_train_view_is_crop_then_resize_then_flip():
     assert 10 < flips < 30
 
 
+def test_a_map_beside_an_image_is_cut_alike_whatever_its_scale():
+    """Corner pixels tell where the box lies and whether it is mirrored; a view moves no label off its image."""
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(np.arange(256, dtype=np.uint8)[None].repeat(128, 0))
+    for _ in range(20):
+        view = draw_view(image.size, 16, rng, crop_scale=(0.3, 1.0), flip=True)
+        expected = np.asarray(view.apply(image, NEAREST), int)
+        for factor in (0.5, 2, 4):
+            scaled = image.resize((int(256 * factor), int(128 * factor)), NEAREST)
+            assert np.abs(np.asarray(view.apply(scaled, NEAREST), int) - expected).max() <= 2
+        assert (np.diff(expected[0]) < 0).all() == view.mirrored
+
+
+@pytest.mark.parametrize("box, factor", [((0, 0, 64, 80), 2), ((0, 0, 31, 90), 1), ((8, 8, 136, 144), 4)])
+def test_decoding_is_reduced_no_further_than_the_result(box, factor):
+    assert View((200, 200), box, (32, 32)).reduction == factor
+
+
 def test_no_flip_when_switched_off():
     image = photograph(50, 50)
     for seed in range(20):
-        view = train_view(image, 50, np.random.default_rng(seed), crop_scale=(1.0, 1.0), flip=False)
+        view = draw_view(image.size, 50, np.random.default_rng(seed), crop_scale=(1.0, 1.0), flip=False).apply(image)
         box = random_crop_box(50, 50, np.random.default_rng(seed), (1.0, 1.0))
         np.testing.assert_array_equal(view, image.crop(box).resize((50, 50), Image.Resampling.BICUBIC))
 

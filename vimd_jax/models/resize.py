@@ -1,0 +1,48 @@
+"""Maps at another resolution, as dense heads need them: bilinear resizing and adaptive average pooling.
+
+Both treat rows and columns as PyTorch does, so that trained heads keep their numbers at any size, odd ones included.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def resize_bilinear(x: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """Bilinear interpolation between the centres of pixels; what lies outside the map repeats its border.
+
+    Shrinking reads two neighbours like enlarging does, without averaging over what is left out (no antialiasing).
+
+    Args:
+      x: (batch, rows, columns, channels) floats.
+      size: the (rows, columns) wanted.
+
+    Returns:
+      (batch, *size, channels), x itself where it has that size.
+    """
+    if x.shape[1:3] == tuple(size):
+        return x
+    return jax.image.resize(x, (x.shape[0], *size, x.shape[3]), "bilinear", antialias=False)
+
+
+def adaptive_average_pool(x: jax.Array, bins: int) -> jax.Array:
+    """The averages of bins × bins windows that cover a map evenly; they overlap where its sides are no multiples.
+
+    Args:
+      x: (batch, rows, columns, channels) floats. A side may be shorter than `bins`.
+      bins: windows along each side.
+
+    Returns:
+      (batch, bins, bins, channels).
+    """
+    rows, columns = (_averages(side, bins) for side in x.shape[1:3])
+    return jnp.einsum("yi,xj,bijc->byxc", rows, columns, x, precision=jax.lax.Precision.HIGHEST)
+
+
+def _averages(side: int, bins: int) -> np.ndarray:
+    """The windows along one side as a (bins, side) float32 matrix: from ⌊k·side/bins⌋ to below ⌈(k+1)·side/bins⌉."""
+    matrix = np.zeros((bins, side), np.float32)
+    for k in range(bins):
+        start, stop = k * side // bins, -(-(k + 1) * side // bins)
+        matrix[k, start:stop] = 1 / (stop - start)
+    return matrix

@@ -1,0 +1,108 @@
+"""Weights by name: files of the Hugging Face Hub, and the published file of an architecture.
+
+    hf://owner/repository/file[@revision]     downloaded once, then read from the Hub's cache (HF_HOME, HF_HUB_OFFLINE)
+    pretrained:vim_tiny_stride8               the file in `vimd_jax.models.published`
+    pretrained                                the same, of the architecture at hand
+    https://…                                 a release file, which is downloaded by hand and saved under its name
+
+Everything else is a path.
+"""
+
+import os
+import re
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from vimd_jax.errors import CheckpointError
+from vimd_jax.models.published import PUBLISHED, page
+
+_SCHEMES = ("hf://", "https://", "http://", "pretrained:")
+_HUB_FILE = re.compile(r"hf://([\w.-]+/[\w.-]+)/([^@]+)(?:@(.+))?")
+
+
+def is_name(name: str | os.PathLike) -> bool:
+    """Whether this names weights that `resolve` finds elsewhere; otherwise it is a path."""
+    return str(name) == "pretrained" or str(name).startswith(_SCHEMES)
+
+
+def architecture_of(name: str | os.PathLike) -> str | None:
+    """The architecture in `pretrained:<architecture>`; None if the name tells none.
+
+    Raises:
+      CheckpointError: no weights of that architecture are published.
+    """
+    scheme, _, architecture = str(name).partition(":")
+    return _with_file(architecture) if scheme == "pretrained" and architecture else None
+
+
+def resolve(name: str | os.PathLike, architecture: str | None = None) -> Path:
+    """The local file or folder of a name, downloaded from the Hugging Face Hub if need be.
+
+    Args:
+      name: see the module; a path is returned as it is, whether or not it exists.
+      architecture: the network that "pretrained" stands for.
+
+    Raises:
+      CheckpointError: nothing is published under the name, it cannot be downloaded, or it has to be by hand; the
+        message says from where and to where.
+    """
+    text = os.fspath(name)
+    if not is_name(text):
+        return Path(text)
+    published = None
+    if text.startswith("pretrained"):
+        if not (architecture_of(text) or architecture):
+            raise CheckpointError('"pretrained" needs an architecture: write pretrained:vim_tiny, for example')
+        published = PUBLISHED[architecture_of(text) or _with_file(str(architecture))]
+        text = str(published.file)
+    size = f" (about {published.mebibytes:.1f} MiB)" if published and published.mebibytes else ""
+    return _from_hub(text, size) if text.startswith("hf://") else _saved(text, size)
+
+
+def _with_file(architecture: str) -> str:
+    """The same name, if weights are published for it."""
+    if architecture in PUBLISHED and PUBLISHED[architecture].file:
+        return architecture
+    known = ", ".join(name for name, published in PUBLISHED.items() if published.file)
+    raise CheckpointError(f"pretrained: no weights are published for {architecture!r}; there are some for {known}")
+
+
+def _from_hub(name: str, size: str) -> Path:
+    match = _HUB_FILE.fullmatch(name)
+    if not match:
+        raise CheckpointError(f"{name!r} is not of the form hf://owner/repository/file[@revision]")
+    repository, file, revision = match.groups()
+    by_hand = f"or download {file} from {page(f'hf://{repository}/{file}')}{size} and name its path"
+    try:
+        from huggingface_hub import constants, errors, hf_hub_download
+    except ImportError:
+        raise CheckpointError(
+            f"{name}: huggingface_hub is not installed; run: pip install 'vimd-jax[hub]', {by_hand}"
+        ) from None
+    try:
+        return Path(hf_hub_download(repository, file, revision=revision))
+    except errors.GatedRepoError:
+        reason = f"access to {repository} is restricted; ask for it on its page and run: hf auth login"
+    except errors.RepositoryNotFoundError:
+        reason = f"the Hub has no public repository {repository}; check the name, or run: hf auth login"
+    except errors.RevisionNotFoundError:
+        reason = f"{repository} has no revision {revision!r}"
+    except errors.LocalEntryNotFoundError:  # before its base class below
+        offline = constants.HF_HUB_OFFLINE
+        cause = "HF_HUB_OFFLINE is set; unset it" if offline else "the Hub cannot be reached; try again later"
+        reason = f"it is not in the cache, and {cause}, {by_hand}"
+    except errors.EntryNotFoundError:
+        reason = f"{repository} has no file {file!r}" + (f" in revision {revision!r}" if revision else "")
+    except Exception as error:  # a connection that breaks has no common type
+        cause = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = f"it cannot be downloaded ({cause!r}); try again, {by_hand}"
+    raise CheckpointError(f"{name}: {reason}")
+
+
+def _saved(address: str, size: str) -> Path:
+    """The file of an address in the folder for downloads; raises CheckpointError with what to do if it is not there."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    path = cache / "vimd_jax" / "weights" / (unquote(Path(urlsplit(address).path).name) or "weights")
+    if path.is_file():
+        return path
+    raise CheckpointError(f"{address} is downloaded by hand: save it{size} as {path}, or elsewhere and name its path")
