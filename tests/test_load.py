@@ -9,6 +9,7 @@ import pytest
 import torch_writer
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
+from torch_writer import Call, Global
 
 from vimd_jax import load
 from vimd_jax.checkpoints.format import save_model
@@ -270,3 +271,22 @@ def test_a_part_of_a_folder_fills_such_a_network(tmp_path, small_file):
     assert_trees_equal(load_variables(tmp_path / "x", SMALL), small_file[1])
     with pytest.raises(ValueError, match="holds a SRVM, but the model is a SRResNet"):
         load_variables(tmp_path / "x", SRResNet())
+
+
+def test_a_segmenter_of_mmengine_is_read(tmp_path):
+    """Its file holds objects of that library, which stay inert; the number of classes is the file's."""
+    variables = golden_models.random_variables(SEGMENTER, jnp.zeros((1, 32, 48, 3)))
+    history = Call((Global("mmengine.logging.history_buffer HistoryBuffer"), (np.zeros(3), np.ones(3), 1000)))
+    file = {
+        "meta": {"epoch": 1, "dataset_meta": {"classes": ("sky", "tree", "road")}},
+        "state_dict": export_state_dict(variables, SEGMENTER),
+        "message_hub": {"log_scalars": {"train/loss": history}},
+        "optimizer": {"state": {0: {"step": np.zeros(())}}},
+        "param_schedulers": [{"begin": 0}],
+    }
+    torch_writer.save(tmp_path / "iter_160000.pth", file)
+    options = {name: value for name, value in SEGMENTER.to_options().items() if name != "num_classes"}
+    trained = load.load_model(tmp_path / "iter_160000.pth", "upernet_vim_tiny", options=options)
+    assert trained.model.num_classes == 3
+    for path, leaf in leaves(variables).items():
+        np.testing.assert_array_equal(leaves(trained.variables)[path], leaf, err_msg=path)
