@@ -27,7 +27,7 @@ _uniform_fan_in = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", b
 class VMamba(Hierarchical):
     """Image classifier; its options are those of `Hierarchical`."""
 
-    def make_block(self, stage: int, train: bool) -> Callable[..., Block]:
+    def make_block(self, stage: int, train: bool) -> partial[Block]:
         """See `Hierarchical`."""
         drops = train and self.drop_path_rate > 0
         return partial(VSSBlock, drops=drops, mixer=partial(SS2D, state_size=self.state_size, dtype=self.dtype))
