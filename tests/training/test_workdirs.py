@@ -1,5 +1,6 @@
 """Which run a folder belongs to: settings, classes, images, and one process at a time."""
 
+import json
 import os
 import subprocess
 import sys
@@ -37,6 +38,28 @@ def workdir(tmp_path, images):
     workdirs.claim(tmp_path / "run", config, splits(config))
     (tmp_path / "run" / "checkpoints" / "5").mkdir(parents=True)
     return tmp_path / "run"
+
+
+def test_a_run_of_an_earlier_version_continues(workdir, images):
+    """Settings that it does not have are at their defaults; one that is gone and was not set does not matter."""
+    stored = json.loads((workdir / "config.json").read_text())
+    del stored["scan_implementation"], stored["teacher"]["init_key"]
+    stored["teacher"]["scan_implementation"] = None
+    (workdir / "config.json").write_text(json.dumps(stored))
+    config = config_of(images)
+    workdirs.check(workdir, config, splits(config))
+    config.scan_implementation = "sequential"
+    with pytest.raises(ValueError, match="config.scan_implementation was '', is 'sequential'"):
+        workdirs.check(workdir, config, splits(config))
+
+
+def test_images_without_classes_are_counted_together(workdir, images):
+    config = config_of(images)
+    data = splits(config)
+    for source in data:
+        source.labels = None
+    found = workdirs.fingerprint(data)
+    assert found["test"]["ant"][0] == found["test"]["bee"][0] == 0 and found["test"][""][0] == 4
 
 
 @pytest.mark.parametrize(
@@ -127,5 +150,5 @@ def test_two_runs_in_one_folder(tmp_path):
     )
     with workdirs.locked(tmp_path):
         second = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-        assert "another process trains in this folder" in second.stderr
+        assert "another process is already training there" in second.stderr
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
