@@ -98,7 +98,7 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m vimd_jax.predict", description="Labels images.")
     parser.add_argument("images", nargs="+", type=Path, help="files and folders")
-    parser.add_argument("--checkpoint", required=True, type=Path, help="workdir, converted checkpoint, or PyTorch file")
+    parser.add_argument("--checkpoint", required=True, help="workdir, converted checkpoint, PyTorch file, or its name")
     parser.add_argument("--model", help="architecture of a PyTorch file, for example vim_tiny_stride8")
     parser.add_argument(
         "--option",

@@ -78,7 +78,7 @@ def test_training_reads_the_prepared_folder(name, tmp_path, dataset_config):
     config = dataset_config(name="folder", directory=str(tmp_path / "data"), validation_fraction=0.0)
     assert len(load_source(config, "train")) == layout.sizes["train"]
     test = load_source(config, "test")
-    assert len(test) == 2 and len(test.class_names) == 2 and test.read(1).size == (12, 9)
+    assert len(test) == 2 and len(test.class_names) == 2 and test.read(1).image.size == (12, 9)
 
 
 def test_validation_images_join_the_training_images(tmp_path):

@@ -46,6 +46,7 @@ class V2M(Isotropic):
     merge: Literal["mean", "sum"] = "mean"
     routing: Literal["four_corners", "aligned", "published"] = "four_corners"
 
+    @nn.nowrap
     def grid_of(self, size: tuple[int, int], field: str = "images") -> tuple[int, int]:
         """See `Isotropic`; ValueError too if `routing` cannot route the grid."""
         rows, columns = super().grid_of(size, field)
