@@ -74,7 +74,7 @@ def selective_scan(
       initial_state: the state before the first step (which is at the last position if `reverse`),
         (batch, channels, state); zero if None.
       return_last_state: also return the state after the final step, (batch, channels, state) float32.
-      implementation: "native", "pallas", "triton", "sequential" or "associative"; None takes the one named by
+      implementation: "native", "pallas", "triton", "sequential", "chunked" or "associative"; None takes the one of
         `kernels.use`, else the fastest that can run where JAX runs: on the devices of the current mesh, else on the
         default device. `jax.sharding.use_abstract_mesh` with an abstract GPU lowers for a GPU without having one.
 
