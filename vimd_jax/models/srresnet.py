@@ -126,7 +126,7 @@ def winograd(x: jax.Array, kernel: jax.Array) -> jax.Array:
     products = jnp.einsum("kbrci,kif->kbrcf", jnp.stack(sum(tiles, [])), kernels.reshape(size**2, inputs, features))
     lines = _combine(results, list(products.reshape(size, size, batch, rows, columns, features)))
     y = jnp.stack([jnp.stack(_combine(results, list(line)), axis=3) for line in lines], axis=2)
-    return y.reshape(batch, 4 * rows, 4 * columns, features)[:, :height, :width]
+    return merge_tiles(y)[:, :height, :width]
 
 
 @functools.cache
@@ -157,8 +157,14 @@ def _pixel_first(features: jax.Array) -> jax.Array:
 def pixel_shuffle(x: jax.Array) -> jax.Array:
     """(batch, h, w, 4c) to (batch, 2h, 2w, c): feature (2i + j) c + k is channel k, row i, column j."""
     batch, height, width, features = x.shape
-    x = x.reshape(batch, height, width, 2, 2, features // 4).swapaxes(2, 3)
-    return x.reshape(batch, 2 * height, 2 * width, features // 4)
+    return merge_tiles(x.reshape(batch, height, width, 2, 2, features // 4).swapaxes(2, 3))
+
+
+def merge_tiles(x: jax.Array) -> jax.Array:
+    """(batch, rows, height, columns, width, channels) to (batch, rows * height, columns * width, channels)."""
+    batch, rows, height, columns, width, channels = x.shape
+    x = x.reshape(batch, rows * height, columns, width, channels)  # a side at a time, which keeps a batch's sharding
+    return x.reshape(batch, rows * height, columns * width, channels)
 
 
 class PReLU(nn.Module):
