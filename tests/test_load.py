@@ -244,16 +244,16 @@ def test_a_segmenter_starts_from_no_other_trunk(tmp_path):
 def test_weights_are_found_by_name(small_file, tmp_path, monkeypatch):
     """Published files that were saved in the folder for downloads."""
     path, variables = small_file
-    entry = PUBLISHED["vim_tiny"]._replace(file="https://example.org/weights/small%20vim.pth")
-    monkeypatch.setitem(PUBLISHED, "vim_tiny", entry)
+    entry = PUBLISHED["vim_tiny_stride8"]._replace(file="https://example.org/weights/small%20vim.pth")
+    monkeypatch.setitem(PUBLISHED, "vim_tiny_stride8", entry)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(CheckpointError, match="small%20vim.pth is downloaded by hand: save it"):
         load_variables("pretrained", SMALL)
     (tmp_path / "vimd_jax" / "weights").mkdir(parents=True)
     path.rename(tmp_path / "vimd_jax" / "weights" / "small vim.pth")
     options = {"num_classes": 5, "image_size": 32, "stride": 8, "embed_dim": 16, "depth": 2, "state_size": 4}
-    assert_trees_equal(load_model("pretrained:vim_tiny", options=options).variables, variables)
-    assert_trees_equal(load_variables("pretrained:vim_tiny", SMALL), variables)
+    assert_trees_equal(load_model("pretrained:vim_tiny_stride8", options=options).variables, variables)
+    assert_trees_equal(load_variables("pretrained:vim_tiny_stride8", SMALL), variables)
 
 
 def test_a_home_directory_is_understood(small_file, monkeypatch):

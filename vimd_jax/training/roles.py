@@ -143,7 +143,7 @@ def _check_resolutions(config: ConfigDict, role: str, restorer: nn.Module | None
 
 
 def check_sources_of_weights(config: ConfigDict, networks: Networks, workdir: Path, made_before: set[Path]) -> None:
-    """Raises unless every network that needs weights is told where they are, and something is there or will be.
+    """Raises unless every network that needs weights has a path to them, and something is there or will be.
 
     Args:
       config: of one stage.
@@ -169,7 +169,7 @@ def check_sources_of_weights(config: ConfigDict, networks: Networks, workdir: Pa
 
 
 def initial_variables(config: ConfigDict, networks: Networks, workdir: Path) -> tuple[Variables, dict[str, Variables]]:
-    """What the stage starts from: the variables of the trained network, and by role those of the frozen ones.
+    """The variables that the stage starts from: of the trained network, and by role those of the frozen ones.
 
     Of several processes only the first one reads files. The others get zeros of the same shapes, see `from_first`.
     """
