@@ -48,6 +48,8 @@ class Segmenter(Composite):
 
     def __post_init__(self):
         super().__post_init__()
+        if not self.num_classes:
+            raise ValueError("num_classes: 0 is not valid, expected at least 1")
         depth = self.backbone.depth if self.isotropic else len(self.backbone.depths)
         if self.taps == () or not set(self.taps or ()) <= set(range(depth)):
             raise ValueError(f"taps: {self.taps} is not valid, expected numbers from 0 to below {depth}")
