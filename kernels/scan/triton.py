@@ -12,6 +12,7 @@ jax-triton also needs a JAX with CUDA: without one it cannot be imported (0.3.1)
 
 import functools
 import importlib.util
+import inspect
 from typing import Any
 
 import jax
@@ -48,8 +49,13 @@ def run(name: str, arguments: list, outputs: list, grid: tuple, warps: int, cons
 
     from kernels.scan import triton_kernels
 
-    kernel, launch = getattr(triton_kernels, name), dict(grid=grid, num_warps=warps, num_stages=1)
-    results = jax_triton.triton_call(*arguments, kernel=kernel, out_shape=outputs, **launch, **constants)
+    options = dict(grid=grid, num_warps=warps, num_stages=1)
+    # Triton no longer fuses multiplications and additions unless told to; jax-triton 0.3 still tells it to.
+    if "backend_options" in inspect.signature(jax_triton.triton_call).parameters:
+        options |= dict(out_type=outputs, backend_options=dict(enable_fp_fusion=True))
+    else:
+        options |= dict(out_shape=outputs)
+    results = jax_triton.triton_call(*arguments, kernel=getattr(triton_kernels, name), **options, **constants)
     return [vary_like(x, arguments[0]) for x in results]
 
 
