@@ -1,16 +1,19 @@
-"""Reads damaged and hostile checkpoints in a watched process: each must be read, or refused by the reader's own error,
-in less than 2 s of processor time and with less than 200 MB beyond its size.
+"""Reads damaged and hostile checkpoints in a watched process: each must be read, or refused by the reader's own error
+in one line, in less than 2 s of processor time and with less than 200 MB beyond its size.
 
     python scripts/fuzz_checkpoints.py [--files 10000] [--seed 0]     (Linux only: it reads a process's peak memory)
 """
 
 import argparse
 import collections
+import functools
 import io
 import json
 import multiprocessing
+import os
 import random
 import re
+import shutil
 import struct
 import sys
 import tempfile
@@ -19,6 +22,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save
@@ -178,21 +182,107 @@ def _compressed(megabytes: int) -> bytes:
     return file.getvalue()
 
 
+# Fields of the description of a small network, in which its reader would build or trust too much.
+HOSTILE_DESCRIPTIONS: dict[str, dict[str, Any]] = {
+    "nested 100,000 deep": {"provenance": "[" * 100_000 + "]" * 100_000},
+    "nested 900 deep": {"provenance": {"x": functools.reduce(lambda inner, _: [inner], range(900), [])}},
+    "a million lists": {"provenance": {"x": [[]] * 1_000_000}},
+    "an integer of a million digits": {"provenance": "9" * 1_000_000},
+    "100,000 options": {"options": {f"o{i}": 1 for i in range(100_000)}},
+    "100,000 class names": {"class_names": ["x" * 20] * 100_000},
+    "class names with escape codes": {"class_names": ["\x1b[2J\n"] * 3},
+    "class names as a text": {"class_names": "owl"},
+    "class names as a dict": {"class_names": {"owl": 0}},
+    "a crop that is no number": {"view": {"low_resolution": 0, "crop": "x"}},
+    "a low resolution below 0": {"view": {"low_resolution": -5, "crop": 1.0}},
+    "a low resolution of a million": {"view": {"low_resolution": 10**6, "crop": 1.0}},
+    "variables elsewhere": {"variables": "../../etc/passwd"},
+    "variables in a pipe": {"variables": "variables-0123456789abcdef.safetensors"},
+    "an architecture with escape codes": {"architecture": "\x1b[2J\n"},
+}
+HOSTILE_NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "images of a million pixels": ("vim_tiny", {"image_size": 10**6}),
+    "2^63 channels": ("vim_tiny", {"embed_dim": 2**63}),
+    "a million channels": ("vim_tiny", {"embed_dim": 10**6}),
+    "a million layers": ("vim_tiny", {"depth": 10**6}),
+    "a million layers of LocalVim": ("local_vim_search", {"depth": 10**6}),
+    "16,000 pixels of LocalVim": ("local_vim_tiny", {"image_size": 16_000}),
+    "the most patches of LocalVim": ("local_vim_tiny", {"image_size": 2048, "stride": 12, "patch_size": 16}),
+    "the most steps of LocalVim": ("local_vim_search", {"image_size": 2048, "depth": 24}),
+    "many layers of LocalVim": ("local_vim_tiny", {"depth": 5000}),
+    "many directions of LocalVim": ("local_vim_tiny", {"directions": [["h", "v", "w2", "w3"] * 32], "depth": 128}),
+    "a million states": ("vim_tiny", {"state_size": 10**6}),
+    "a million classes": ("vim_tiny", {"num_classes": 10**6}),
+    "the largest images of LocalVMamba": ("local_vmamba_tiny", {"image_size": 2048}),
+    "the largest images of V2M": ("v2m_tiny", {"image_size": 2048}),
+    "the largest images of EfficientVMamba": ("efficient_vmamba_tiny", {"image_size": 2048}),
+    "eight stages": ("vmamba_tiny", {"depths": [1] * 8, "image_size": 2048}),
+    "100 stages": ("vmamba_tiny", {"depths": [1] * 100}),
+    "a million blocks": ("srresnet_x4", {"num_blocks": 10**6}),
+    "many hidden channels": ("efficient_vmamba_tiny", {"mlp_ratio": 1e300}),
+    "a student of a million layers": ("srvm_tiny", {"depth": 10**6}),
+}  # fmt: skip
+
+
+def hostile_folders(folder: Path) -> Iterator[str]:
+    """Writes one folder after the other in that place, its checksum right, and yields what it is."""
+    from vimd_jax.checkpoints.description import digest
+
+    whole, text = small_network(folder / "whole"), "description_checksum"
+    os.mkfifo(folder / "whole" / "variables-0123456789abcdef.safetensors")
+    networks = {what: {"architecture": name, "options": options} for what, (name, options) in HOSTILE_NETWORKS.items()}
+    for what, fields in (HOSTILE_DESCRIPTIONS | networks).items():
+        content = whole | fields
+        if isinstance(fields.get("provenance"), str):  # what json.dumps would not write
+            written = json.dumps(content | {text: ""}).replace(json.dumps(fields["provenance"]), fields["provenance"])
+        else:
+            written = json.dumps(content | {text: digest(content)})
+        (folder / "whole" / "network.json").write_text(written)
+        yield what
+    (folder / "whole" / "network.json").unlink()
+    os.mkfifo(folder / "whole" / "network.json")
+    yield "a pipe for a description"
+
+
+def small_network(folder: Path) -> dict[str, Any]:
+    """Writes a whole network and returns its description, without the checksum of that."""
+    import jax
+
+    from vimd_jax.checkpoints.format import read_description, save_model
+    from vimd_jax.checkpoints.trained_model import TrainedModel
+    from vimd_jax.models import create_model
+    from vimd_jax.models.network import input_images
+
+    model = create_model("vim_tiny", embed_dim=16, depth=1, image_size=32, num_classes=3)
+    variables = jax.tree.map(
+        lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(model.init, jax.random.key(0), input_images(model))
+    )
+    save_model(folder, TrainedModel(model, variables, ("a", "b", "c")))
+    return read_description(folder)
+
+
 def serve(connection: Connection) -> None:
     """Reads the files named on a pipe; answers with the outcome of each, the seconds, and the peak memory in MB."""
-    from vimd_jax.errors import CheckpointError
+    from vimd_jax import load_model
+    from vimd_jax.errors import CheckpointError, printable
     from weight_convert import load_torch_checkpoint
 
+    with tempfile.TemporaryDirectory() as folder:  # what is imported and compiled once is none of a file's doing
+        small_network(Path(folder) / "x")
+        load_model(Path(folder) / "x")
     for path in iter(connection.recv, None):
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         before, start = _megabytes("VmRSS"), time.process_time()
         try:
-            for array in load_torch_checkpoint(path).values():
-                array.tobytes()
+            if Path(path).is_dir():
+                load_model(path)
+            else:
+                for array in load_torch_checkpoint(path).values():
+                    array.tobytes()
             outcome = "read"
         except CheckpointError as error:
             message = str(error)
-            outcome = "refused" if message.isprintable() and len(message) < 3000 else f"message {message[:300]!r}"
+            outcome = "refused" if printable(message, 3000) == message else f"message {message[:300]!r}"
         except BaseException as error:
             outcome = f"{type(error).__name__}: {error}"
         connection.send((outcome, time.process_time() - start, _megabytes("VmHWM") - before))
@@ -240,20 +330,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     flags = parser.parse_args(arguments)
     watched, outcomes, bad, slowest, largest = Watched(), collections.Counter(), 0, (0.0, ""), (0.0, "")
+
+    def watch(name: str, path: Path, size: int) -> None:
+        nonlocal bad, slowest, largest
+        outcome, seconds, megabytes = watched.read(path)
+        beyond = megabytes - size / 2**20
+        outcomes[outcome] += 1
+        slowest, largest = max(slowest, (seconds, name)), max(largest, (beyond, name))
+        if outcome not in ("read", "refused") or seconds > MOST_SECONDS or beyond > MOST_MB:
+            bad += 1
+            print(f"{name}: {outcome}, {seconds:.2f} s, {beyond:.0f} MB beyond its {size} bytes")
+            if path.is_file():
+                shutil.copy(path, Path(tempfile.gettempdir()) / f"fuzz_checkpoints_{bad}")
+
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "file"
         handcrafted = ((name, make()) for name, make in HOSTILE.items())
         for files in (handcrafted, mutations(Path(folder), flags.files, random.Random(flags.seed))):
             for name, data in files:
                 path.write_bytes(data)
-                outcome, seconds, megabytes = watched.read(path)
-                beyond = megabytes - len(data) / 2**20
-                outcomes[outcome] += 1
-                slowest, largest = max(slowest, (seconds, name)), max(largest, (beyond, name))
-                if outcome not in ("read", "refused") or seconds > MOST_SECONDS or beyond > MOST_MB:
-                    bad += 1
-                    print(f"{name}: {outcome}, {seconds:.2f} s, {beyond:.0f} MB beyond its {len(data)} bytes")
-                    (Path(tempfile.gettempdir()) / f"fuzz_checkpoints_{bad}").write_bytes(data)
+                watch(name, path, len(data))
+        for name in hostile_folders(Path(folder)):
+            watch(name, Path(folder) / "whole", 0)
     watched.stop()
     print(f"{dict(outcomes)}; slowest {slowest[0]:.2f} s ({slowest[1]}), most {largest[0]:.0f} MB ({largest[1]})")
     return bad

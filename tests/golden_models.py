@@ -7,10 +7,12 @@ import jax
 import numpy as np
 from flax import linen as nn
 
+from vimd_jax.models import create_model
 from vimd_jax.models.efficient_vmamba import EfficientVMamba
 from vimd_jax.models.hierarchical import Hierarchical
 from vimd_jax.models.local_vim import LocalVim
 from vimd_jax.models.local_vmamba import LocalVMamba
+from vimd_jax.models.segmenter import Segmenter
 from vimd_jax.models.srresnet import SRResNet
 from vimd_jax.models.v2m import V2M
 from vimd_jax.models.vim import Vim
@@ -165,3 +167,41 @@ def _weight_by_rule(rank: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
 def images_by_rule(shape: tuple[int, ...]) -> np.ndarray:
     """The images, in the originals' layout, that go with `weights_by_rule`."""
     return np.sin(0.05 * np.arange(np.prod(shape), dtype=np.float64)).reshape(shape).astype(np.float32)
+
+
+def segmenter(constructor: dict, **overrides) -> Segmenter:
+    """The segmenter that mmsegmentation's `EncoderDecoder(**constructor)` is; of a backbone alone with a small head."""
+    backbone, head = constructor.get("backbone", constructor), constructor.get("decode_head", {})
+    auxiliary = constructor.get("auxiliary_head", {})
+    name, options = _segmenter_backbone(backbone)
+    options |= {
+        "num_classes": head.get("num_classes", 3),
+        "head_channels": head.get("channels", 4),
+        "auxiliary_channels": auxiliary.get("channels", 0),
+        "drop_path_rate": backbone.get("drop_path_rate", 0.0),
+    }
+    return create_model(name, **options | overrides)
+
+
+def _segmenter_backbone(constructor: dict) -> tuple[str, dict]:
+    options = {"taps": tuple(constructor["out_indices"])}
+    if "dims" not in constructor:
+        size = constructor["img_size"]
+        options |= {name: constructor[name] for name in ("patch_size", "embed_dim", "depth")}
+        options |= {"image_size": tuple(size) if isinstance(size, list) else size, "rope": constructor["if_rope"]}
+        options["stride"] = options["patch_size"]
+        if "directions" in constructor:
+            options["directions"] = tuple(map(tuple, constructor["directions"]))
+            return "upernet_local_vim_tiny", options | {"vertical_reverse": "published"}
+        options["tapped"] = "rotated_stream" if constructor.get("use_residual_as_feature") else "update"
+        options["merge"] = "mean" if constructor.get("if_divide_out") else "sum"
+        options["normalize_last"] = constructor.get("last_layer_process") == "add & norm"
+        return "upernet_vim_tiny", options
+    dims = constructor["dims"]
+    options |= {"dims": dims if isinstance(dims, int) else tuple(dims), "depths": tuple(constructor["depths"])}
+    if "directions" in constructor:
+        options["directions"] = tuple(map(tuple, constructor["directions"]))
+        return "upernet_local_vmamba_tiny", options | {"vertical_reverse": "published"}
+    if constructor.get("forward_type") == "v05_noz":
+        return "upernet_vmamba2_tiny", options
+    return "upernet_vmamba_tiny" if "forward_type" in constructor else "upernet_efficient_vmamba_tiny", options

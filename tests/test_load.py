@@ -1,14 +1,24 @@
-"""Another number of classes, another grid of patches."""
+"""Variables for a network: of another number of classes, another grid of patches, a part of another; found by name."""
 
 import golden
+import golden_models
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch_writer
+from flax.traverse_util import flatten_dict
+from safetensors.numpy import save_file
+from torch_writer import Call, Global
 
 from vimd_jax import load
-from vimd_jax.load import load_variables
+from vimd_jax.checkpoints.format import save_model
+from vimd_jax.checkpoints.trained_model import TrainedModel
+from vimd_jax.errors import CheckpointError
+from vimd_jax.load import load_model, load_variables
+from vimd_jax.models import create_model
+from vimd_jax.models.network import join, variable_shapes
+from vimd_jax.models.published import PUBLISHED
 from vimd_jax.models.srresnet import SRResNet
 from vimd_jax.models.srvm import SRVM
 from vimd_jax.models.vim import Vim
@@ -177,3 +187,106 @@ def test_half_of_srvm_can_be_fitted_too(tmp_path, small_file, logged):
     assert params["classifier"]["position_embedding"].shape == (1, 17, 16)
     assert_trees_equal(params["sr"], convert_state_dict(sr_weights, sr)["params"])
     assert len(logged) == 2
+
+
+SEGMENTER = create_model(
+    "upernet_vim_tiny",
+    **{"num_classes": 3, "image_size": (32, 48), "patch_size": 8, "stride": 8, "embed_dim": 16, "depth": 2},
+    **{"state_size": 4, "head_channels": 4, "auxiliary_channels": 4},
+)
+CLASSIFIER = SEGMENTER.backbone.clone(num_classes=5, class_token="middle", image_size=32)
+
+
+def leaves(variables) -> dict[str, np.ndarray]:
+    return flatten_dict(variables, sep="/")
+
+
+@pytest.mark.parametrize("form", ["folder", "file"])
+def test_a_segmenter_starts_from_a_classifier(tmp_path, form):
+    """The trunk is the classifier's, rows of class tokens are taken out where they stand, and the rest is new."""
+    variables = golden_models.random_variables(CLASSIFIER, jnp.zeros((1, 32, 32, 3)))
+    path = tmp_path / "classifier.safetensors"
+    if form == "file":
+        save_file(export_state_dict(variables, CLASSIFIER), path)
+    else:
+        path = tmp_path / "classifier"
+        save_model(path, TrainedModel(CLASSIFIER, variables, tuple("abcde"), 0))
+    found = leaves(load_variables(path, SEGMENTER, adapt=True))
+    assert found.keys() == variable_shapes(SEGMENTER).keys()
+    for name, leaf in leaves(variables).items():
+        if name.startswith(("params/layers/", "params/patch_embed/")):
+            np.testing.assert_array_equal(found[name.replace("/", "/backbone/", 1)], leaf, err_msg=name)
+    patches = np.delete(variables["params"]["position_embedding"], 8, axis=1)
+    expected = resize_position_embedding(patches, (4, 6), class_token=None)
+    np.testing.assert_allclose(found["params/backbone/position_embedding"], expected, atol=1e-6)
+    assert np.all(np.asarray(found["batch_stats/decode_head/fusion_norm/var"]) == 1)
+
+
+def test_a_segmenter_of_layer_norms_starts_from_a_classifier_without(tmp_path):
+    options = {"image_size": 16, "patch_size": 8, "embed_dim": 8, "depth": 1, "directions": (("h", "v"),)}
+    segmenter = create_model("upernet_local_vim_tiny", head_channels=4, auxiliary_channels=0, **options)
+    classifier = create_model("local_vim_tiny", num_classes=5, **options)
+    variables = golden_models.random_variables(classifier, jnp.zeros((1, 16, 16, 3)))
+    save_file(export_state_dict(variables, classifier), tmp_path / "classifier.safetensors")
+    found = load_variables(tmp_path / "classifier.safetensors", segmenter, adapt=True)["params"]["backbone"]
+    np.testing.assert_array_equal(found["layers"]["norm"]["scale"], variables["params"]["layers"]["norm"]["scale"])
+    assert not np.any(found["layers"]["norm"]["bias"])
+
+
+def test_a_segmenter_starts_from_no_other_trunk(tmp_path):
+    other = CLASSIFIER.clone(depth=3)
+    variables = golden_models.random_variables(other, jnp.zeros((1, 32, 32, 3)))
+    save_model(tmp_path / "other", TrainedModel(other, variables, tuple("abcde"), 0))
+    with pytest.raises(ValueError, match="not the trunk of the segmenter's Vim, .* variables differ: params/backbone/"):
+        load_variables(tmp_path / "other", SEGMENTER, adapt=True)
+
+
+def test_weights_are_found_by_name(small_file, tmp_path, monkeypatch):
+    """Published files that were saved in the folder for downloads."""
+    path, variables = small_file
+    entry = PUBLISHED["vim_tiny_stride8"]._replace(file="https://example.org/weights/small%20vim.pth")
+    monkeypatch.setitem(PUBLISHED, "vim_tiny_stride8", entry)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(CheckpointError, match="small%20vim.pth is downloaded by hand: save it"):
+        load_variables("pretrained", SMALL)
+    (tmp_path / "vimd_jax" / "weights").mkdir(parents=True)
+    path.rename(tmp_path / "vimd_jax" / "weights" / "small vim.pth")
+    options = {"num_classes": 5, "image_size": 32, "stride": 8, "embed_dim": 16, "depth": 2, "state_size": 4}
+    assert_trees_equal(load_model("pretrained:vim_tiny_stride8", options=options).variables, variables)
+    assert_trees_equal(load_variables("pretrained:vim_tiny_stride8", SMALL), variables)
+
+
+def test_a_home_directory_is_understood(small_file, monkeypatch):
+    path, variables = small_file
+    monkeypatch.setenv("HOME", str(path.parent))
+    assert_trees_equal(load_variables("~/small.pth", SMALL), variables)
+    with pytest.raises(FileNotFoundError, match="nothing.pth: no such workdir"):
+        load_model("~/nothing.pth")
+
+
+def test_a_part_of_a_folder_fills_such_a_network(tmp_path, small_file):
+    """A student's classifier starts a teacher, whatever composite it is in."""
+    student = SRVM(sr=None, classifier=SMALL)
+    save_model(tmp_path / "x", TrainedModel(student, join({"classifier": small_file[1]}), tuple("abcde"), 8))
+    assert_trees_equal(load_variables(tmp_path / "x", SMALL), small_file[1])
+    with pytest.raises(ValueError, match="holds a SRVM, but the model is a SRResNet"):
+        load_variables(tmp_path / "x", SRResNet())
+
+
+def test_a_segmenter_of_mmengine_is_read(tmp_path):
+    """Its file holds objects of that library, which stay inert; the number of classes is the file's."""
+    variables = golden_models.random_variables(SEGMENTER, jnp.zeros((1, 32, 48, 3)))
+    history = Call((Global("mmengine.logging.history_buffer HistoryBuffer"), (np.zeros(3), np.ones(3), 1000)))
+    file = {
+        "meta": {"epoch": 1, "dataset_meta": {"classes": ("sky", "tree", "road")}},
+        "state_dict": export_state_dict(variables, SEGMENTER),
+        "message_hub": {"log_scalars": {"train/loss": history}},
+        "optimizer": {"state": {0: {"step": np.zeros(())}}},
+        "param_schedulers": [{"begin": 0}],
+    }
+    torch_writer.save(tmp_path / "iter_160000.pth", file)
+    options = {name: value for name, value in SEGMENTER.to_options().items() if name != "num_classes"}
+    trained = load.load_model(tmp_path / "iter_160000.pth", "upernet_vim_tiny", options=options)
+    assert trained.model.num_classes == 3
+    for path, leaf in leaves(variables).items():
+        np.testing.assert_array_equal(leaves(trained.variables)[path], leaf, err_msg=path)

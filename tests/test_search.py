@@ -1,6 +1,8 @@
 """The result of a direction search: what is read from a supernet, and the config that trains the final network."""
 
+import ast
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -60,6 +62,24 @@ def test_the_config_trains_the_final_network(tmp_path, monkeypatch):
     assert given_options(config.classifier)["directions"] == directions
     assert build_networks(config, "abc").trained.directions == directions
     assert (tmp_path / "found.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "step", [7, '"""\nopen("/tmp/x")\n"""', "'+open('x')+'", "\n\nimport os", {"a": 1}, None], ids=repr
+)
+def test_nothing_of_a_checkpoint_becomes_code(step):
+    """The text is that of the same file without a step, but for the number."""
+    directions, base, workdir = (("h", "v"),), "configs/small_classifier.py:local_vim_tiny", Path('a"""b\n')
+    text = search.config_text(directions, base, "classifier", workdir, step)
+    assignments = {
+        name.id: ast.literal_eval(value)
+        for node in ast.parse(text).body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Tuple)
+        for name, value in zip(node.targets[0].elts, node.value.elts)
+    }
+    expected = {"BASE": base, "ROLE": "classifier", "SUPERNET": str(workdir), "STEP": 7 if step == 7 else None}
+    assert assignments == expected
+    assert text.replace("None", "7") == search.config_text(directions, base, "classifier", workdir, 7)
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ STAGES = {
 DERIVED = ("num_classes", "image_size", "scale", "bn_axis_name")
 
 # Fields of a network's section that are no options of the network.
-_NO_OPTION = ("name", "init", "init_entry", "init_positions")
+_NO_OPTION = ("name", "init", "init_key", "init_position_mode")
 
 # The defaults are the recipe of the ViMD paper (Chen et al., IEEE SPL 2025) for 56x56 images, where the paper and the
 # authors' logs state it.
@@ -215,8 +215,8 @@ def _network(role: str) -> ConfigDict:
     section = ConfigDict({option: config_dict.placeholder(_flag_type(kind)) for option, kind in sorted(kinds.items())})
     section.name = task.network  # of a restorer also "bicubic": no network
     section.init = ""  # a workdir, a converted checkpoint, or a .pth / .safetensors file; empty: from scratch
-    section.init_entry = ""  # of a PyTorch file, as "model_ema"; empty: where the weights usually are
-    section.init_positions = "correct"  # how positions are resized for another grid; or "reference", as published
+    section.init_key = ""  # of a PyTorch file, as "model_ema"; empty: where the weights usually are
+    section.init_position_mode = "correct"  # how positions are resized for another grid; or "reference", as published
     return section
 
 

@@ -11,12 +11,17 @@ from typing import Any
 
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from vimd_jax.checkpoints.adapt import ADAPTABLE, adapted_leaves
+from vimd_jax.checkpoints.adapt import ADAPTABLE, Change, adapted_leaves, segmenter_leaves
 from vimd_jax.checkpoints.format import read_model
 from vimd_jax.checkpoints.trained_model import TrainedModel
 from vimd_jax.models import describe
 from vimd_jax.models.network import Network, part, variable_shapes
+from vimd_jax.models.segmenter import Segmenter
+from weight_convert.hub import architecture_of, resolve
 from weight_convert.load import load_torch_model, torch_variables
+from weight_convert.mapping import fill, tensors_for
+from weight_convert.tables import recorded_options, tensors_by_part
+from weight_convert.torch_file import load_torch_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +37,8 @@ def load_model(
     """A network to use: from the workdir of a run, a converted or exported folder, or a PyTorch file.
 
     Args:
-      path: the folder, or a `.pth` or `.safetensors` file; `~` is the home directory.
+      path: the folder, or a `.pth` or `.safetensors` file, in which `~` is the home directory; or the name of a file
+        elsewhere, see `weight_convert.hub`.
       architecture: of a PyTorch file, one of `list_models()`. A folder knows its own.
       options: of that architecture, where they differ from its own.
       class_names: for a file or folder that names none.
@@ -42,7 +48,8 @@ def load_model(
       FileNotFoundError: nothing is there.
       ValueError: what is there cannot be read (`CheckpointError`), or does not fit what is asked for.
     """
-    path = Path(path).expanduser()
+    architecture = architecture or architecture_of(path)
+    path = resolve(path, architecture).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such workdir, converted checkpoint or PyTorch file")
     if path.is_dir():
@@ -68,8 +75,10 @@ def load_variables(
 ) -> dict[str, Any]:
     """Variables of `model` from a checkpoint of the same network, or of a composite that has such a part.
 
+    A segmenter can also start from the classifier that its backbone is the trunk of, if `adapt` is set.
+
     Args:
-      path: a workdir, a converted or exported folder, or a PyTorch file.
+      path: as in `load_model`.
       model: the network to fill.
       adapt: where the number of classes differs, start the head anew, or leave it out if `model` has none; where the
         grid of patches differs, resize the position embedding; log either. False: such a difference is an error too.
@@ -79,7 +88,10 @@ def load_variables(
     Raises:
       FileNotFoundError, ValueError: nothing is there, it cannot be read, or it holds another network.
     """
-    path, origin = Path(path).expanduser(), None
+    path, origin = resolve(path, describe(model)["architecture"]).expanduser(), None
+    if adapt and isinstance(model, Segmenter) and (classifier := _classifier(path, model, key)):
+        leaves, changes = segmenter_leaves(*classifier, model, position_mode, str(path))
+        return _logged(path, leaves, changes)
     if path.is_file():
         leaves = torch_variables(path, model, flexible=True, key=key)
         shapes = {name: leaf.shape for name, leaf in variable_shapes(model).items()}
@@ -92,9 +104,39 @@ def load_variables(
     leaves, changes = adapted_leaves(leaves, model, origin=origin, mode=position_mode, source=str(path))
     if changes and not adapt:
         raise ValueError(f"{path} does not fit the network: {'; '.join(change.difference for change in changes)}")
+    return _logged(path, leaves, changes)
+
+
+def _logged(path: Path, leaves: dict[str, Any], changes: list[Change]) -> dict[str, Any]:
     for change in changes:
         log.info("%s: %s: %s", path, *change)
     return unflatten_dict(leaves, sep="/")
+
+
+def _classifier(path: Path, model: Segmenter, key: str | None) -> tuple[dict[str, Any], Network] | None:
+    """The leaves and the network of a classifier of the class of a segmenter's backbone; None where it is a segmenter.
+
+    What a PyTorch file does not record, it has in common with the backbone; class tokens stand in the middle.
+    """
+    backbone = model.backbone
+    if not path.is_file():
+        origin, variables = _network_like(backbone, trained := load_model(path))
+        if isinstance(trained.model, Segmenter):
+            return None
+        if type(origin) is not type(backbone):
+            raise ValueError(f"{path} holds a {type(origin).__name__}, but the backbone is a {type(backbone).__name__}")
+        return flatten_dict(variables, sep="/"), origin
+    state_dict = load_torch_checkpoint(path, key=key)
+    if "" not in tensors_by_part(state_dict, model.parts):
+        return None
+    state_dict = tensors_for(state_dict, backbone, str(path))
+    shapes = {name: tensor.shape for name, tensor in state_dict.items()}
+    recorded = recorded_options(shapes, type(backbone))
+    options = {name: recorded[name] for name in ("class_token", "rope") if name in recorded}
+    if "norm_f.weight" in state_dict and "norm_f.bias" not in state_dict and hasattr(backbone, "normalization"):
+        options["normalization"] = "rms"
+    origin = backbone.clone(**options)
+    return fill(state_dict, origin, flexible=True, source=str(path)), origin
 
 
 def _network_like(model: Network, trained: TrainedModel) -> tuple[Network, dict[str, Any]]:

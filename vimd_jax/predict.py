@@ -63,13 +63,15 @@ def write(images: Iterable[dict], form: str) -> int:
     elif form == "csv":
         writer = csv.writer(sys.stdout)
         writer.writerow(["file", "rank", "class", "probability"])
-        for count, image in enumerate(images, 1):
+        for image in images:
+            count += 1
             for rank, label in enumerate(image["labels"], 1):
                 name = printable(label["class"], None)
                 writer.writerow([printable(image["file"], None), rank, name, f"{label['probability']:.6f}"])
             sys.stdout.flush()
     else:
-        for count, image in enumerate(images, 1):
+        for image in images:
+            count += 1
             print(printable(image["file"], None))
             for label in image["labels"]:
                 print(f"  {100 * label['probability']:6.2f} %  {printable(label['class'], None)}", flush=True)
@@ -96,7 +98,7 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m vimd_jax.predict", description="Labels images.")
     parser.add_argument("images", nargs="+", type=Path, help="files and folders")
-    parser.add_argument("--checkpoint", required=True, type=Path, help="workdir, converted checkpoint, or PyTorch file")
+    parser.add_argument("--checkpoint", required=True, help="workdir, converted checkpoint, PyTorch file, or its name")
     parser.add_argument("--model", help="architecture of a PyTorch file, for example vim_tiny_stride8")
     parser.add_argument(
         "--option",

@@ -26,13 +26,13 @@ from vimd_jax.training.roles import build_networks
 
 CHOSEN = 4  # directions of a layer of the final network
 
-_CONFIG = '''"""{base} with the directions that a search found.
-
-Searched    {workdir}, step {step}
-Command     python -m vimd_jax.train --config {output} --workdir DIR
-"""
+# What comes from outside is written as data, never as code: a checkpoint may be a stranger's.
+_CONFIG = '''"""A config with the directions that a search found; for `--config` of vimd_jax.train."""
 
 from vimd_jax.configs import load_config
+
+BASE, ROLE = {base!a}, {role!a}
+SUPERNET, STEP = {workdir!a}, {step!a}
 
 DIRECTIONS = (
 {rows}
@@ -40,8 +40,8 @@ DIRECTIONS = (
 
 
 def get_config():
-    config = load_config("{base}")
-    config.{role}.directions = DIRECTIONS
+    config = load_config(BASE)
+    config[ROLE].directions = DIRECTIONS
     return config
 '''
 
@@ -77,14 +77,11 @@ def load_base(base: str, role: str) -> ConfigDict:
     return config
 
 
-def config_text(directions: LayerDirections, base: str, role: str, **texts: Any) -> str:
+def config_text(directions: LayerDirections, base: str, role: str, workdir: Path, step: Any) -> str:
     """The text of a config file: the config `base`, as `--config` takes it, with these directions."""
-    return _CONFIG.format(
-        base=base,
-        rows="\n".join(f"    {of_layer!r}," for of_layer in directions).replace("'", '"'),
-        role=role,
-        **texts,
-    )
+    rows = "\n".join(f"    {of_layer!a}," for of_layer in directions).replace("'", '"')
+    step = step if isinstance(step, int) else None
+    return _CONFIG.format(base=base, role=role, workdir=str(workdir), step=step, rows=rows)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -111,14 +108,12 @@ def main() -> None:
         directions = most_probable(probabilities)
         base[arguments.role].directions = directions
         build_networks(base, ["a", "b"])  # an error now if the final network cannot have these directions
-        text = config_text(
-            directions, arguments.base, arguments.role,
-            workdir=arguments.workdir, step=supernet.provenance.get("step", "unknown"), output=arguments.output,
-        )  # fmt: skip
+        step = supernet.provenance.get("step")
+        text = config_text(directions, arguments.base, arguments.role, arguments.workdir, step)
         replace_file(arguments.output, text.encode())
-        plots.save_direction_probabilities(probabilities, DIRECTIONS, directions, arguments.output.with_suffix(".png"))
         for layer, names in enumerate(directions):
             print(f"layer {layer:2d}  {' '.join(names)}")
+        plots.save_direction_probabilities(probabilities, DIRECTIONS, directions, arguments.output.with_suffix(".png"))
 
 
 if __name__ == "__main__":

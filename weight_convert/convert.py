@@ -24,6 +24,7 @@ from vimd_jax.checkpoints.format import save_model
 from vimd_jax.errors import printable
 from vimd_jax.models import create_model, describe, list_models
 from vimd_jax.models.network import Network, parse_option, variable_shapes
+from weight_convert.hub import resolve
 from weight_convert.load import as_trained_model, assumptions, model_for, provenance_of
 from weight_convert.mapping import Entry, fill, flat_state_dict, plan, step_counters, unwrapped
 from weight_convert.tables import name_in_table, tensors_by_part
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _convert(flags)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error, None)}", file=sys.stderr)
         return 1
     return 0
 
@@ -52,10 +53,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", required=True, help="the architecture of the checkpoint, one of those below")
-    parser.add_argument("--checkpoint", required=True, type=Path, help=".pth, .pth.tar or .safetensors")
-    parser.add_argument(
-        "--sr_checkpoint", type=Path, help="srvm_* only: the SR network; --checkpoint is the classifier"
-    )
+    parser.add_argument("--checkpoint", required=True, help=".pth, .pth.tar or .safetensors, or its name (see hub.py)")
+    parser.add_argument("--sr_checkpoint", help="srvm_* only: the SR network; --checkpoint is the classifier")
     parser.add_argument("--output", type=Path, help="directory to write; must not exist")
     parser.add_argument("--num_classes", type=int, help="as in the checkpoint by default; otherwise the head is new")
     parser.add_argument("--image_size", type=_size, help="pixels, S or HEIGHTxWIDTH; resizes the position embedding")
@@ -84,6 +83,8 @@ def _convert(flags: argparse.Namespace) -> None:
     if flags.model not in list_models():
         close = difflib.get_close_matches(flags.model, list_models(), n=3) or ["one that --help lists"]
         raise ValueError(f"--model: there is no network {flags.model!r}, did you mean {' or '.join(close)}?")
+    flags.checkpoint = resolve(flags.checkpoint, flags.model)
+    flags.sr_checkpoint = flags.sr_checkpoint and resolve(flags.sr_checkpoint)
     given = {"image_size": flags.image_size, "num_classes": flags.num_classes}
     options = dict(flags.option) | {name: value for name, value in given.items() if value is not None}
     state_dict = _load(flags, create_model(flags.model, **options))
@@ -141,7 +142,7 @@ def _load(flags: argparse.Namespace, model: Network) -> dict[str, np.ndarray]:
 
 
 def _network_at(size: int | tuple[int, int] | None, model: Network, architecture: str) -> Network | None:
-    """The network as it was for images of a size; None if that is not told."""
+    """The network as it was for images of a size; None if no size is given."""
     if size is None:
         return None
     return create_model(architecture, **describe(model)["options"] | {"image_size": size})

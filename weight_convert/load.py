@@ -18,6 +18,7 @@ from weight_convert.torch_file import load_torch_checkpoint
 
 log = logging.getLogger(__name__)
 
+_CLASSES = (".head.weight", ".conv_seg.weight")  # ends of the names of tensors with a row for each class
 _MOST_NUMBERS = 2**31  # 20 times Vim-base
 
 
@@ -30,9 +31,10 @@ def load_torch_model(path: Path, architecture: str, options: dict[str, Any], key
     state_dict = load_torch_checkpoint(path, key=key)
     model = model_for(state_dict, architecture, options)
     variables = unflatten_dict(fill(state_dict, model, source=str(path)), sep="/")
-    for assumed in assumptions(model, options):
-        log.info("%s: assumed (not recorded in the file): %s", path, assumed)
-    return as_trained_model(model, options, variables, provenance_of([path], key))
+    assumed = assumptions(model, options)
+    for note in assumed:
+        log.info("%s: assumed (not recorded in the file): %s", path, note)
+    return as_trained_model(model, options, variables, provenance_of([path], key) | {"assumed": assumed})
 
 
 def as_trained_model(
@@ -73,7 +75,7 @@ def model_for(state_dict: dict[str, Any], architecture: str, options: dict[str, 
       ValueError: no such network, option or value, or a network too large for any memory.
     """
     model = create_model(architecture, **options)
-    head = next((x for name, x in state_dict.items() if f".{name}".endswith(".head.weight") and x.ndim), None)
+    head = next((x for name, x in state_dict.items() if f".{name}".endswith(_CLASSES) and x.ndim), None)
     if head is not None and model.num_classes and "num_classes" not in options:
         model = create_model(architecture, **options | {"num_classes": head.shape[0]})
     try:
@@ -90,7 +92,7 @@ _UNRECORDED = ("class_token", "directions", "input_normalization", "merge", "poo
 
 
 def assumptions(model: Network, options: dict[str, Any]) -> list[str]:
-    """What no PyTorch file of such a network records, and `options` do not say."""
+    """The values taken for options that no PyTorch file of such a network records, unless they are among `options`."""
     if model.parts:
         return [note for inner in model.parts.values() for note in assumptions(inner, options)]
     values = {

@@ -99,8 +99,8 @@ def convert_state_dict(state_dict: dict[str, Any], model: Network) -> dict[str, 
     """PyTorch weights as the variables of `model`, strictly: every tensor is used once, every variable is filled once.
 
     Args:
-      state_dict: PyTorch name → array, of the original classes (`VisionMamba`, `SRResNet`). For SRVM-Net the two
-        halves: `{"sr": {...}, "classifier": {...}}`, or one flat dict with these prefixes. Names may have a prefix in
+      state_dict: PyTorch name → array, of the original classes (`VisionMamba`, `SRResNet`). For SRVM-Net its
+        parts: `{"sr": {...}, "classifier": {...}}`, or one flat dict with these prefixes. Names may have a prefix in
         common, as wrappers of PyTorch leave it, or be older ones. `num_batches_tracked` is ignored, rotary tables are
         compared with ours.
       model: a network of vimd_jax.models; its options decide the expected names and shapes.
@@ -281,7 +281,8 @@ def _hints(state_dict: dict[str, np.ndarray], missing: list[str], model: Network
         return ["this is the classifier alone: give the SR network's file too (convert: --sr_checkpoint FILE)"]
     if model.parts:
         parts = tensors_by_part(state_dict, model.parts)
-        return [f"{part}: {hint}" for part in parts if part for hint in _hints(parts[part], [], model.parts[part])]
+        hints = [(part, hint) for part in parts if part for hint in _hints(parts[part], [], model.parts[part])]
+        return [f"{part}: {hint.partition(' (convert')[0]}" for part, hint in hints]
     candidates = [network for network in map(create_model, list_models()) if _has_names_of(network, state_dict)]
     if names := [describe(network)["architecture"] for network in candidates if _has_tensors_of(network, state_dict)]:
         return [f"its tensors are those of {' or '.join(names)}{_release(names[0])} (convert: --model)"]
@@ -308,7 +309,11 @@ def _has_tensors_of(model: Network, state_dict: dict[str, np.ndarray]) -> bool:
 
 def _has_names_of(model: Network, state_dict: dict[str, Any]) -> bool:
     """Whether every tensor has a name of the network's table, whatever the numbers in it."""
-    return not model.parts and all(_pattern(name_in_table(name, model)) in _patterns(model) for name in state_dict)
+    return (
+        bool(state_dict)
+        and not model.parts
+        and all(_pattern(name_in_table(name, model)) in _patterns(model) for name in state_dict)
+    )
 
 
 def _patterns(model: Network) -> set[str]:

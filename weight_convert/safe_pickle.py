@@ -21,7 +21,7 @@ class Constructor:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Inert:
-    """What stands for an object that is not read; calls, arguments, items and attributes leave no trace on it."""
+    """A stand-in for an object that is not read; calls, arguments, items and attributes leave no trace on it."""
 
     module: str
     attribute: str
@@ -150,7 +150,7 @@ def _look_up(names: dict[str, Any], module: str, attribute: str) -> Any:
 
 
 def construct(constructor: Any, arguments: Any) -> Any:
-    """What a call of `constructor` gives."""
+    """The result of a call of `constructor`."""
     if isinstance(constructor, Inert):
         return constructor
     if not isinstance(constructor, Constructor) or type(arguments) is not tuple or len(arguments) > _MAX_ARGUMENTS:

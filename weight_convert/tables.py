@@ -39,6 +39,7 @@ _LINEAR = (1, 0)  # (out, in) -> (in, out)
 _LINEARS = (0, 2, 1)  # (directions, out, in) -> (directions, in, out)
 _CONV1D = (2, 1, 0)  # (out, in, width) -> (width, in, out)
 _CONV2D = (2, 3, 1, 0)  # (out, in, height, width) -> (height, width, in, out)
+_DECONV2D = (2, 3, 0, 1)  # (in, out, height, width) -> (height, width, in, out)
 
 _MIXER = "layers.{i}.mixer"
 _STACKED_MIXER = "params/layers/mixer"
@@ -58,6 +59,24 @@ def _direction(name: str, a_log: str, suffix: str) -> tuple[Rule, ...]:
     )
 
 
+def _layer_norm(source: str, target: str) -> tuple[Rule, ...]:
+    return Rule(f"{source}.weight", f"params/{target}/scale"), Rule(f"{source}.bias", f"params/{target}/bias")
+
+
+def _batch_norm(source: str, target: str) -> tuple[Rule, ...]:
+    return (
+        Rule(f"{source}.weight", f"params/{target}/scale"),
+        Rule(f"{source}.bias", f"params/{target}/bias"),
+        Rule(f"{source}.running_mean", f"batch_stats/{target}/mean"),
+        Rule(f"{source}.running_var", f"batch_stats/{target}/var"),
+    )
+
+
+def _conv(source: str, target: str) -> tuple[Rule, ...]:
+    """The rows of a convolution with bias."""
+    return Rule(f"{source}.weight", f"params/{target}/kernel", _CONV2D), Rule(f"{source}.bias", f"params/{target}/bias")
+
+
 _ISOTROPIC = (
     Rule("patch_embed.proj.weight", "params/patch_embed/kernel", _CONV2D),
     Rule("patch_embed.proj.bias", "params/patch_embed/bias"),
@@ -65,20 +84,27 @@ _ISOTROPIC = (
     Rule("cls_token_head", "params/class_token_head"),
     Rule("cls_token_tail", "params/class_token_tail"),
     Rule("pos_embed", "params/position_embedding"),
-    Rule("layers.{i}.norm.weight", "params/layers/norm/scale"),
+    *_layer_norm("layers.{i}.norm", "layers/norm"),
     Rule(f"{_MIXER}.in_proj.weight", f"{_STACKED_MIXER}/in_proj/kernel", _LINEAR),
     Rule(f"{_MIXER}.out_proj.weight", f"{_STACKED_MIXER}/out_proj/kernel", _LINEAR),
-    Rule("norm_f.weight", "params/norm/scale"),
+    *_layer_norm("norm_f", "norm"),
     Rule("head.weight", "params/head/kernel", _LINEAR),
     Rule("head.bias", "params/head/bias"),
 )
 
-VIM = (*_ISOTROPIC, *_direction("forward", "A_log", ""), *_direction("backward", "A_b_log", "_b"))
-V2M = (*_ISOTROPIC, *_direction("along", "A_log", ""), *_direction("across", "A_2_log", "_2"))
+_PYRAMID = (  # of a segmenter
+    Rule("fpn1.0.weight", "params/neck/deconv_0_0/kernel", _DECONV2D),
+    Rule("fpn1.0.bias", "params/neck/deconv_0_0/bias"),
+    *_batch_norm("fpn1.1", "neck/norm_0"),
+    Rule("fpn1.3.weight", "params/neck/deconv_0_1/kernel", _DECONV2D),
+    Rule("fpn1.3.bias", "params/neck/deconv_0_1/bias"),
+    Rule("fpn2.0.weight", "params/neck/deconv_1_0/kernel", _DECONV2D),
+    Rule("fpn2.0.bias", "params/neck/deconv_1_0/bias"),
+    Rule("norm_f.weight", "params/neck/final_norm/scale"),
+)
 
-
-def _layer_norm(source: str, target: str) -> tuple[Rule, ...]:
-    return Rule(f"{source}.weight", f"params/{target}/scale"), Rule(f"{source}.bias", f"params/{target}/bias")
+VIM = (*_ISOTROPIC, *_direction("forward", "A_log", ""), *_direction("backward", "A_b_log", "_b"), *_PYRAMID)
+V2M = (*_ISOTROPIC, *_direction("along", "A_log", ""), *_direction("across", "A_2_log", "_2"), *_PYRAMID)
 
 
 def _channel_gate(source: str, target: str) -> tuple[Rule, ...]:
@@ -93,6 +119,7 @@ def _channel_gate(source: str, target: str) -> tuple[Rule, ...]:
 
 LOCAL_VIM = (
     *_ISOTROPIC,
+    *_layer_norm("outnorm_{i}", "neck/norm_{i}"),
     Rule(f"{_MIXER}.conv1d_{{k}}.weight", f"{_STACKED_MIXER}/conv/kernel", _CONV1D),
     Rule(f"{_MIXER}.conv1d_{{k}}.bias", f"{_STACKED_MIXER}/conv/bias"),
     Rule(f"{_MIXER}.x_proj_{{k}}.weight", f"{_STACKED_MIXER}/ssm/x_proj_kernel", _LINEAR),
@@ -107,15 +134,6 @@ LOCAL_VIM = (
         shape=lambda directions: (directions, 1, 1, 1),
     ),
 )
-
-
-def _batch_norm(source: str, target: str) -> tuple[Rule, ...]:
-    return (
-        Rule(f"{source}.weight", f"params/{target}/scale"),
-        Rule(f"{source}.bias", f"params/{target}/bias"),
-        Rule(f"{source}.running_mean", f"batch_stats/{target}/mean"),
-        Rule(f"{source}.running_var", f"batch_stats/{target}/var"),
-    )
 
 
 SRRESNET = (
@@ -140,11 +158,6 @@ SRRESNET = (
 _BLOCK, _STAGE = "layers.{s}.blocks.{b}", "params/stage_{s}"
 
 
-def _conv(source: str, target: str) -> tuple[Rule, ...]:
-    """The rows of a convolution with bias."""
-    return Rule(f"{source}.weight", f"params/{target}/kernel", _CONV2D), Rule(f"{source}.bias", f"params/{target}/bias")
-
-
 _STAGES = (  # what networks with stages have in common
     *_conv("patch_embed.0", "patch_embed"),
     *_layer_norm("patch_embed.2", "patch_norm"),
@@ -164,6 +177,7 @@ _STAGES = (  # what networks with stages have in common
     Rule(f"{_BLOCK}.mlp.fc1.bias", f"{_STAGE}/mlp_in/bias"),
     Rule(f"{_BLOCK}.mlp.fc2.weight", f"{_STAGE}/mlp_out/kernel", _LINEAR),
     Rule(f"{_BLOCK}.mlp.fc2.bias", f"{_STAGE}/mlp_out/bias"),
+    *_layer_norm("outnorm{i}", "neck/norm_{i}"),
     *_layer_norm("classifier.norm", "norm"),
     Rule("classifier.head.weight", "params/head/kernel", _LINEAR),
     Rule("classifier.head.bias", "params/head/bias"),

@@ -1,5 +1,6 @@
 """The format of a network on disk: what is written is read, and what is not right is refused in one line."""
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vimd_jax.checkpoints import format
+from vimd_jax.checkpoints import description, format
 from vimd_jax.checkpoints.format import save_model
 from vimd_jax.checkpoints.trained_model import TrainedModel
 from vimd_jax.errors import CheckpointError
@@ -42,8 +43,11 @@ def vim(tmp_path) -> Path:
 
 
 def change(folder: Path, **fields) -> None:
+    """Changes the description as one who wants to: with a checksum that is right."""
     path = folder / "network.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    content = json.loads(path.read_text()) | fields
+    del content["description_checksum"]
+    path.write_text(json.dumps(content | {"description_checksum": description.digest(content)}))
 
 
 def assert_refused(folder: Path, message: str) -> None:
@@ -77,7 +81,7 @@ def test_the_next_network_takes_the_place_of_the_last(vim):
     jax.tree.map(np.testing.assert_array_equal, load_model(vim).variables, better.variables)
 
 
-@pytest.mark.parametrize("moment", ["save", "json.dumps"])
+@pytest.mark.parametrize("moment", ["save", "sealed"])
 def test_an_interrupted_write_leaves_the_last_network(vim, moment, monkeypatch):
     before = load_model(vim)
     better = dataclasses.replace(before, variables=jax.tree.map(lambda x: x + 1, before.variables))
@@ -113,13 +117,28 @@ def test_damage_is_noticed(vim):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"checksum": "0"}, "checksum differs"),
+        ({"checksum": "0" * 64}, "checksum differs"),
+        ({"checksum": "0"}, "has checksum '0', expected a SHA-256"),
         ({"format": "vimd_jax network 9"}, "has the format 'vimd_jax network 9', but this version reads"),
         ({"class_names": ["owl"]}, "names 1 classes, but the network has 3"),
         ({"architecture": "vim_huge"}, "is damaged .*'vim_huge'"),
-        ({"options": {"num_classes": 3, "depth": 2}}, "describes another network than its variables are of"),
+        ({"options": {"num_classes": 3, "depth": 2}}, "describes a different network than its variables are of"),
         ({"options": {"depth": "two"}}, "is damaged .*depth: 'two'"),
-        ({"options": None}, "network.json is incomplete"),
+        ({"options": None}, "network.json has options None, expected options of a network by name"),
+        ({"options": {"depth": {}}}, "has options.depth {}, expected a number up to"),
+        ({"options": {"embed_dim": 2**63}}, "has options.embed_dim 9223372036854775808, expected a number up to"),
+        ({"options": {"depth": 10**6}}, "is damaged .a network with .* steps in its scans of an image, more than"),
+        ({"options": {"image_size": 10**6}}, "is damaged .a network with .* pixels in an image, more than"),
+        ({"class_names": "owl"}, "has class_names 'owl', expected a list of names"),
+        ({"class_names": {"owl": 1}}, "has class_names .*expected a list of names"),
+        ({"class_names": ["\x1b[2J", 3]}, r"has class_names \['.x1b.2J', 3\], expected"),
+        ({"view": {"low_resolution": 0, "crop": "x"}}, "has view.crop 'x', expected a number above 0 and up to 1"),
+        ({"view": {"low_resolution": 0, "crop": float("nan")}}, "has view.crop nan, expected"),
+        ({"view": {"low_resolution": -5, "crop": 1.0}}, "has view.low_resolution -5, expected 0, or the side or"),
+        ({"view": {"low_resolution": 33, "crop": 1.0}}, "low resolution of 33, but the network reads 32"),
+        ({"variables": "../x.safetensors"}, "has variables '../x.safetensors', expected the name of a file beside"),
+        ({"architecture": ["vim_tiny"]}, "has architecture .*expected a name"),
+        ({"anything": 1}, "has an unknown field 'anything'"),
         ({"view": {}}, "network.json is incomplete"),
     ],
     ids=str,
@@ -127,6 +146,49 @@ def test_damage_is_noticed(vim):
 def test_a_description_that_is_not_right_is_refused(vim, fields, message):
     change(vim, **fields)
     assert_refused(vim, message)
+
+
+def test_every_flipped_bit_of_a_description_is_noticed(vim):
+    path = vim / "network.json"
+    text, before = path.read_bytes(), format.read_description(vim)
+    for bit in range(0, 8 * len(text), 7):
+        flipped = bytearray(text)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        with contextlib.suppress(CheckpointError):
+            assert format.read_description(vim) == before, bit  # another space between two fields
+
+
+def test_an_edited_description_is_refused_and_class_names_have_another_way(vim, tmp_path):
+    path = vim / "network.json"
+    path.write_text(path.read_text().replace("crow", "rook"))
+    assert_refused(vim, "network.json was changed since it was written.*rename classes: save_model")
+    path.write_text(path.read_text().replace("rook", "crow"))
+    save_model(tmp_path / "new", load_model(vim, class_names=["rook", "owl", "jay"]))
+    assert load_model(tmp_path / "new").class_names == ("rook", "owl", "jay")
+
+
+def test_folders_without_a_checksum_of_the_description_are_read(vim):
+    """As version 1 wrote them; the checksum is that of the variables."""
+    path, before = vim / "network.json", load_model(vim)
+    content = json.loads(path.read_text())
+    del content["description_checksum"]
+    path.write_text(json.dumps(content | {"format": "vimd_jax network 1"}))
+    assert_refused(vim, "its checksum differs")
+    content["checksum"] = format.checksum_of(before.variables)
+    path.write_text(json.dumps(content | {"format": "vimd_jax network 1"}))
+    assert load_model(vim).class_names == before.class_names
+    path.write_text(json.dumps(content))
+    assert_refused(vim, "was changed since it was written")
+
+
+def test_networks_that_differ_in_their_options_alone_differ_in_their_checksum(tmp_path):
+    network = trained("vim")
+    other = dataclasses.replace(network, model=network.model.clone(merge="mean"))
+    assert save_model(tmp_path / "a", network) != save_model(tmp_path / "b", other)
+    assert save_model(tmp_path / "c", dataclasses.replace(network, provenance={})) == save_model(
+        tmp_path / "a", network
+    )
 
 
 @pytest.mark.parametrize(

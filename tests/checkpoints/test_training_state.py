@@ -1,10 +1,16 @@
 """Training states: two are kept, damage is noticed, and nothing that is not finite is written."""
 
+import json
+import re
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import pytest
 
 from vimd_jax.checkpoints import training_state
+from vimd_jax.checkpoints.format import checksum_of
 from vimd_jax.errors import CheckpointError
 
 
@@ -77,3 +83,46 @@ def test_a_ruined_state_is_not_written(folder):
     with pytest.raises(CheckpointError, match="params/a of the training state of step 4 is not finite"):
         training_state.save_state(manager, 4, ruined, {})
     assert int(restored(folder)[0]["step"]) == 3
+
+
+def test_a_changed_record_is_noticed(folder):
+    """A flipped bit there would rename a metric or change a step."""
+    file = next(path for path in (folder / "3" / "record").rglob("*") if b'"window"' in path.read_bytes())
+    file.write_bytes(file.read_bytes().replace(b'"loss"', b'"lors"'))
+    assert int(restored(folder)[0]["step"]) == 2
+
+
+def test_records_of_earlier_versions_are_read(folder):
+    file = next(path for path in (folder / "3" / "record").rglob("*") if b'"window"' in path.read_bytes())
+    record = json.loads(file.read_bytes())
+    del record["sha256"]
+    record["checksum"] = checksum_of({"step": np.int32(3), "params/a": state(3)["params"]["a"]})
+    file.write_text(json.dumps(record))
+    arrays, record = restored(folder)
+    assert int(arrays["step"]) == 3 and record == {"window": [{"loss": 1.0}]}
+
+
+_FULL_DISK = """
+import logging, resource, signal, sys
+import numpy as np
+from pathlib import Path
+from vimd_jax.checkpoints import training_state
+from vimd_jax.log import readable_errors
+manager = training_state.open_folder(Path(sys.argv[1]))
+training_state.save_state(manager, 1, {"a": np.ones(10)}, {})
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
+with readable_errors():
+    training_state.save_state(manager, 2, {"a": np.random.default_rng(0).normal(size=10**6)}, {})
+"""
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    """Here files that may not grow; the threads that write have no word beside it."""
+    command = [sys.executable, "-c", _FULL_DISK, str(tmp_path / "checkpoints")]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 1
+    expected = (
+        "error: A checkpoint could not be written to .*checkpoints: File too large. Make room there; .* from step 1."
+    )
+    assert re.fullmatch(expected, ended.stderr.strip()), ended.stderr

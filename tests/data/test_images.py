@@ -1,4 +1,5 @@
 import io
+import os
 import subprocess
 import sys
 import warnings
@@ -170,6 +171,17 @@ def test_find_images_in_folders_and_subfolders(tmp_path):
     inside = [tmp_path / name for name in ("a.JPG", "b/z.webp", "c.png")]
     assert find_images([tmp_path]) == inside
     assert find_images([tmp_path / "notes.txt", tmp_path / "b"]) == [tmp_path / "notes.txt", inside[1]]
+
+
+def test_find_images_follows_links_once_and_leaves_out_what_is_no_image(tmp_path):
+    folder, elsewhere = tmp_path / "photos", tmp_path / "elsewhere"
+    for name in ("photos/a.jpg/1.jpg", "photos/.thumbnails/1.jpg", "photos/@eaDir/1.jpg", "elsewhere/1.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    (folder / "linked").symlink_to(elsewhere)
+    (elsewhere / "round").symlink_to(folder)
+    os.mkfifo(folder / "pipe.jpg")
+    assert find_images([folder]) == [folder / "a.jpg/1.jpg", folder / "linked/1.jpg"]
 
 
 def test_find_images_finds_nothing(tmp_path):

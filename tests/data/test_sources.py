@@ -1,6 +1,8 @@
 import io
+import os
 import sys
 import types
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +92,53 @@ def test_files_that_look_like_no_image_are_counted(dataset_config, image_folder,
     assert "2 with .heic, 1 with no suffix" in caplog.text and "DS_Store" not in caplog.text
 
 
+@pytest.mark.parametrize("name", ["valid", "validation"])
+def test_other_names_of_the_validation_folder(dataset_config, image_folder, name):
+    folder = image_folder({"train/a": 4, f"{name}/a": 3, "test/a": 2})
+    config = dataset_config(name="folder", directory=str(folder))
+    assert [len(load_source(config, split)) for split in ("train", "validation", "test")] == [4, 3, 2]
+    image_folder({"val/a": 1})
+    with pytest.raises(DatasetError, match=f"contains val/ and {name}/; keep one"):
+        load_source(config, "train")
+
+
+def test_what_is_no_image_and_no_class(dataset_config, image_folder, caplog):
+    """Service folders, directories, pipes: left out, and told apart from links, which are what they point to."""
+    folder = image_folder({"train/a": 2, "test/a": 1, "elsewhere": 3})
+    for name in ("@eaDir", "lost+found", "__MACOSX", ".ipynb_checkpoints", ".thumbnails", "a/@eaDir", "a/x.jpg"):
+        (folder / "train" / name).mkdir()
+        Image.new("RGB", (4, 4)).save(folder / "train" / name / "1.png")
+    os.mkfifo(folder / "train/a/pipe.jpg")
+    (folder / "train/b").symlink_to(folder / "elsewhere")
+    (folder / "train/a/gone.png").symlink_to(folder / "nowhere.png")
+    source = load_source(dataset_config(name="folder", directory=str(folder), validation_fraction=0.0), "train")
+    assert source.class_names == ("a", "b")
+    assert [source.key(i) for i in range(len(source))] == [
+        *("a/000.png", "a/001.png", "a/gone.png", "b/000.png", "b/001.png", "b/002.png")
+    ]
+    with pytest.raises(UnreadableImage, match=r"gone\.png: No such file"):
+        source.check(2)
+    assert "1 that are pipes" in caplog.text and "1 that are folders" in caplog.text
+
+
+def test_names_that_are_not_utf_8(dataset_config, image_folder):
+    folder = image_folder({"train/a": 3, "test/a": 1})
+    os.rename(folder / "train/a/000.png", os.fsencode(folder / "train/a") + b"/caf\xe9.png")
+    source = load_source(dataset_config(name="folder", directory=str(folder), validation_fraction=0.01), "train")
+    assert [source.key(i) for i in range(3)] == ["a/001.png", "a/002.png", "a/caf\\udce9.png"]
+    assert source.read(2).image.size == (16, 12)
+
+
+def test_composed_and_decomposed_names_are_one_class(dataset_config, image_folder):
+    composed, decomposed = (unicodedata.normalize(form, "Zaunkönig") for form in ("NFC", "NFD"))
+    folder = image_folder({f"train/{composed}": 2, f"test/{decomposed}": 1})
+    config = dataset_config(name="folder", directory=str(folder))
+    assert load_source(config, "test").class_names == (composed,) and len(load_source(config, "test")) == 1
+    image_folder({f"train/{decomposed}": 1})
+    with pytest.raises(DatasetError, match="two class folders called .*decomposed accents"):
+        load_source(config, "test")
+
+
 def test_headers_are_checked_without_decoding(dataset_config, image_folder, caplog):
     folder = image_folder(THREE_SPLITS)
     source = load_source(dataset_config(name="folder", directory=str(folder)), "test")
@@ -125,7 +174,7 @@ def test_unreadable_image_is_named(dataset_config, image_folder):
         ({"train/a": 1, "test/a": 1, "test/b": 1}, {}, "test/b is not a class of the training set"),
         ({"train/a": 1, "test/a": 1, "val/c": 1}, {}, "val/c is not a class of the training set"),
         (THREE_SPLITS, {"num_classes": 5}, "num_classes is 5, but the data have 2 classes"),
-        (THREE_SPLITS, {"name": "birds"}, "config.dataset.name is 'birds'; choose one of synthetic, folder, cub"),
+        (THREE_SPLITS, {"name": "birds"}, "config.dataset.name is 'birds'; choose one of synthetic, folder"),
         ({"train/a\nb": 1, "test/a": 1}, {}, r"a class folder called 'a\nb'; rename it"),
     ],
 )

@@ -7,8 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from vimd_jax.models import SR_NETWORKS, create_model, list_models
+from vimd_jax.models.layers import rms_norm
+from vimd_jax.models.segmenter import Segmenter
 from vimd_jax.training.optimizer import decay_mask
 
 ISOTROPIC = {"num_classes": 5, "image_size": 32, "patch_size": 8, "stride": 8, "embed_dim": 16, "depth": 2}
@@ -28,8 +31,8 @@ SMALL = {
     "srresnet": {"channels": 4, "num_blocks": 1},
     "srvm": ISOTROPIC | {"sr_channels": 4, "sr_num_blocks": 1},
 }
-# One of each kind; the others of its family differ in size only.
-NAMES = [name for name in list_models() if not name.endswith(("_small", "_base", "8", "l20"))]
+# One of each kind; the others of its family differ in size only. Segmenters have a test of their own.
+NAMES = [name for name in list_models() if not name.endswith(("_small", "_base", "8", "l20")) and "upernet" not in name]
 CLASSIFIERS = [name for name in NAMES if name not in SR_NETWORKS]
 
 
@@ -49,7 +52,8 @@ def variables(name: str):
 
 
 def test_what_is_left_out_is_another_size_of_what_is_not():
-    assert {type(create_model(name)) for name in list_models()} == {type(create_model(name)) for name in NAMES}
+    kinds = {type(create_model(name)) for name in list_models()}
+    assert kinds == {type(create_model(name)) for name in NAMES} | {Segmenter}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -93,9 +97,68 @@ def test_features(name):
         assert [state.shape for state in states] == [(2, 8, 8, 8), (2, 4, 4, 16)]
         assert features["pre_logits"].shape == (2, 16)
     else:
-        classifier = getattr(model, "classifier", model)
-        assert states.shape == (2, 2, 16 + (classifier.class_token is not None), 16)
+        assert states.shape == (2, 2, 16 + (model.class_token is not None), 16)
         assert features["pre_logits"].shape == (2, 16)
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_maps_have_the_grid_of_the_image(name):
+    model, batch = small(name), images(64, 32)
+    if name.startswith("srvm"):
+        batch = batch[:, ::4, ::4]
+    maps = jax.eval_shape(functools.partial(model.apply, method="feature_maps"), variables(name), batch)
+    hierarchical = "vmamba" in name
+    shapes = [(2, 16, 8, 8), (2, 8, 4, 16)] if hierarchical else [(2, 8, 4, 16), (2, 8, 4, 16)]
+    assert [x.shape for x in maps] == shapes and {x.dtype for x in maps} == {jnp.dtype("float32")}
+    with pytest.raises(ValueError, match=r"^layers: \(1, 2\) is not valid, expected numbers from 0 to 1"):
+        model.apply(variables(name), batch, (1, 2), method="feature_maps")
+
+
+@pytest.mark.parametrize("name", ["local_vim_tiny_middle_token", "vmamba_tiny"])
+def test_maps_are_the_hidden_states_without_class_tokens(name):
+    model, batch = small(name), images(40, 24)
+
+    @jax.jit
+    def both(variables):
+        states = model.apply(variables, batch, return_features=True)[1]["hidden_states"]
+        return states[1], *model.apply(variables, batch, (1, 0), method="feature_maps")
+
+    states, last, first = map(np.asarray, both(variables(name)))
+    if model.class_token:  # at place 7 of 5 x 3 patches
+        states = np.delete(states, 7, axis=1).reshape(last.shape)
+    np.testing.assert_array_equal(last, states)
+    assert not np.array_equal(first, last)
+
+
+def test_maps_of_the_stream_and_of_its_updates():
+    model, batch = small("vim_tiny"), images(16, 24)
+
+    maps = {
+        state: jax.jit(functools.partial(model.apply, state=state, method="feature_maps"))(variables("vim_tiny"), batch)
+        for state in ("stream", "update", "normalized")
+    }
+    np.testing.assert_allclose(maps["stream"][1], maps["stream"][0] + maps["update"][1], rtol=1e-5, atol=1e-6)
+    norm = rms_norm().apply({"params": variables("vim_tiny")["params"]["norm"]}, maps["stream"][1])
+    np.testing.assert_allclose(maps["normalized"][1], norm, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_without_a_head_the_pooled_features_come_out(name):
+    model, batch = small(name, num_classes=0), images(32, 32)
+    if name.startswith("srvm"):
+        batch = batch[:, ::4, ::4]
+    shapes, whole = jax.eval_shape(model.init, jax.random.key(0), batch), variables(name)["params"]
+    trunk = {path for path in flatten_dict(whole) if "head" not in path}
+    assert set(flatten_dict(shapes["params"])) == trunk
+    assert jax.eval_shape(model.apply, shapes, batch).shape == (2, 16)
+
+
+def test_without_a_head_the_maximum_is_that_of_the_features():
+    model, batch = small("vim_tiny", num_classes=0, class_token=None, pool="max", depth=1), images(16, 16)
+    output, features = jax.jit(lambda key: model.init_with_output(key, batch, return_features=True)[0])(
+        jax.random.key(0)
+    )
+    np.testing.assert_array_equal(output, features["pre_logits"].max(axis=1))
 
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
@@ -109,11 +172,10 @@ def test_bfloat16_is_finite_and_logits_are_float32(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_weight_decay_spares_vectors_of_norms_and_biases(name):
     model = small(name)
-    trained = getattr(model, "classifier", model)
-    params = variables(name)["params"].get("classifier", variables(name)["params"])
+    params = variables(name)["params"]
     mask = {
         tuple(key.key for key in path): decays
-        for path, decays in jax.tree_util.tree_leaves_with_path(decay_mask(params, decays=trained.decays))
+        for path, decays in jax.tree_util.tree_leaves_with_path(decay_mask(params, decays=model.decays))
     }
     assert any(mask.values())
     for path, decays in mask.items():

@@ -3,6 +3,7 @@
 import json
 import math
 
+import golden
 import jax
 import jax.numpy as jnp
 import pytest
@@ -10,6 +11,8 @@ import pytest
 from vimd_jax.models import create_model, describe, list_models
 from vimd_jax.models.local_vim import UNSEARCHED
 from vimd_jax.models.published import PUBLISHED
+
+SEGMENTERS = json.loads((golden.FOLDER / "segmenter_keys.json").read_text())
 
 # Counted on the original PyTorch classes at full size (1,000 classes unless stated).
 PARAMETERS = [
@@ -44,6 +47,12 @@ PARAMETERS = [
     ("vmamba_tiny", {}, 22_893_448),
     ("vmamba_small", {}, 44_417_416),
     ("vmamba_base", {}, 76_254_056),
+    ("vmamba2_tiny", {}, 30_705_832),
+    ("vmamba2_tiny_s1l8", {}, 30_249_064),
+    ("vmamba2_small", {}, 50_147_752),
+    ("vmamba2_small_s1l20", {}, 49_012_840),
+    ("vmamba2_base", {}, 88_557_800),
+    ("vmamba2_base_s1l20", {}, 86_614_504),
     ("efficient_vmamba_tiny", {}, 6_493_660),
     ("efficient_vmamba_small", {}, 11_273_688),
     ("efficient_vmamba_small", {"dims": 96}, 24_757_456),  # as its published settings say, against its training log
@@ -55,13 +64,18 @@ PARAMETERS = [
     ("srresnet_x4", {}, 1_547_350),
     ("srresnet_x8", {}, 1_695_063),
     ("srvm_tiny", {"num_classes": 200}, 8_643_294),
+    *[(name, {}, sum(network["param_counts"].values())) for name, network in SEGMENTERS["variants"].items()],
+    # Not published, so counted here.
+    ("upernet_v2m_tiny", {}, 12_016_364),
+    ("upernet_v2m_small", {}, 44_858_540),
+    ("upernet_vmamba2_small_s1l20", {}, 80_666_348),
+    ("upernet_vmamba2_base_s1l20", {}, 120_125_996),
 ]
 
 
 def test_published_parameters_are_those_of_the_originals():
-    assert {name: published.parameters for name, published in PUBLISHED.items()} == {
-        name: count for name, overrides, count in PARAMETERS if not overrides and name in PUBLISHED
-    }
+    originals = {name: count for name, overrides, count in PARAMETERS if not overrides and name in PUBLISHED}
+    assert originals == {name: PUBLISHED[name].parameters for name in originals}
 
 
 @pytest.mark.parametrize(("name", "overrides", "count"), PARAMETERS)

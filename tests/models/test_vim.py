@@ -181,7 +181,7 @@ def test_backward_direction_looks_ahead():
 
 def test_drop_path_drops_whole_images_and_scales_the_rest():
     mixer = functools.partial(Mixer, depth=3, state_size=4, merge="mean", dtype=jnp.float32)
-    layer = Layer(mixer, rms_norm, drops=True, return_state=False)
+    layer = Layer(mixer, rms_norm, drops=True, keep=None)
     x = jax.random.normal(jax.random.key(0), (64, 4, 16))
 
     @jax.jit

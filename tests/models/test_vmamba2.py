@@ -8,21 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vimd_jax.models import create_model
-from vimd_jax.models.network import variable_shapes
 from vimd_jax.models.vmamba2 import VMamba2
 from weight_convert import convert_state_dict, export_state_dict
 from weight_convert.mapping import plan
 
 SMALL = VMamba2(num_classes=5, image_size=40, dims=8, depths=(2, 1))
-PARAMETERS = {
-    "vmamba2_tiny": 30_705_832,
-    "vmamba2_tiny_s1l8": 30_249_064,
-    "vmamba2_small": 50_147_752,
-    "vmamba2_small_s1l20": 49_012_840,
-    "vmamba2_base": 88_557_800,
-    "vmamba2_base_s1l20": 86_614_504,
-}
 
 
 @functools.cache
@@ -30,11 +20,6 @@ def variables_by_rule(expand: int):
     model = SMALL.clone(expand=expand)
     weights = golden_models.weights_by_rule({entry.source: entry.shape for entry in plan(model)})
     return convert_state_dict(weights, model)
-
-
-@pytest.mark.parametrize(("name", "parameters"), PARAMETERS.items())
-def test_parameter_counts(name, parameters):
-    assert sum(leaf.size for leaf in variable_shapes(create_model(name)).values()) == parameters
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 import tiny
 from tiny import tiny_config
 
+from vimd_jax.models import create_model
 from vimd_jax.training import hidden_map, parallel, steps
 from vimd_jax.training.optimizer import create_optimizer, create_schedule
 from vimd_jax.training.roles import build_networks
@@ -88,3 +89,20 @@ def test_layers_meet_at_the_same_relative_depth():
     assert hidden_map._partners(4, 4) == [0, 1, 2, 3]
     assert hidden_map._partners(2, 24) == [11, 23]
     assert hidden_map._partners(24, 4)[::6] == [0, 0, 1, 2] and hidden_map._partners(24, 4)[-1] == 3
+
+
+def test_maps_are_those_of_the_image_whatever_its_size():
+    model = create_model("vim_tiny", image_size=32, **{k: v for k, v in tiny.VIM.items() if k != "name"})
+    tokens = 8 * 6 + 1
+    hidden = jnp.arange(2 * tokens * 16, dtype=jnp.float32).reshape(2, 1, tokens, 16)
+    maps = hidden_map.feature_maps(model, hidden, (64, 48))
+    assert [x.shape for x in maps] == [(1, 8, 6, 16)] * 2
+    np.testing.assert_array_equal(maps[1][0, 0], hidden[1, 0, :6])  # the class token stands in the middle
+    np.testing.assert_array_equal(maps[1][0, 7], hidden[1, 0, -6:])
+
+
+def test_a_network_that_cannot_read_its_images_is_named_not_the_loss():
+    config = with_stages(dataset__high_resolution=16, dataset__low_resolution=4)
+    config.classifier.update({"dims": (8, 16, 24, 32), "depths": (1, 1, 1, 1), "downsample": "conv"})
+    with pytest.raises(ValueError, match=r"^config\.classifier: images: too small"):
+        steps.check_objective(config, build_networks(config, "abcd"))

@@ -1,5 +1,6 @@
 """The two commands, and the directory between them."""
 
+import dataclasses
 import errno
 import hashlib
 import io
@@ -17,7 +18,7 @@ import torch_writer
 from safetensors.numpy import load_file, save_file
 
 from vimd_jax.checkpoints import format
-from vimd_jax.checkpoints.format import read_description
+from vimd_jax.checkpoints.format import read_description, save_model
 from vimd_jax.load import load_model, load_variables
 from vimd_jax.models import create_model, list_models
 from weight_convert import convert as convert_command
@@ -73,6 +74,17 @@ def test_srresnet_there_and_back_with_its_batch_counters(tmp_path):
     assert_same_tensors(tmp_path / "sr.safetensors", expected)
 
 
+@pytest.mark.parametrize("counters", [["x"], {"conv3.weight": 3, "conv2.1.num_batches_tracked": [1]}])
+def test_counters_of_a_stranger_are_no_tensors(counters, tmp_path):
+    assert convert(*SR, "--output", tmp_path / "sr") == 0
+    trained = load_model(tmp_path / "sr")
+    save_model(tmp_path / "x", dataclasses.replace(trained, provenance={"num_batches_tracked": counters}))
+    assert export("--checkpoint", tmp_path / "x", "--output", tmp_path / "x.safetensors") == 0
+    expected = load_torch_checkpoint(SR_FILE)
+    expected |= {name: np.zeros((), np.int64) for name in expected if name.endswith("num_batches_tracked")}
+    assert_same_tensors(tmp_path / "x.safetensors", expected)
+
+
 def test_srvm_from_two_files_and_back(tmp_path, capsys):
     options = [*VIM_OPTIONS, "--option", "sr_channels=16", "--option", "sr_num_blocks=3"]
     arguments = ["--model", "srvm_tiny", "--checkpoint", FILES / "vim_style.pth", *options]
@@ -100,10 +112,10 @@ def test_srvm_from_two_files_and_back(tmp_path, capsys):
 
     student = load_model(tmp_path / "srvm")
     assert student.low_resolution == 16
-    for half, model in (("sr", student.model.sr), ("classifier", student.model.classifier)):
+    for part, model in (("sr", student.model.sr), ("classifier", student.model.classifier)):
         for source in (tmp_path / "srvm", tmp_path / "both.safetensors"):
             params = load_variables(source, model)["params"]
-            jax.tree.map(np.testing.assert_array_equal, params, student.variables["params"][half])
+            jax.tree.map(np.testing.assert_array_equal, params, student.variables["params"][part])
 
 
 def test_the_converted_directory_gives_the_network_and_its_variables(tmp_path):
@@ -242,12 +254,13 @@ def test_a_prefix_is_left_out_and_told(prefix, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("outer", "inner"), [("", ""), ("module.", ""), ("model.", "_orig_mod.")])
-def test_both_halves_in_one_file(outer, inner, tmp_path):
+def test_both_parts_in_one_file(outer, inner, tmp_path):
     options = [*VIM_OPTIONS, "--option", "sr_channels=16", "--option", "sr_num_blocks=3"]
-    halves = {"sr": load_torch_checkpoint(SR_FILE), "classifier": load_torch_checkpoint(FILES / "vim_style.pth")}
-    content = {part: {inner + name: x for name, x in half.items()} for part, half in halves.items()}
+    parts = {"sr": load_torch_checkpoint(SR_FILE), "classifier": load_torch_checkpoint(FILES / "vim_style.pth")}
+    content = {part: {inner + name: x for name, x in tensors.items()} for part, tensors in parts.items()}
     if outer:
-        content = {"model": {f"{outer}{part}.{name}": x for part, half in content.items() for name, x in half.items()}}
+        joined = {f"{part}.{name}": x for part, tensors in content.items() for name, x in tensors.items()}
+        content = {"model": {outer + name: x for name, x in joined.items()}}
     torch_writer.save(tmp_path / "x.pth", content)
     assert (
         convert("--model", "srvm_tiny", "--checkpoint", tmp_path / "x.pth", *options, "--output", tmp_path / "x") == 0

@@ -3,6 +3,7 @@
 import json
 
 import golden
+import golden_models
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -10,13 +11,16 @@ import numpy as np
 import pytest
 
 from vimd_jax.models import create_model
+from vimd_jax.models.network import variable_shapes
 from vimd_jax.models.srresnet import SRResNet
 from vimd_jax.models.srvm import SRVM
 from vimd_jax.models.vim import Vim
 from weight_convert import convert_state_dict, export_state_dict
+from weight_convert.mapping import plan, step_counters
 from weight_convert.tables import computed_tensors
 
 FILES = [json.loads(path.read_text()) for path in sorted((golden.FOLDER / "keys").glob("*.json"))]
+SEGMENTERS = json.loads((golden.FOLDER / "segmenter_keys.json").read_text())
 PUBLISHED = {part: {name: value for file in FILES for name, value in file[part].items()} for part in FILES[0]}
 
 
@@ -59,6 +63,31 @@ def test_published_networks_round_trip_to_the_bit(variant):
     assert sum(x.size for x in jax.tree.leaves(variables["params"])) == PUBLISHED["variants"][variant]["param_count"]
     uncounted = {name: x if x.ndim else np.zeros((), np.int64) for name, x in state_dict.items()}
     assert_same_bits(export_state_dict(variables, model), uncounted)
+
+
+@pytest.mark.parametrize("name", SEGMENTERS["variants"])
+def test_published_segmenters_have_these_tensors(name):
+    """Every name of the authors' files is used once, in its shape; every part has as many parameters."""
+    published, model = SEGMENTERS["variants"][name], create_model(name)
+    entries = plan(model)
+    shapes = {entry.source: entry.shape for entry in entries} | dict.fromkeys(step_counters(entries), ())
+    shapes |= {tensor: value.shape for tensor, value in computed_tensors(model).items()}
+    names = SEGMENTERS["names"][published["names"]]
+    assert shapes == {tensor: tuple(shape) for tensor, shape in zip(names, published["shapes"], strict=True)}
+    assert len(entries) == len({entry.source for entry in entries})
+    for part, count in published["param_counts"].items():
+        parameters = (leaf.size for path, leaf in variable_shapes(model).items() if path.startswith(f"params/{part}/"))
+        assert sum(parameters) == count, part
+
+
+@pytest.mark.parametrize("case", golden.cases("c10_segmentor_*"))
+def test_segmenters_round_trip_to_the_bit(case):
+    state_dict, model = golden.tensors(case, "weights"), golden_models.segmenter(golden.meta(case)["constructor"])
+    exported = export_state_dict(convert_state_dict(state_dict, model), model)
+    assert set(exported) == set(state_dict)
+    weights = {name: x for name, x in state_dict.items() if not name.endswith("num_batches_tracked")}
+    tables = computed_tensors(model)  # no weights
+    assert_same_bits({name: exported[name] for name in weights}, weights | tables)
 
 
 SMALL = Vim(num_classes=5, image_size=32, stride=8, embed_dim=16, depth=2, state_size=4)
@@ -160,23 +189,23 @@ def test_other_float_dtypes_become_float32(dtype):
     np.testing.assert_array_equal(bias, weights["head.bias"].astype(np.float32))
 
 
-def test_both_halves_of_srvm():
+def test_both_parts_of_srvm():
     model = SRVM(sr=SMALL_SR, classifier=SMALL)
-    halves = {"sr": random_state_dict(SMALL_SR), "classifier": random_state_dict(SMALL)}
-    variables = convert_state_dict(halves, model)
+    parts = {"sr": random_state_dict(SMALL_SR), "classifier": random_state_dict(SMALL)}
+    variables = convert_state_dict(parts, model)
     for part, network in (("sr", SMALL_SR), ("classifier", SMALL)):
-        alone = convert_state_dict(halves[part], network)
+        alone = convert_state_dict(parts[part], network)
         jax.tree.map(np.testing.assert_array_equal, variables["params"][part], alone["params"])
     jax.tree.map(
         np.testing.assert_array_equal,
         variables["batch_stats"]["sr"],
-        convert_state_dict(halves["sr"], SMALL_SR)["batch_stats"],
+        convert_state_dict(parts["sr"], SMALL_SR)["batch_stats"],
     )
-    flat = {f"{part}.{name}": x for part, half in halves.items() for name, x in half.items()}
+    flat = {f"{part}.{name}": x for part, tensors in parts.items() for name, x in tensors.items()}
     assert_same_bits(export_state_dict(variables, model), flat)
     jax.tree.map(np.testing.assert_array_equal, convert_state_dict(flat, model), variables)
     with pytest.raises(ValueError, match="missing.*sr.conv1.0.bias"):
-        convert_state_dict({"classifier": halves["classifier"]}, model)
+        convert_state_dict({"classifier": parts["classifier"]}, model)
 
 
 def test_batch_counters_are_optional_but_belong_to_a_batch_norm():

@@ -408,7 +408,7 @@ def test_a_whole_network_is_refused_with_its_name(tmp_path):
         load_torch_checkpoint(tmp_path / "x.pth")
 
 
-def test_two_halves_are_one_state_dict(tmp_path):
+def test_two_parts_are_one_state_dict(tmp_path):
     torch_writer.save(tmp_path / "x.pth", {"sr": {"a": GOOD["x"]}, "classifier": {"b": GOOD["x"]}, "epoch": 3})
     assert list(load_torch_checkpoint(tmp_path / "x.pth")) == ["sr.a", "classifier.b"]
 

@@ -1,3 +1,3 @@
-"""What a run leaves on disk: networks (network.py), fitted to a new task (adapt.py), and the state of a training
-(training_state.py).
+"""The files of a run: networks (format, description, trained_model), weights adapted to a new task (adapt) and training
+states (training_state).
 """

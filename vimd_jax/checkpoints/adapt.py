@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict
 
 from vimd_jax.models import describe
@@ -123,6 +124,50 @@ def adapted_leaves(
         remedy = f"the position embedding is resized (mode {mode}){_stride_for(old, network)}"
         changes.append(Change(difference, remedy))
     return leaves, changes
+
+
+def segmenter_leaves(
+    leaves: dict[str, Any], origin: Network, model: Network, mode: str = "correct", source: str = "the checkpoint"
+) -> tuple[dict[str, Any], list[Change]]:
+    """Variables of a segmenter whose backbone starts from a classifier; the rest starts as the model starts it.
+
+    Args:
+      leaves: path → array, the variables of the classifier.
+      origin: the classifier, of the backbone's class.
+      model: the segmenter.
+      mode: as in `resize_position_embedding`.
+      source: what errors name.
+
+    Returns:
+      The segmenter's leaves, and the changes made. Rows of class tokens are taken out of the position table before it
+      is resized for the backbone's grid.
+
+    Raises:
+      ValueError: a variable of the trunk is missing or has another shape.
+    """
+    shapes = {path: leaf.shape for path, leaf in variable_shapes(model).items()}
+    trunk = {path: leaf for path, leaf in leaves.items() if path.split("/")[1] not in ("head", "norm")}
+    table, known = trunk.get("params" + _POSITIONS), None
+    if table is not None:
+        patches = table.shape[1] - len(class_token_positions(origin.class_token, 0))
+        known = model.clone(backbone=origin) if math.prod(origin.grid) == patches else None
+        tokens = class_token_positions(origin.class_token, patches)
+        trunk["params" + _POSITIONS] = np.delete(table, np.array(tokens, int), axis=1)
+        trunk = {path: leaf for path, leaf in trunk.items() if not path.startswith("params/class_token")}
+    placed = {path.replace("/", "/backbone/", 1): leaf for path, leaf in trunk.items()}
+    own = {path for path in shapes if "/backbone/" in path and "/neck/" not in path}
+    biases = {path for path in own - placed.keys() if path.endswith("norm/bias")}  # the classifier's norms have none
+    unfit = (own ^ placed.keys()) - biases
+    unfit |= {path for path in own & placed.keys() if not adaptable(path, placed[path].shape, shapes[path])}
+    if unfit:
+        raise ValueError(
+            f"{source}: not the trunk of the segmenter's {type(origin).__name__}, {len(unfit)} of {len(own)} variables "
+            f"differ: {', '.join(sorted(unfit)[:3])}"
+        )
+    placed |= _initial_values(model, [path for path in shapes if path not in placed])
+    anew = Change("a classifier", "the neck and the heads of the segmenter are initialised anew and need training")
+    placed, resized = adapted_leaves(placed, model, origin=known, mode=mode, source=source)
+    return placed, [anew, *resized]
 
 
 def adaptable(path: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:

@@ -1,14 +1,18 @@
 """The latest states of a run, to continue from, through Orbax.
 
     workdir/checkpoints/<step>/arrays     parameters, optimiser state, averages, step: everything that training changes
-    workdir/checkpoints/<step>/record     what the host remembers beside them, and the checksum of the arrays
+    workdir/checkpoints/<step>/record     what the host remembers beside them, and the checksum of both
 
 A checkpoint counts only once it is whole, so a kill while writing leaves the one before. That one is kept until the
 next is written, in case the disk damages the latest. Of several processes only the first one opens the folder.
 """
 
+import contextlib
+import json
 import logging
+import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +21,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from vimd_jax.checkpoints.format import check_finite, checksum_of
-from vimd_jax.errors import CheckpointError
+from vimd_jax.errors import CheckpointError, printable
 
 log = logging.getLogger(__name__)
+
+_CHECKSUM = "sha256"  # in a record
 
 
 def open_folder(directory: Path) -> ocp.CheckpointManager:
@@ -47,13 +53,15 @@ def save_state(manager: ocp.CheckpointManager, step: int, state: Any, record: di
         return
     leaves = _leaves(state)
     check_finite(leaves, f"the training state of step {step}")
-    record = record | {"checksum": checksum_of(leaves)}
+    record = json.loads(json.dumps(record))
+    record |= {_CHECKSUM: checksum_of(leaves, record)}
     arrays = jax.tree.map(np.asarray, state)
     try:
-        manager.save(
-            step,
-            args=ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(record)),
-        )
+        with _without_logged_tracebacks():
+            manager.save(
+                step,
+                args=ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(record)),
+            )
     except Exception as error:  # Orbax and TensorStore have no common error
         raise CheckpointError(
             f"A checkpoint could not be written to {manager.directory}: {_cause(error)}. Make room there; the same "
@@ -85,7 +93,7 @@ def restore_state(manager: ocp.CheckpointManager, state: Any) -> tuple[Any, dict
     if damaged:
         causes = "; ".join(f"step {step}: {cause}" for step, cause in damaged.items())
         raise CheckpointError(
-            f"No checkpoint in {manager.directory} can be read ({causes}). Delete that folder to begin anew."
+            f"No checkpoint in {manager.directory} can be read ({causes}). Delete that folder to start over."
         )
     return state, {}
 
@@ -93,9 +101,14 @@ def restore_state(manager: ocp.CheckpointManager, state: Any) -> tuple[Any, dict
 def _restore(manager: ocp.CheckpointManager, step: int, state: Any) -> tuple[Any, dict[str, Any]]:
     arrays = ocp.args.StandardRestore(jax.tree.map(np.asarray, state))
     restored = manager.restore(step, args=ocp.args.Composite(arrays=arrays, record=ocp.args.JsonRestore()))
-    if checksum_of(_leaves(restored.arrays)) != restored.record["checksum"]:
+    record, leaves = restored.record, _leaves(restored.arrays)
+    if "checksum" in record:  # of an earlier version, over the arrays alone
+        intact = record.pop("checksum") == checksum_of(leaves)
+    else:
+        intact = record.pop(_CHECKSUM, None) == checksum_of(leaves, record)
+    if not intact:
         raise CheckpointError("its checksum differs")
-    return restored.arrays, restored.record
+    return restored.arrays, record
 
 
 def _leaves(state: Any) -> dict[str, np.ndarray]:
@@ -104,5 +117,20 @@ def _leaves(state: Any) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
 
 
+@contextlib.contextmanager
+def _without_logged_tracebacks() -> Iterator[None]:
+    """Keeps the threads of Orbax from logging what is raised anyway, unless details are asked for."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    if not logger.isEnabledFor(logging.DEBUG):
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def _cause(error: Exception) -> str:
-    return " ".join(str(error).split(": ")[-1].split())[:200] or type(error).__name__
+    """The last part of a message of TensorStore, which begins with paths of its own."""
+    text = re.sub(r" \[\w+='[^']*'\]", "", " ".join(str(error).split()))
+    return printable(text.split(": ")[-1]) or type(error).__name__

@@ -5,6 +5,7 @@ Nothing is unpacked here: the caller gets the contents of the files it asks for.
 
 import gzip
 import stat
+import struct
 import tarfile
 import zipfile
 import zlib
@@ -20,7 +21,11 @@ MAX_FILE_BYTES = 2**28
 MAX_GROWTH, MAX_GROWTH_BYTES = 4, 2**28
 SUFFIXES = (".tar", ".tgz", ".gz", ".zip")
 
-_DAMAGE = (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError, RuntimeError, ValueError)
+# What the readers raise on damaged files; RuntimeError and its like are zipfile's.
+_DAMAGE = (
+    *(tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, struct.error),
+    *(EOFError, ValueError, LookupError, OverflowError, RuntimeError),
+)
 
 Wanted = Callable[[str, int], bool]
 
@@ -92,6 +97,8 @@ class Archive:
         with zipfile.ZipFile(self.path) as archive:
             members = archive.infolist()
             self._check_count(len(members))
+            if any(member.header_offset < 0 for member in members):
+                raise zipfile.BadZipFile("a file begins before the archive")
             if sum(member.file_size for member in members) > self._max_bytes():
                 raise self._refused_size()
             for number, member in enumerate(members):

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from vimd_jax.errors import DatasetError
+
 
 @dataclasses.dataclass(frozen=True)
 class DatasetInfo:
@@ -39,3 +41,24 @@ DATASETS = {
     "aircraft": DatasetInfo("FGVC-Aircraft", 100, (6667,), 3333),
     "imagenet": DatasetInfo("ImageNet-1k", 1000, (1281167,), 50000, "imagenet2012", tfds_test="validation"),
 }
+
+
+def check_complete(name: str, place: object, classes: int, train_size: int, test_size: int) -> None:
+    """Raises unless the data are the whole published dataset: a missing image or class would skew every comparison.
+
+    Args:
+        name: of the dataset, in `DATASETS`.
+        place: where the data lie, for the message.
+        classes: number of classes found there.
+        train_size: number of training images, including any held out for validation.
+        test_size: number of test images.
+    """
+    info = DATASETS[name]
+    if classes == info.num_classes and train_size in info.train_sizes and test_size == info.test_size:
+        return
+    expected = " or ".join(map(str, info.train_sizes))
+    raise DatasetError(
+        f"{place} contains {classes} classes, {train_size} training and {test_size} test images, but {info.title} "
+        f"(config.dataset.name={name}) has {info.num_classes} classes, {expected} training and {info.test_size} "
+        "test images; add what is missing, or use the data as they are with config.dataset.name=folder"
+    )

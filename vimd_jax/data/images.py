@@ -4,7 +4,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, features
@@ -15,6 +15,8 @@ from vimd_jax.files import open_regular
 EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 if features.check("avif"):
     EXTENSIONS += (".avif",)
+# Folders that network drives, file systems and archive programs add; most others are hidden.
+SERVICE_FOLDERS = ("@eadir", "lost+found", "__macosx")
 # JPEGs at least twice this size in both directions are decoded at 1/2, 1/4 or 1/8 scale: the networks see 224 pixels,
 # so a 100-megapixel photograph need not take 300 MB of memory.
 DRAFT_SIZE = 2048
@@ -24,6 +26,39 @@ MAX_PIXELS = 64 * 10**6
 
 # From the (width, height) of an image when upright, the factor by which a JPEG may be decoded smaller.
 Reduction = Callable[[int, int], int]
+
+
+class Listing(NamedTuple):
+    """What a folder holds, apart from hidden and service files; links are what they point to.
+
+    Attributes:
+        folders: their names, sorted.
+        images: names of regular files with an image's extension, sorted; also of links that point nowhere.
+        others: what each other entry is, as "with .txt".
+    """
+
+    folders: list[str]
+    images: list[str]
+    others: list[str]
+
+
+def list_folder(folder: str | os.PathLike) -> Listing:
+    """Lists a folder, in the one way of training and prediction."""
+    listing = Listing([], [], [])
+    with os.scandir(folder) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if entry.name.startswith(".") or entry.name.lower() in SERVICE_FOLDERS:
+                continue
+            if os.path.isdir(entry) if entry.is_symlink() else entry.is_dir():
+                listing.folders.append(entry.name)
+            elif not is_image_name(entry.name):
+                suffix = Path(entry.name).suffix.lower()
+                listing.others.append(f"with {suffix}" if suffix else "with no suffix")
+            elif os.path.exists(entry) and not entry.is_file():
+                listing.others.append("that are pipes, sockets or devices")
+            else:
+                listing.images.append(entry.name)
+    return listing
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
@@ -36,11 +71,23 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         if not path.exists():
             raise FileNotFoundError(f"{path}: no such file or folder")
-        files = sorted(file for file in path.rglob("*") if is_image_name(file.name)) if path.is_dir() else [path]
+        files = sorted(_images_below(path, set())) if path.is_dir() else [path]
         if not files:
             raise FileNotFoundError(f"{path}: no images in this folder; supported are {' '.join(EXTENSIONS)}")
         found += files
     return found
+
+
+def _images_below(folder: Path, visited: set[tuple[int, int]]) -> Iterator[Path]:
+    """The images in a folder and its subfolders, of which none is visited twice: links may go round."""
+    status = folder.stat()
+    if (status.st_dev, status.st_ino) in visited:
+        return
+    visited.add((status.st_dev, status.st_ino))
+    listing = list_folder(folder)
+    yield from (folder / name for name in listing.images)
+    for name in listing.folders:
+        yield from _images_below(folder / name, visited)
 
 
 def is_image_name(name: str) -> bool:
@@ -118,8 +165,8 @@ def _smallest_size(image: Image.Image, reduction: Reduction | None) -> tuple[int
     if reduction is None:
         return DRAFT_SIZE, DRAFT_SIZE
     width, height = image.size
-    lies = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-    factor = reduction(height, width) if lies else reduction(width, height)
+    sideways = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    factor = reduction(height, width) if sideways else reduction(width, height)
     return min(DRAFT_SIZE, width // factor), min(DRAFT_SIZE, height // factor)
 
 

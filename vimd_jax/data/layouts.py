@@ -278,7 +278,7 @@ LAYOUTS = {
     "mit67": _classes(
         "mit67",
         "indoorCVPR_09.tar, TrainImages.txt and TestImages.txt",
-        (r"(Images/[^/]+/[^/]+\.(?i:jpe?g|png|gif))", r"(TrainImages\.txt|TestImages\.txt)"),
+        (r"(Images/[^/]+/[^/]+)", r"(TrainImages\.txt|TestImages\.txt)"),
         _mit67,
     ),
     "action": _classes(

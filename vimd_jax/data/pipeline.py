@@ -13,7 +13,7 @@ import os
 import signal
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import grain
@@ -29,6 +29,7 @@ from vimd_jax.data.sources import Record, Source
 from vimd_jax.errors import DatasetError, UnreadableImage
 
 Batch = dict[str, np.ndarray]
+Batches = Generator[Batch, None, None]  # has close()
 Target = Callable[[Record, View], Any]  # what stands beside an image in a batch, an array of one shape for all records
 
 ENDLESS = 2**48  # Grain requires a finite length
@@ -47,7 +48,7 @@ def train_batches(
     target: Target | None = None,
     process_index: int = 0,
     process_count: int = 1,
-) -> Iterator[Batch]:
+) -> Batches:
     """Endless shuffled, augmented training batches.
 
     Args:
@@ -85,7 +86,7 @@ def eval_batches(
     process_index: int = 0,
     process_count: int = 1,
     endless: bool = False,
-) -> Iterator[Batch]:
+) -> Batches:
     """Every image of the source exactly once, in order, in ceil(n / batch_size) batches; `endless`: again and again.
 
     Arguments and batches are those of `train_batches`; the view is `central_view` with config.eval_crop. Two kinds of
@@ -130,10 +131,10 @@ def _train_example(
 
 
 class Drawing:
-    """What a seed draws for one image: its view, and from `rng` afterwards its augmentation.
+    """The random choices of a seed for one image: its view, and from `rng` afterwards its augmentation.
 
-    With reduced decoding, the view is drawn as soon as the header tells the image's size, and decides how much smaller
-    the image is decoded; otherwise from the decoded image's size.
+    With reduced decoding, the view is drawn as soon as the image's size is read from the header, and decides how much
+    smaller the image is decoded; otherwise it is drawn for the decoded image's size.
     """
 
     def __init__(self, config: ConfigDict, seed: tuple[int, ...]):
@@ -228,7 +229,7 @@ def _batches(
     batch_size: int,
     process_index: int,
     process_count: int,
-) -> Iterator[Batch]:
+) -> Batches:
     """This process's share of the batches numbered `steps`, computed in advance by Grain."""
     if batch_size < 1 or batch_size % process_count:
         raise DatasetError(
@@ -265,10 +266,15 @@ def _start_worker(worker_index: int, worker_count: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # which schedulers send to the whole process group
         signal.signal(number, signal.SIG_IGN)
     main = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (main.join(), os._exit(1)), daemon=True).start()
+
+    def follow() -> None:
+        main.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
-def _iterate(batches: grain.IterDataset, count: int) -> Iterator[Batch]:
+def _iterate(batches: grain.IterDataset, count: int) -> Batches:
     iterator = iter(batches)
     try:
         # Through map, so that no variable here keeps a batch, and with it shared memory, alive beyond the close.
@@ -285,7 +291,7 @@ def _received(batch: Batch | DatasetError) -> Batch:
 
 
 # Workers still running at exit would outlive the interpreter's modules and fail noisily.
-_open: weakref.WeakSet[Iterator[Batch]] = weakref.WeakSet()
+_open: weakref.WeakSet[Batches] = weakref.WeakSet()
 
 
 @atexit.register

@@ -67,11 +67,11 @@ def prepare(layout: Layout, archives: Sequence[Path], directory: Path, *, join_v
 
 def _stage(layout: Layout, path: Path, work: Path) -> None:
     """Copies the files that are needed out of an archive, except those that an earlier try has copied."""
-    staged, archive, state = work / "staged", Archive(path), path.stat()
+    state = path.stat()
     finished = work / f"{path.name}.{state.st_size}.{state.st_mtime_ns}.finished"
     if finished.exists():
         return
-    found = 0
+    staged, archive, found = work / "staged", Archive(path), 0
 
     def wanted(name: str, size: int) -> bool:
         nonlocal found
@@ -103,7 +103,7 @@ def _checked(layout: Layout, staged: Staged, join_validation: bool) -> list[Item
             f"{len(missing)} of {len(items)} files of {layout.title} are not in the archives, first {missing[0]!r}; "
             f"needed, whole, are {layout.archives}"
         )
-    if len({item.target for item in items}) < len(items) or len({item.source for item in items}) < len(items):
+    if len({item.source for item in items}) < len(items):
         raise DatasetError(f"the lists of {layout.title} name an image twice; download them again")
     for split, size in layout.sizes.items():
         of_split = [item for item in items if item.split == split]

@@ -12,8 +12,11 @@ import itertools
 import math
 
 import numpy as np
+from ml_collections import ConfigDict
 from PIL import Image, ImageDraw
 
+from vimd_jax.data.images import Reduction
+from vimd_jax.data.source import SPLITS, Record, Source
 from vimd_jax.errors import DatasetError
 
 Point = tuple[float, float]
@@ -186,3 +189,41 @@ def _mix(one: Colour, other: Colour, fraction: float) -> Colour:
 
 def _colour(hue: float, saturation: float, value: float) -> Colour:
     return tuple(round(255 * channel) for channel in colorsys.hsv_to_rgb(hue % 1, saturation, value))
+
+
+class SyntheticSource(Source):
+    """Birds drawn on demand and kept in memory (3 · side² bytes each); the classes are balanced.
+
+    An image depends only on its split and index, so that all runs share one dataset, whatever their seed.
+    """
+
+    def __init__(self, config: ConfigDict, split: str):
+        """Prepares the labels; nothing is drawn yet.
+
+        Args:
+            config: `config.dataset`; reads high_resolution (the side of the images), synthetic_classes,
+                synthetic_train_size, synthetic_test_size and validation_fraction (of synthetic_train_size: the number
+                of validation images, which are additional to the training images).
+            split: "train", "validation" or "test".
+        """
+        size = config.synthetic_test_size if split == "test" else config.synthetic_train_size
+        size = round(size * config.validation_fraction) if split == "validation" else size
+        self._split, self._side = split, config.high_resolution
+        self._markings = class_markings(config.synthetic_classes)
+        self._images: dict[int, np.ndarray] = {}
+        self.class_names = tuple(map(str, self._markings))
+        self.labels = (np.arange(size) % len(self._markings)).astype(np.int32)
+
+    def read(self, i: int, reduction: Reduction | None = None) -> Record:
+        if i not in self._images:
+            rng = np.random.default_rng((SPLITS.index(self._split), i))  # the splits share no image
+            self._images[i] = np.asarray(draw_bird(self._markings[self.labels[i]], self._side, rng))
+        return Record(Image.fromarray(self._images[i]), int(self.labels[i]))
+
+    def name(self, i: int) -> str:
+        return f"synthetic {self._split} image {i}"
+
+
+def load(config: ConfigDict, split: str, seed: int) -> Source:
+    """A split of the synthetic birds, which are the same for every seed: see `load_source`."""
+    return SyntheticSource(config, split)

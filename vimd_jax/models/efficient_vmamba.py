@@ -46,7 +46,7 @@ class EfficientVMamba(Hierarchical):
         if self.mlp_ratio < 0 or self.mlp_ratio and min(self.widths) * self.mlp_ratio < 1:
             raise ValueError(f"mlp_ratio: {self.mlp_ratio} is not valid, expected 0, or enough for a channel")
 
-    def make_block(self, stage: int, train: bool) -> Callable[..., Block]:
+    def make_block(self, stage: int, train: bool) -> partial[Block]:
         """See `Hierarchical`."""
         norm = partial(BatchNorm, train=train, axis_name=self.bn_axis_name)
         drops = train and self.drop_path_rate > 0

@@ -24,7 +24,7 @@ from vimd_jax.models.layers import (
     uniform,
     uniform_fan_in,
 )
-from vimd_jax.models.network import Network
+from vimd_jax.models.network import Network, check_layers
 
 PATCH_SIZE = 4  # pixels; patches do not overlap, and what remains at the borders is left out
 
@@ -33,7 +33,7 @@ class Hierarchical(Network):
     """Image classifier of stages.
 
     Attributes:
-      num_classes: classes of the head; 0: there is none.
+      num_classes: classes of the head; 0 is a network without a head.
       image_size: side, or (height, width), in pixels, that the network is meant for. It takes images of any size.
       dims: channels of each stage; a number is that of the first, which then double.
       depths: number of blocks of each stage.
@@ -71,7 +71,7 @@ class Hierarchical(Network):
             return tuple(self.dims * 2**stage for stage in range(len(self.depths)))
         return self.dims
 
-    def make_block(self, stage: int, train: bool) -> Callable[..., "Block"]:
+    def make_block(self, stage: int, train: bool) -> "partial[Block]":
         """What makes a block of a stage."""
         raise NotImplementedError
 
@@ -88,6 +88,11 @@ class Hierarchical(Network):
         """See `Network`: here all but vectors and what is called a bias, which leaves the steps' biases, a matrix."""
         return Network.decays(path) or path[-1] == "dt_proj_bias"
 
+    def setup(self) -> None:
+        self.norm = layer_norm()
+        if self.num_classes:
+            self.head = nn.Dense(self.num_classes, kernel_init=nn.initializers.normal(0.02))
+
     def __call__(
         self, images: jax.Array, *, train: bool = False, return_features: bool = False
     ) -> jax.Array | tuple[jax.Array, dict[str, Any]]:
@@ -100,8 +105,8 @@ class Hierarchical(Network):
           return_features: also return the features below.
 
         Returns:
-          logits (batch, num_classes) float32, without a head (num_classes 0) the head's input; with `return_features`
-          the pair (logits, features):
+          logits (batch, num_classes) float32, without a head the pooled features (batch, channels of the last stage);
+          with `return_features` the pair of these and features:
           features["hidden_states"]: the map after the last block of each stage, a tuple of arrays
           (batch, rows, columns, channels);
           features["pre_logits"]: the head's input, (batch, channels of the last stage).
@@ -109,7 +114,10 @@ class Hierarchical(Network):
         Raises:
           ValueError: images have a wrong rank, channel count or dtype, or are smaller than a patch.
         """
-        return self._run(images, train, partial(self._classify, return_features=return_features))
+        states = self.run_stages(images, train)
+        pre_logits = self.norm(states[-1]).mean(axis=(1, 2))
+        output = self.head(pre_logits) if self.num_classes else pre_logits
+        return (output, {"hidden_states": states, "pre_logits": pre_logits}) if return_features else output
 
     def feature_maps(
         self,
@@ -119,22 +127,38 @@ class Hierarchical(Network):
         train: bool = False,
         neck: Callable[..., nn.Module] | None = None,
     ) -> tuple[jax.Array, ...]:
-        """What chosen stages make of images, as maps of falling resolution.
+        """Maps of what stages made of images: `apply(…, method="feature_maps")`.
 
         Args:
-          images: (batch, height, width, 3) floats in [0, 1].
-          layers: numbers of stages, from 0; None: all.
-          train: see `__call__`.
-          neck: makes a module of this network, given a name, that the maps go through.
+          images: (batch, height, width, 3) floats in [0, 1], of any size.
+          layers: numbers of stages from 0; None: all.
+          train: as in a call.
+          neck: makes a part of this network, given a name, that the maps go through.
 
         Returns:
-          Arrays (batch, rows, columns, channels of the stage) float32, or what the neck makes of them.
+          For each of these stages the map after its last block, as in features["hidden_states"]: (batch, rows, columns,
+          channels of the stage) float32, not normalised; or what the neck makes of them.
+
+        Raises:
+          ValueError: there is no such stage, or the images are not valid.
         """
-        return self._run(images, train, partial(self._maps, layers=layers, neck=neck))
+        layers = check_layers(layers, len(self.depths))
+
+        def chosen(states: list[jax.Array]) -> tuple[jax.Array, ...]:
+            maps = tuple(states[stage] for stage in layers)
+            return neck(name="neck")(maps) if neck else maps
+
+        return self.run_stages(images, train, chosen)
+
+    def to_maps(self, states: Sequence[jax.Array], size: tuple[int, int]) -> tuple[jax.Array, ...]:
+        """Maps (batch, rows, columns, channels) from features["hidden_states"], which here are such."""
+        return tuple(states)
 
     @nn.compact
-    def _run(self, images: jax.Array, train: bool, finish: Callable[..., Any]) -> Any:
-        """The stages, and then, in the same scope, finish(the map after each)."""
+    def run_stages(
+        self, images: jax.Array, train: bool, then: Callable[[list[jax.Array]], tuple[jax.Array, ...]] = tuple
+    ) -> tuple[jax.Array, ...]:
+        """The map after the last block of each stage, or what `then` makes of these, which may have modules."""
         x, states = self.embed(images), []
         rates = np.split(np.linspace(0.0, self.drop_path_rate, sum(self.depths)), np.cumsum(self.depths)[:-1])
         for stage, stage_rates in enumerate(rates):
@@ -142,17 +166,7 @@ class Hierarchical(Network):
             states.append(x)
             if stage < len(self.depths) - 1:
                 x = self.make_downsampling(stage)(x)
-        return finish(tuple(states))
-
-    def _classify(self, states: tuple[jax.Array, ...], return_features: bool) -> Any:
-        logits = pre_logits = layer_norm(name="norm")(states[-1]).mean(axis=(1, 2))
-        if self.num_classes:
-            logits = nn.Dense(self.num_classes, kernel_init=nn.initializers.normal(0.02), name="head")(pre_logits)
-        return (logits, {"hidden_states": states, "pre_logits": pre_logits}) if return_features else logits
-
-    def _maps(self, states, layers: Sequence[int] | None, neck: Callable[..., nn.Module] | None):
-        maps = states if layers is None else tuple(states[stage] for stage in layers)
-        return maps if neck is None else neck(name="neck")(maps)
+        return then(states)
 
     def embed(self, images: jax.Array) -> jax.Array:
         """Normalised patches, (batch, rows, columns, channels)."""

@@ -9,7 +9,6 @@ that of the projections.
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -18,18 +17,25 @@ import numpy as np
 from flax import linen as nn
 
 from vimd_jax.models.layers import check_images, drop_path, normalize_images, patch_embedding, rms_norm
-from vimd_jax.models.network import Network, square
-from vimd_jax.models.positions import class_token_positions, insert_tokens, resize_positions, rotary_angles, rotate
+from vimd_jax.models.network import Network, check_layers, square
+from vimd_jax.models.positions import (
+    class_token_positions,
+    insert_tokens,
+    remove_tokens,
+    resize_positions,
+    rotary_angles,
+    rotate,
+)
 
 Rotation = tuple[jax.Array, jax.Array]  # cosines and sines, (tokens, embed_dim)
-Tapped = Literal["stream", "update", "rotated_stream"]  # see `Isotropic.feature_maps`
+State = Literal["normalized", "stream", "rotated_stream", "update"]  # see `Isotropic.feature_maps`
 
 
 class Isotropic(Network):
     """Image classifier of equal layers.
 
     Attributes:
-      num_classes: classes of the head; 0: there is none.
+      num_classes: classes of the head; 0 is a network without a head.
       image_size: side, or (height, width), in pixels, that the position table is made for. For images of another size
         the table is resized.
       patch_size: side of a patch in pixels.
@@ -39,7 +45,7 @@ class Isotropic(Network):
       state_size: state of the scan per channel.
       class_token: "middle" of the sequence, at its "head", "double" (one at each end, averaged) or None.
       pool: without a class token, what the head reads: the "mean" of the tokens, the "last" token, or every token, of
-        whose logits the "max" is taken.
+        whose logits (features, where there is no head) the "max" is taken.
       rope: rotate the stream before every layer, by rotary position embeddings.
       drop_path_rate: stochastic depth of the last layer while training; it grows linearly from 0 at the first.
       input_normalization: subtract ImageNet's mean and divide by its deviation first, as pretraining on ImageNet did.
@@ -73,7 +79,7 @@ class Isotropic(Network):
         super().__post_init__()
         if self.rope and self.embed_dim % 4:
             raise ValueError(f"rope: True is not valid with embed_dim {self.embed_dim}, which is not a multiple of 4")
-        self.grid  # noqa: B018  an image_size below one patch is an error now, not at the first image
+        self.grid_of(square(self.image_size), "image_size")  # raises now, not at the first image
 
     def make_mixer(self, grid: tuple[int, int]) -> Callable[..., nn.Module]:
         """What makes the mixer of a layer, given a name; it maps (tokens, the layer's inputs) to an update."""
@@ -88,11 +94,17 @@ class Isotropic(Network):
         """Rows and columns of patches in an image of `image_size`, for which the position table is made."""
         return self.grid_of(square(self.image_size), "image_size")
 
+    @nn.nowrap  # it asks no variable, and is asked before there are any
     def grid_of(self, size: tuple[int, int], field: str = "images") -> tuple[int, int]:
         """Rows and columns of patches in an image of a size; ValueError, naming the field, if it is below one patch."""
         if min(size) < self.patch_size:
             raise ValueError(f"{field}: (height, width) {size} is less than one patch of {self.patch_size} pixels")
         return tuple((side - self.patch_size) // self.stride + 1 for side in size)
+
+    def setup(self) -> None:
+        self.norm = self.norm_layer()
+        if self.num_classes:
+            self.head = nn.Dense(self.num_classes, kernel_init=self.head_init, dtype=jnp.float32)
 
     def __call__(
         self, images: jax.Array, *, train: bool = False, return_features: bool = False
@@ -105,8 +117,8 @@ class Isotropic(Network):
           return_features: also return the features below.
 
         Returns:
-          logits (batch, num_classes) float32, without a head (num_classes 0) the head's input; with `return_features`
-          the pair (logits, features):
+          logits (batch, num_classes) float32, without a head the pooled features (batch, embed_dim); with
+          `return_features` the pair of these and features:
           features["hidden_states"]: (depth, batch, tokens, embed_dim), the stream after each layer, normalised as the
           last one is for the head;
           features["pre_logits"]: the head's input, (batch, embed_dim), or (batch, tokens, embed_dim) with pool "max".
@@ -114,79 +126,95 @@ class Isotropic(Network):
         Raises:
           ValueError: images have a wrong rank, channel count or dtype, or are smaller than a patch.
         """
-        finish = partial(self._classify, return_features=return_features)
-        return self._run(images, train, "stream" if return_features else None, finish)
+        x, states = self.run_layers(images, train, keep="stream" if return_features else None)
+        positions = class_token_positions(self.class_token, math.prod(self.grid_of(images.shape[1:3])))
+        pre_logits = self.pool_tokens(self.norm(x), positions)
+        output = self.head(pre_logits) if self.num_classes else pre_logits
+        output = output.max(axis=1) if output.ndim == 3 else output
+        return (output, {"hidden_states": self.norm(states), "pre_logits": pre_logits}) if return_features else output
 
     def feature_maps(
         self,
         images: jax.Array,
         layers: Sequence[int] | None = None,
         *,
+        state: State = "normalized",
         train: bool = False,
-        tapped: Tapped = "stream",
         neck: Callable[..., nn.Module] | None = None,
     ) -> tuple[jax.Array, ...]:
-        """What chosen layers make of images, as maps; class tokens are left out.
+        """Maps of what layers made of images, on the grid of these images' patches: `apply(…, method="feature_maps")`.
 
         Args:
-          images: (batch, height, width, 3) floats in [0, 1].
-          layers: numbers of layers, from 0; None: the last of each quarter of them.
-          train: see `__call__`.
-          tapped: the "stream" after a layer; the "update" that a layer adds, as the authors of Vim-Ti's and LocalVim's
-            segmenters take it; or the "rotated_stream", as those of Vim-S's do: with rotary positions what the next
-            layer makes of it at once, after the last layer the stream.
-          neck: makes a module of this network, given a name, that the maps go through.
+          images: (batch, height, width, 3) floats in [0, 1], of any size.
+          layers: numbers of layers from 0; None: all.
+          state: the stream after the layer, "normalized" as the last one is for the head and as in
+            features["hidden_states"]; the "stream" as it is; the "rotated_stream", as the next layer rotates it at once
+            where there are rotary positions, after the last layer the stream; or the "update" that the layer adds to
+            the stream, before any of it is dropped.
+          train: as in a call.
+          neck: makes a part of this network, given a name, that the maps go through.
 
         Returns:
-          Arrays (batch, rows, columns, embed_dim) float32, or what the neck makes of them.
+          For each of the layers (batch, rows, columns, embed_dim) float32, without the class tokens; or what the neck
+          makes of these.
+
+        Raises:
+          ValueError: there is no such layer, or the images are not valid.
         """
-        return self._run(images, train, tapped, partial(self._maps, layers=layers, tapped=tapped, neck=neck))
+        layers, size = check_layers(layers, self.depth), images.shape[1:3]
+
+        def chosen(_: jax.Array, states: jax.Array) -> tuple[jax.Array, ...]:
+            if state == "rotated_stream" and self.rope:
+                rotation = self.rotation(self.grid_of(size))
+                states = jnp.concatenate([rotate(states[:-1], *rotation), states[-1:]])
+            states = jnp.stack([states[layer] for layer in layers])
+            maps = self.to_maps(self.norm(states) if state == "normalized" else states, size)
+            return neck(name="neck")(maps) if neck else maps
+
+        return self.run_layers(images, train, "update" if state == "update" else "stream", chosen)
+
+    def to_maps(self, states: jax.Array, size: tuple[int, int]) -> tuple[jax.Array, ...]:
+        """Maps (batch, rows, columns, channels) from states (layers, batch, tokens, channels) of images of a size."""
+        rows, columns = self.grid_of(size)
+        positions = class_token_positions(self.class_token, rows * columns)
+        patches = [remove_tokens(state, positions) for state in states]
+        return tuple(patch.reshape(patch.shape[0], rows, columns, patch.shape[-1]) for patch in patches)
 
     @nn.compact
-    def _run(self, images: jax.Array, train: bool, tapped: Tapped | None, finish: Callable[..., Any]) -> Any:
-        """The layers, and then, in the same scope, finish(stream, what is tapped after each layer, grid)."""
+    def run_layers(
+        self,
+        images: jax.Array,
+        train: bool,
+        keep: Literal["stream", "update"] | None,
+        then: Callable[[jax.Array, jax.Array | None], Any] = lambda x, states: (x, states),
+    ) -> Any:
+        """The stream after the last layer, and for all layers what `keep` names, (depth, batch, tokens, embed_dim).
+
+        Or what `then` makes of these, which may have modules. The layers run under nn.scan: one compiled body,
+        parameters stacked on a leading axis.
+        """
         check_images(images)
         grid = self.grid_of(images.shape[1:3])
-        positions = class_token_positions(self.class_token, math.prod(grid))
-        x, states = self.run_layers(self.embed(images, grid, positions), grid, train, tapped)
-        return finish(x, states, grid)
+        layers = nn.scan(
+            nn.remat(Layer, prevent_cse=False) if self.remat else Layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "drop_path": True},
+            in_axes=(0, 0, nn.broadcast),
+            length=self.depth,
+        )(
+            mixer=self.make_mixer(grid),
+            norm=self.norm_layer,
+            drops=train and self.drop_path_rate > 0,
+            keep=keep,
+            name="layers",
+        )
+        x = self.embed(images, grid)
+        rotation = self.rotation(grid) if self.rope else None
+        return then(*layers(x, self.drop_rates(), self.layer_inputs(grid), rotation))
 
-    def _classify(self, x: jax.Array, states: jax.Array | None, grid: tuple[int, int], return_features: bool) -> Any:
-        norm = self.norm_layer(name="norm")
-        logits = pre_logits = self.pool_tokens(norm(x), class_token_positions(self.class_token, math.prod(grid)))
-        if self.num_classes:
-            head = nn.Dense(self.num_classes, kernel_init=self.head_init, dtype=jnp.float32, name="head")
-            logits = head(pre_logits)
-        if logits.ndim == 3:
-            logits = logits.max(axis=1)
-        return (logits, {"hidden_states": norm(states), "pre_logits": pre_logits}) if return_features else logits
-
-    def _maps(
-        self,
-        x: jax.Array,
-        states: jax.Array,
-        grid: tuple[int, int],
-        layers: Sequence[int] | None,
-        tapped: Tapped,
-        neck: Callable[..., nn.Module] | None,
-    ) -> tuple[jax.Array, ...]:
-        if layers is None:
-            layers = self.quarters
-        if tapped == "rotated_stream" and self.rope:
-            states = jnp.concatenate([rotate(states[:-1], *self.rotation(grid)), states[-1:]])
-        class_tokens = class_token_positions(self.class_token, math.prod(grid))
-        patches = np.delete(np.arange(states.shape[2]), class_tokens)
-        maps = tuple(states[layer][:, patches].reshape(len(x), *grid, self.embed_dim) for layer in layers)
-        return maps if neck is None else neck(name="neck")(maps)
-
-    @property
-    def quarters(self) -> tuple[int, ...]:
-        """The last layer of each quarter of the layers."""
-        return tuple(max(self.depth * quarter // 4, 1) - 1 for quarter in (1, 2, 3, 4))
-
-    def embed(self, images: jax.Array, grid: tuple[int, int], positions: tuple[int, ...]) -> jax.Array:
+    def embed(self, images: jax.Array, grid: tuple[int, int]) -> jax.Array:
         """Patches with the class tokens among them, plus positions: (batch, tokens, embed_dim) float32."""
-        dim, normal = self.embed_dim, nn.initializers.normal(0.02)
+        batch, dim, normal = images.shape[0], self.embed_dim, nn.initializers.normal(0.02)
         patch_embed = patch_embedding(
             dim=dim,
             size=self.patch_size,
@@ -196,13 +224,15 @@ class Isotropic(Network):
             bias_init=self.patch_bias_init,
             name="patch_embed",
         )
-        patches = patch_embed(self.prepare(images)).reshape(len(images), -1, dim).astype(jnp.float32)
+        patches = patch_embed(self.prepare(images)).reshape(batch, math.prod(grid), dim).astype(jnp.float32)
 
+        positions = class_token_positions(self.class_token, math.prod(grid))
         names = {0: [], 1: ["class_token"], 2: ["class_token_head", "class_token_tail"]}[len(positions)]
-        tokens = [self.param(name, self.class_token_init, (1, 1, dim)) for name in names]
-        tokens = [jnp.tile(token, (len(images), 1, 1)) for token in tokens]
+        tokens = [self.param(name, self.class_token_init, (1, 1, dim), jnp.float32) for name in names]
+        # Not jnp.tile: where the batch is sharded over an explicit mesh, its tokens must be too.
+        tokens = [jnp.broadcast_arrays(token, patches[:, :1])[0] for token in tokens]
         table_length = math.prod(self.grid) + len(positions)
-        table = self.param("position_embedding", normal, (1, table_length, dim))
+        table = self.param("position_embedding", normal, (1, table_length, dim), jnp.float32)
         if grid != self.grid:
             table = resize_positions(table, self.grid, grid, self.class_token)
         return insert_tokens(patches, tokens, positions) + table
@@ -211,28 +241,9 @@ class Isotropic(Network):
         """What is cut into patches."""
         return normalize_images(images) if self.input_normalization else images
 
-    def run_layers(
-        self, x: jax.Array, grid: tuple[int, int], train: bool, tapped: Tapped | None
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """The stream after the last layer and, stacked, what is tapped after each layer."""
-        layers = self.stack(Layer, grid, train, tapped)
-        return layers(x, self.drop_rates(), self.layer_inputs(grid), self.rotation(grid) if self.rope else None)
-
-    def stack(self, layer: type, grid: tuple[int, int], train: bool, tapped: Tapped | None) -> nn.Module:
-        """The layers under nn.scan: one compiled body, parameters stacked on a leading axis."""
-        scanned = nn.scan(
-            nn.remat(layer, prevent_cse=False) if self.remat else layer,
-            variable_axes={"params": 0},
-            split_rngs={"params": True, "drop_path": True},
-            in_axes=(0, 0, nn.broadcast),
-            length=self.depth,
-        )
-        drops = train and self.drop_path_rate > 0
-        return scanned(self.make_mixer(grid), self.norm_layer, drops, tapped, name="layers")
-
     def drop_rates(self) -> jax.Array:
         """Stochastic depth of each layer, (depth,)."""
-        return jnp.linspace(0.0, self.drop_path_rate, self.depth)
+        return jnp.linspace(0.0, self.drop_path_rate, self.depth, dtype=jnp.float32)
 
     def rotation(self, grid: tuple[int, int]) -> Rotation:
         """Cosines and sines by which rotary positions turn the tokens of a grid."""
@@ -253,24 +264,24 @@ class Layer(nn.Module):
       mixer: makes the mixer, given a name.
       norm: makes the norm, given a name.
       drops: whether drop rates apply.
-      tapped: what to return for stacking too, see `Isotropic.feature_maps`; None: nothing.
+      keep: what to return for the stack of states beside the next x: the "stream", which is x, the "update", or None.
     """
 
     mixer: Callable[..., nn.Module]
     norm: Callable[..., nn.Module]
     drops: bool
-    tapped: Tapped | None
+    keep: Literal["stream", "update"] | None
 
     @nn.compact
     def __call__(
         self, x: jax.Array, drop_rate: jax.Array, inputs: Any, rotation: Rotation | None
     ) -> tuple[jax.Array, jax.Array | None]:
-        """Maps x (batch, tokens, dim) to (next x, the same for the stack of states or None): a step of nn.scan."""
+        """Maps x (batch, tokens, dim) to (next x, what is kept): a step of nn.scan."""
         if rotation is not None:
             x = rotate(x, *rotation)
         update = self.mixer(name="mixer")(self.norm(name="norm")(x), inputs).astype(jnp.float32)
         x = x + (drop_path(self, update, drop_rate) if self.drops else update)
-        return x, {None: None, "update": update}.get(self.tapped, x)
+        return x, {"stream": x, "update": update, None: None}[self.keep]
 
 
 def out_projection(dim: int, depth: int, dtype: Any) -> nn.Dense:

@@ -73,7 +73,7 @@ class LocalVim(Isotropic):
       directions: names of the ways that each layer scans (see scan_order.py), a tuple for each layer or one for all;
         equally many in every layer. SEARCHED serves networks of up to 20 layers. None is the network of the search:
         all ways in every layer, each result normalised and weighed by a learned softmax.
-      norm: in front of the layers and of the head, "rms" as published, or "layer" as in the authors' segmenters.
+      normalization: in front of layers and head, "rms" as published, or "layer" as in the authors' segmenters.
       vertical_reverse: "correct", or "published": on grids that are not square the original returns the results of
         vertical scans to the wrong tokens (see `scan_order.reverse_map`).
 
@@ -85,7 +85,7 @@ class LocalVim(Isotropic):
     class_token: Literal["middle", "head"] | None = None
     rope: bool = True
     directions: LayerDirections | None = SEARCHED
-    norm: Literal["rms", "layer"] = "rms"
+    normalization: Literal["rms", "layer"] = "rms"
     vertical_reverse: VerticalReverse = "correct"
 
     patch_init = staticmethod(uniform_fan_in)
@@ -107,7 +107,7 @@ class LocalVim(Isotropic):
     @property
     def norm_layer(self) -> Callable[..., nn.Module]:
         """See `Isotropic`."""
-        return {"rms": rms_norm, "layer": layer_norm}[self.norm]
+        return {"rms": rms_norm, "layer": layer_norm}[self.normalization]
 
     def make_mixer(self, grid: tuple[int, int]) -> Callable[..., nn.Module]:
         """See `Isotropic`."""
@@ -123,6 +123,7 @@ class LocalVim(Isotropic):
             ]
         )
 
+    @nn.nowrap
     def grid_of(self, size: tuple[int, int], field: str = "images") -> tuple[int, int]:
         """See `Isotropic`; the last patches may reach over the edge."""
         if min(size) < 1:
@@ -190,7 +191,7 @@ class DirectionWeights(nn.Module):
     @nn.compact
     def __call__(self, y: jax.Array) -> jax.Array:
         """Maps y (batch, tokens, directions, channels) to (batch, tokens, channels)."""
-        weights = self.param("direction_weights", nn.initializers.normal(1e-3), (y.shape[-2],))
+        weights = self.param("direction_weights", nn.initializers.normal(1e-3), (y.shape[-2],), jnp.float32)
         norm = layer_norm(use_scale=False, use_bias=False, name="norm")
         return sum_visits(norm(y) * jax.nn.softmax(weights)[:, None])
 

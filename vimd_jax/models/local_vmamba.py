@@ -5,7 +5,6 @@ VMamba's stages and blocks; what differs is that every block has four directions
 local_vim.py, and that a gate weighs the channels of what each brings.
 """
 
-from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -102,7 +101,7 @@ class LocalVMamba(Hierarchical):
         if min(self.widths) < 4:
             raise ValueError(f"dims: {self.dims} is not valid, the channel gates need at least 4 in each stage")
 
-    def make_block(self, stage: int, train: bool) -> Callable[..., Block]:
+    def make_block(self, stage: int, train: bool) -> partial[Block]:
         """See `Hierarchical`."""
         search = self.directions is None
         mixer = partial(LocalSS2D, state_size=self.state_size, dtype=self.dtype, search=search)

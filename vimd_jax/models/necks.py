@@ -26,12 +26,14 @@ class Pyramid(nn.Module):
 
     Attributes:
       stride: pixels from one token to the next, 4, 8 or 16.
+      normalize_last: normalise the last map first. The norm is there in any case, as in the authors' files.
       train: normalise by the batch, and update running averages.
       bn_axis_name: axis of devices whose batches are normalised together; None: each device for itself.
       dtype: of the deconvolutions.
     """
 
     stride: int
+    normalize_last: bool
     train: bool
     bn_axis_name: str | None
     dtype: Any
@@ -39,7 +41,8 @@ class Pyramid(nn.Module):
     @nn.compact
     def __call__(self, maps: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
         """Maps arrays (batch, rows, columns, channels); map i has stride 4 · 2^i pixels then."""
-        rms_norm(name="final_norm")(maps[-1])  # the authors' files hold the classifier's, which nothing reads
+        normalized = rms_norm(name="final_norm")(maps[-1])
+        maps = (*maps[:-1], normalized if self.normalize_last else maps[-1])
         return tuple(self.rescale(x, i) for i, x in enumerate(maps))
 
     def rescale(self, x: jax.Array, level: int) -> jax.Array:
@@ -65,7 +68,7 @@ class Deconvolution(nn.Module):
         """Maps x (batch, rows, columns, channels) to (batch, 2 rows, 2 columns, channels) float32."""
         batch, rows, columns, channels = x.shape
         bound = (4 * channels) ** -0.5
-        kernel = self.param("kernel", uniform(bound), (2, 2, channels, channels))
-        bias = self.param("bias", uniform(bound), (channels,))
+        kernel = self.param("kernel", uniform(bound), (2, 2, channels, channels), jnp.float32)
+        bias = self.param("bias", uniform(bound), (channels,), jnp.float32)
         y = jnp.einsum("byxc,uvcd->byuxvd", x.astype(self.dtype), kernel.astype(self.dtype))
         return y.reshape(batch, 2 * rows, 2 * columns, channels).astype(jnp.float32) + bias

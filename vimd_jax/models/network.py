@@ -7,6 +7,7 @@ messages all derive from them.
 import argparse
 import ast
 import dataclasses
+from collections.abc import Sequence
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -116,7 +117,7 @@ def _check(option: str, value: Any, kind: Any) -> None:
         fits = False
     if not fits:
         raise ValueError(f"{option}: {value!r} is not valid, expected {_in_words(kind)}")
-    least = 0 if option == "num_classes" else 1  # a network may have no head
+    least = 0 if option == "num_classes" else 1
     if isinstance(value, int) and int in (kind, *get_args(kind)) and value < least:
         raise ValueError(f"{option}: {value} is not valid, expected at least {least}")
     if option == "drop_path_rate" and not 0 <= value < 1:
@@ -160,6 +161,14 @@ def parse_option(text: str) -> tuple[str, Any]:
         return name, ast.literal_eval(value)
     except (ValueError, SyntaxError):
         return name, value
+
+
+def check_layers(layers: Sequence[int] | None, count: int) -> tuple[int, ...]:
+    """Numbers of layers, None standing for all; ValueError if one of them is not below `count`, or there are none."""
+    layers = tuple(range(count)) if layers is None else tuple(layers)
+    if not layers or not set(layers) <= set(range(count)):
+        raise ValueError(f"layers: {layers} is not valid, expected numbers from 0 to {count - 1}")
+    return layers
 
 
 def input_images(model: Network) -> jax.ShapeDtypeStruct:

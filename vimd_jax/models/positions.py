@@ -23,6 +23,12 @@ def insert_tokens(patches: jax.Array, tokens: Sequence[jax.Array], positions: Se
     return jnp.concatenate([*pieces, patches[:, start:]], axis=1)
 
 
+def remove_tokens(tokens: jax.Array, positions: Sequence[int]) -> jax.Array:
+    """The others of tokens (batch, tokens, dim) than those at these positions, in ascending order."""
+    starts, ends = [0, *(position + 1 for position in positions)], [*positions, tokens.shape[1]]
+    return jnp.concatenate([tokens[:, start:end] for start, end in zip(starts, ends)], axis=1)
+
+
 def resize_positions(
     table: jax.Array, grid: tuple[int, int], new_grid: tuple[int, int], class_token: str | None
 ) -> jax.Array:
@@ -38,12 +44,11 @@ def resize_positions(
       (1, new tokens, dim) float32.
     """
     positions = class_token_positions(class_token, grid[0] * grid[1])
-    patches = jnp.delete(table, np.array(positions, int), axis=1, assume_unique_indices=True)
     patches = jnp.einsum(
         "yi,xj,bijc->byxc",
         bicubic_matrix(grid[0], new_grid[0]),
         bicubic_matrix(grid[1], new_grid[1]),
-        patches.reshape(table.shape[0], *grid, table.shape[2]),
+        remove_tokens(table, positions).reshape(table.shape[0], *grid, table.shape[2]),
         precision=jax.lax.Precision.HIGHEST,
     )
     num_patches = new_grid[0] * new_grid[1]

@@ -27,8 +27,9 @@ class Published(NamedTuple):
       operations: billions of operations, as the authors count them.
       file: the weights, `hf://owner/repository/file` or the address of a file; None if there are none.
       mebibytes: size of that file, where known.
-      crop: share of the short side that its accuracy was measured on: 256 pixels, of which the central 224 are seen.
+      crop: share of the short side that it was measured on; of classifiers the central 224 of 256 pixels.
       input_normalization: whether it was trained on images with ImageNet's mean and deviation taken out.
+      mean_iou: of a segmenter, on ADE20K's validation images at one scale, in %.
     """
 
     family: str
@@ -39,6 +40,7 @@ class Published(NamedTuple):
     mebibytes: float | None = None
     crop: float = 0.875
     input_normalization: bool = True
+    mean_iou: float | None = None
 
 
 FAMILIES = {
@@ -72,6 +74,11 @@ FAMILIES = {
         "README of MzeroMiko/VMamba, second release (v2)",
         "MIT (LICENSE of MzeroMiko/VMamba)",
     ),
+    "VMamba UperNet": Family(
+        "[VMamba](https://arxiv.org/abs/2401.10166)",
+        "assets/performance.md of MzeroMiko/VMamba, releases v0seg and v2seg",
+        "MIT (LICENSE of MzeroMiko/VMamba)",
+    ),
     "SRResNet": Family(
         "[SRGAN](https://arxiv.org/abs/1609.04802)",
         "scripts/download_weights.sh of Lornatang/SRGAN-PyTorch; whether its x4 file has the same weights as "
@@ -83,6 +90,7 @@ FAMILIES = {
 _LOCAL_MAMBA = "https://github.com/hunto/LocalMamba/releases/download/v1.0.0"
 _VMAMBA = "https://github.com/MzeroMiko/VMamba/releases/download/%23v0cls"
 _VMAMBA_2 = "https://github.com/MzeroMiko/VMamba/releases/download/%23v2cls"
+_VMAMBA_UPERNET = "https://github.com/MzeroMiko/VMamba/releases/download/%23v{}seg/{}_iter_{}.pth"
 _SRGAN = "hf://goodfellowliu/SRGAN-PyTorch"
 
 PUBLISHED = {
@@ -134,6 +142,24 @@ PUBLISHED = {
     "vmamba2_base_s1l20": Published(
         "VMamba 2", 86_614_504, 83.8, 15.2, f"{_VMAMBA_2}/vssm1_base_0229s_ckpt_epoch_225.pth"
     ),
+    **{
+        f"upernet_{backbone}": Published(
+            "VMamba UperNet",
+            parameters,
+            file=_VMAMBA_UPERNET.format(release, name, iterations),
+            crop=1.0,
+            mean_iou=mean_iou,
+        )
+        for backbone, parameters, release, name, iterations, mean_iou in (
+            ("vmamba_tiny", 54_546_956, 0, "vssmtiny_upernet_4xb4-160k_ade20k-512x512", 160000, 47.3),
+            ("vmamba_small", 76_070_924, 0, "vssmsmall_upernet_4xb4-160k_ade20k-512x512", 160000, 49.5),
+            ("vmamba_base", 109_765_548, 0, "vssmbase_upernet_4xb4-160k_ade20k-512x512", 128000, 50.0),
+            ("vmamba2_tiny", 62_359_340, 2, "upernet_vssm_4xb4-160k_ade20k-512x512_tiny", 160000, 48.3),
+            ("vmamba2_tiny_s1l8", 61_902_572, 2, "upernet_vssm_4xb4-160k_ade20k-512x512_tiny_s", 160000, 47.9),
+            ("vmamba2_small", 81_801_260, 2, "upernet_vssm_4xb4-160k_ade20k-512x512_small", 144000, 50.6),
+            ("vmamba2_base", 122_069_292, 2, "upernet_vssm_4xb4-160k_ade20k-512x512_base", 160000, 51.0),
+        )
+    },
     **{
         f"srresnet_x{scale}": Published(
             "SRResNet",

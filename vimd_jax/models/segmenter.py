@@ -15,7 +15,7 @@ import numpy as np
 from flax import linen as nn
 
 from vimd_jax.models.heads import FCN, Linear, UperNet
-from vimd_jax.models.isotropic import Isotropic, Tapped
+from vimd_jax.models.isotropic import Isotropic, State
 from vimd_jax.models.layers import IMAGENET_MEAN
 from vimd_jax.models.local_vim import SEARCHED, LocalVim
 from vimd_jax.models.necks import OutputNorms, Pyramid
@@ -35,6 +35,7 @@ class Segmenter(Composite):
         the layers, or all stages.
       auxiliary_tap: which of the maps the auxiliary head reads, counted from 0; None: the last but one.
       tapped: what is taken there, see `Isotropic.feature_maps`; of networks with stages the "stream".
+      normalize_last: normalise the last map, an option of Vim's segmenters that no published one uses; also of V2M's.
     """
 
     backbone: Network
@@ -42,7 +43,8 @@ class Segmenter(Composite):
     auxiliary_head: FCN | None
     taps: tuple[int, ...] | None = None
     auxiliary_tap: Literal[0, 1, 2, 3] | None = None
-    tapped: Tapped = "stream"
+    tapped: State = "stream"
+    normalize_last: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -53,6 +55,10 @@ class Segmenter(Composite):
             raise ValueError(f"auxiliary_tap: {self.auxiliary_tap} is not valid, there are not as many taps")
         if self.tapped != "stream" and not self.isotropic:
             raise ValueError(f'tapped: {self.tapped!r} is not valid, of networks with stages it is the "stream"')
+        if self.normalize_last and not self._pyramid:
+            raise ValueError("normalize_last: True is not valid, here every map has a norm")
+        if self._pyramid and self.backbone.stride not in (4, 8, 16):
+            raise ValueError(f"stride: {self.backbone.stride} is not valid in a segmenter, expected 4, 8 or 16")
 
     @property
     def isotropic(self) -> bool:
@@ -79,7 +85,8 @@ class Segmenter(Composite):
         """See `Network`: the parameters of `from_options`, and the options of the backbone that is chosen."""
         parameters = inspect.signature(cls.from_options).parameters
         own = {name: parameter.annotation for name, parameter in parameters.items() if name != "options"}
-        return model_options(_checked(chosen["backbone"])) | own
+        backbone = chosen.get("backbone")
+        return model_options(backbone if backbone in CLASSIFIERS else "vim_tiny") | own
 
     @classmethod
     def from_options(
@@ -92,7 +99,8 @@ class Segmenter(Composite):
         auxiliary_channels: int = 256,
         auxiliary_tap: Literal[0, 1, 2, 3] | None = None,
         taps: tuple[int, ...] | None = None,
-        tapped: Tapped = "stream",
+        tapped: State = "stream",
+        normalize_last: bool = False,
         bn_axis_name: str | None = None,
         dtype: Any = jnp.float32,
         **options: Any,
@@ -109,6 +117,7 @@ class Segmenter(Composite):
           auxiliary_tap: see the attributes.
           taps: see the attributes.
           tapped: see the attributes.
+          normalize_last: see the attributes.
           bn_axis_name: axis of devices whose batches are normalised together while training.
           dtype: of all parts.
           **options: of the backbone.
@@ -117,7 +126,9 @@ class Segmenter(Composite):
             raise ValueError(f'head: {head!r} is not valid, expected "upernet" or "linear"')
         shared = {"num_classes": num_classes, "bn_axis_name": bn_axis_name}
         convolving = shared | {"dtype": dtype, "dropout_rate": head_dropout_rate}
-        own = {"bn_axis_name": bn_axis_name} if "bn_axis_name" in model_options(_checked(backbone)) else {}
+        if backbone not in CLASSIFIERS:
+            raise ValueError(f"backbone: {backbone!r} is not a classifier, choose one of {', '.join(CLASSIFIERS)}")
+        own = {"bn_axis_name": bn_axis_name} if "bn_axis_name" in model_options(backbone) else {}
         decode_head = Linear(**shared)
         if head == "upernet":
             decode_head = _named("head", UperNet, channels=head_channels, **convolving)
@@ -125,7 +136,8 @@ class Segmenter(Composite):
         if auxiliary_channels != 0:
             auxiliary_head = _named("auxiliary", FCN, channels=auxiliary_channels, **convolving)
         trunk = create_model(backbone, num_classes=0, dtype=dtype, **own, **options)
-        return cls(trunk, decode_head, auxiliary_head, taps=taps, auxiliary_tap=auxiliary_tap, tapped=tapped)
+        how = {"auxiliary_tap": auxiliary_tap, "tapped": tapped, "normalize_last": normalize_last}
+        return cls(backbone=trunk, decode_head=decode_head, auxiliary_head=auxiliary_head, taps=taps, **how)
 
     def to_options(self) -> dict[str, Any]:
         """See `Network`."""
@@ -134,7 +146,8 @@ class Segmenter(Composite):
         if isinstance(head, UperNet):
             own |= {"head": "upernet", "head_channels": head.channels, "head_dropout_rate": head.dropout_rate}
         own |= {"auxiliary_channels": auxiliary.channels if auxiliary else 0, "auxiliary_tap": self.auxiliary_tap}
-        return backbone["options"] | own | {"taps": self.taps, "tapped": self.tapped}
+        own |= {"taps": self.taps, "tapped": self.tapped, "normalize_last": self.normalize_last}
+        return backbone["options"] | own
 
     def decays(self, path: tuple[str, ...]) -> bool:
         """See `Network`: Vim's rule for Vim and V2M, for the other families all but norms and positions.
@@ -165,8 +178,10 @@ class Segmenter(Composite):
           ValueError: images have a wrong rank, channel count or dtype, or are too small; or, while training, a single
             one.
         """
-        kind = {"tapped": self.tapped} if self.isotropic else {}
-        maps = self.backbone.feature_maps(images, self.taps, train=train, neck=self._neck(train), **kind)
+        kind = {"state": self.tapped} if self.isotropic else {}
+        maps = self.backbone.feature_maps(
+            images, self.taps or self._all_taps, train=train, neck=self._neck(train), **kind
+        )
         logits, features = self.decode_head(maps, train=train), {"hidden_states": maps}
         if self.auxiliary_head is not None and (return_features or self.is_initializing()):
             tap = -2 if self.auxiliary_tap is None else self.auxiliary_tap
@@ -175,7 +190,9 @@ class Segmenter(Composite):
 
     @property
     def _all_taps(self) -> tuple[int, ...]:
-        return self.backbone.quarters if self.isotropic else tuple(range(len(self.backbone.depths)))
+        if not self.isotropic:
+            return tuple(range(len(self.backbone.depths)))
+        return tuple(max(self.backbone.depth * quarter // 4, 1) - 1 for quarter in (1, 2, 3, 4))
 
     @property
     def _pyramid(self) -> bool:
@@ -185,8 +202,14 @@ class Segmenter(Composite):
     def _neck(self, train: bool) -> Callable[..., nn.Module]:
         if not self._pyramid:
             return OutputNorms
-        head, stride = self.decode_head, self.backbone.stride
-        return partial(Pyramid, stride=stride, train=train, bn_axis_name=head.bn_axis_name, dtype=self.backbone.dtype)
+        return partial(
+            Pyramid,
+            stride=self.backbone.stride,
+            normalize_last=self.normalize_last,
+            train=train,
+            bn_axis_name=self.decode_head.bn_axis_name,
+            dtype=self.backbone.dtype,
+        )
 
     def segment(
         self,
@@ -254,12 +277,6 @@ def _starts(side: int, window: int, stride: int) -> list[int]:
     return [min(k * stride, side - window) for k in range(count)]
 
 
-def _checked(backbone: str) -> str:
-    if backbone not in CLASSIFIERS:
-        raise ValueError(f"backbone: {backbone!r} is not a classifier, choose one of {', '.join(CLASSIFIERS)}")
-    return backbone
-
-
 def _named(prefix: str, head: type[Network], **options: Any) -> Network:
     """A head; errors name its options as the segmenter does."""
     try:
@@ -270,7 +287,7 @@ def _named(prefix: str, head: type[Network], **options: Any) -> Network:
 
 _VIM = {"class_token": None, "image_size": 512}
 _LOCAL_VIM = {
-    **{"tapped": "update", "auxiliary_tap": 3, "norm": "layer"},
+    **{"tapped": "update", "auxiliary_tap": 3, "normalization": "layer"},
     **{"directions": SEARCHED, "image_size": 512},
 }
 _EFFICIENT_CHANNELS = {"tiny": 256, "small": 384, "base": 512}  # which the paper's parameter counts tell

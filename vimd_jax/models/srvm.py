@@ -3,6 +3,7 @@ Fine-grained Image Classification", IEEE SPL 2025, https://arxiv.org/abs/2411.17
 """
 
 import inspect
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -107,6 +108,12 @@ class SRVM(Composite):
             return output
         logits, features = output
         return logits, features | {"super_resolved": image}
+
+    def feature_maps(
+        self, images: jax.Array, layers: Sequence[int] | None = None, **options: Any
+    ) -> tuple[jax.Array, ...]:
+        """The classifier's maps of the enlarged images; see its `feature_maps`."""
+        return self.classifier.feature_maps(self.enlarge(images), layers, **options)
 
     def enlarge(self, images: jax.Array) -> jax.Array:
         """What the classifier reads of low-resolution images, without a gradient."""

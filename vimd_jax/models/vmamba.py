@@ -27,7 +27,7 @@ _uniform_fan_in = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", b
 class VMamba(Hierarchical):
     """Image classifier; its options are those of `Hierarchical`."""
 
-    def make_block(self, stage: int, train: bool) -> Callable[..., Block]:
+    def make_block(self, stage: int, train: bool) -> partial[Block]:
         """See `Hierarchical`."""
         drops = train and self.drop_path_rate > 0
         return partial(VSSBlock, drops=drops, mixer=partial(SS2D, state_size=self.state_size, dtype=self.dtype))
@@ -74,7 +74,8 @@ class SS2D(nn.Module):
         dim = x.shape[-1]
         u, z = jnp.split(projection(2 * self.expand * dim, self.dtype, "in_proj")(x), 2, axis=-1)
         u = DepthwiseConv(activation=nn.silu, name="conv")(u)
-        y = self.merge(self.scan(u.reshape(len(u), -1, u.shape[-1]), order))
+        batch, rows, columns, channels = u.shape
+        y = self.merge(self.scan(u.reshape(batch, rows * columns, channels), order))
         y = layer_norm(name="norm")(y).reshape(u.shape) * nn.silu(z)
         return projection(dim, self.dtype, "out_proj")(y)
 

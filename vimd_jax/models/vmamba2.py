@@ -54,7 +54,7 @@ class VMamba2(Hierarchical):
         x = Halving(dim=self.widths[0] // 2, dtype=self.dtype, name="stem_0")(x)
         return Halving(dim=self.widths[0], dtype=self.dtype, name="stem_1")(nn.gelu(x, approximate=False))
 
-    def make_block(self, stage: int, train: bool) -> Callable[..., Block]:
+    def make_block(self, stage: int, train: bool) -> partial[Block]:
         """See `Hierarchical`."""
         drops = train and self.drop_path_rate > 0
         mixer = partial(UngatedSS2D, state_size=self.state_size, dtype=self.dtype, expand=self.expand)

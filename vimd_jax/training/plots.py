@@ -64,7 +64,7 @@ def save_panel(columns: dict[str, np.ndarray], captions: list[str], path: Path) 
             axes[row, column].set_axis_off()
         axes[0, column].set_title(f"{title} ({images.shape[1]} px)", fontsize=9)
     # Room for the captions: between rows, and below the last.
-    figure.get_layout_engine().set(h_pad=0.12, rect=(0, 0.12 / rows, 1, 1 - 0.12 / rows))
+    figure.get_layout_engine().set(h_pad=0.12, rect=(0, 0.12 / rows, 1, 1 - 0.12 / rows))  # type: ignore[call-arg]
     for row, caption in enumerate(captions):
         axes[row, 0].text(0, -0.04, caption, transform=axes[row, 0].transAxes, fontsize=8, va="top", in_layout=False)
     _save(figure, path)

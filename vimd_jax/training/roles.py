@@ -17,7 +17,7 @@ from vimd_jax.checkpoints.adapt import MODES
 from vimd_jax.config import DERIVED, STAGES, Stage, given_options
 from vimd_jax.load import load_variables
 from vimd_jax.models import create_model, model_options
-from vimd_jax.models.network import input_images, options_of, variable_shapes
+from vimd_jax.models.network import input_images, variable_shapes
 from vimd_jax.models.srvm import SRVM, bicubic, join
 from vimd_jax.tasks.task import Task, unit
 from vimd_jax.training import parallel
@@ -111,11 +111,12 @@ def _build(config: ConfigDict, role: str, class_names: Sequence[str], train: boo
     _check_section(role, section)
     outputs = STAGES[role].task.outputs(tuple(class_names))
     derived = {"num_classes": len(outputs), "image_size": config.dataset.high_resolution} if outputs else {}
+    if train and "bn_axis_name" in model_options(section.name):
+        derived["bn_axis_name"] = AXIS
     try:
-        model = create_model(section.name, **derived, **given_options(section))
+        return create_model(section.name, **derived, **given_options(section))
     except ValueError as error:
         raise ValueError(f"config.{role}.{error}") from error
-    return model.clone(bn_axis_name=AXIS) if train and "bn_axis_name" in options_of(type(model)) else model
 
 
 def _check_section(role: str, section: ConfigDict) -> None:
@@ -142,7 +143,7 @@ def _check_resolutions(config: ConfigDict, role: str, restorer: nn.Module | None
 
 
 def check_sources_of_weights(config: ConfigDict, networks: Networks, workdir: Path, made_before: set[Path]) -> None:
-    """Raises unless every network that needs weights is told where they are, and something is there or will be.
+    """Raises unless every network that needs weights has a path to them, and something is there or will be.
 
     Args:
       config: of one stage.
@@ -159,23 +160,23 @@ def check_sources_of_weights(config: ConfigDict, networks: Networks, workdir: Pa
             )
         if init and not init.exists() and init.resolve() not in made_before:
             raise FileNotFoundError(f"config.{role}.init: {init}: no such workdir, converted checkpoint or file.")
-        if section.init_entry and (not init or init.is_dir()):
-            raise ValueError(f"config.{role}.init_entry is {section.init_entry!r}, but only PyTorch files have any.")
-        if section.init_positions not in MODES:
+        if section.init_key and (not init or init.is_dir()):
+            raise ValueError(f"config.{role}.init_key is {section.init_key!r}, but only a PyTorch file has keys.")
+        if section.init_position_mode not in MODES:
             raise ValueError(
-                f"config.{role}.init_positions is {section.init_positions!r}: it must be {' or '.join(MODES)}."
+                f"config.{role}.init_position_mode is {section.init_position_mode!r}: it must be {' or '.join(MODES)}."
             )
 
 
 def initial_variables(config: ConfigDict, networks: Networks, workdir: Path) -> tuple[Variables, dict[str, Variables]]:
-    """What the stage starts from: the variables of the trained network, and by role those of the frozen ones.
+    """The variables that the stage starts from: of the trained network, and by role those of the frozen ones.
 
     Of several processes only the first one reads files. The others get zeros of the same shapes, see `from_first`.
     """
 
     def load(role: str, model: nn.Module, adapt: bool = False) -> Variables:
         section = config[role]
-        options = {"key": section.init_entry or None, "position_mode": section.init_positions}
+        options = {"key": section.init_key or None, "position_mode": section.init_position_mode}
         return load_variables(init_path(config, role, workdir), model, adapt=adapt, **options)
 
     trained, role = networks.trained, networks.stage.trained

@@ -1,0 +1,179 @@
+"""A dataset as a random-access list of records, whatever its format; the formats themselves: see sources.py."""
+
+import functools
+import hashlib
+import logging
+import os
+import unicodedata
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from vimd_jax.data.images import Reduction, check_header, read_image
+from vimd_jax.errors import UnreadableImage
+
+log = logging.getLogger(__name__)
+
+SPLITS = ("train", "validation", "test")
+
+
+class Record(NamedTuple):
+    """An image and its target.
+
+    Attributes:
+        image: RGB.
+        target: an index into the source's `class_names`, or a map of such indices on the image's grid (Pillow, mode
+            "L"), or any other value that a task learns; None where there is none.
+    """
+
+    image: Image.Image
+    target: Any = None
+
+
+class Source:
+    """A list of images and their targets.
+
+    Attributes:
+        class_names: the class names.
+        labels: int32 (number of images,), indices into `class_names`; None where an image has no class of its own.
+            They serve to hold out images and to check a dataset; training reads the records.
+    """
+
+    class_names: tuple[str, ...]
+    labels: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, i: int, reduction: Reduction | None = None) -> Record:
+        """Image i in RGB, a JPEG where possible smaller by what `reduction` allows; raises UnreadableImage."""
+        raise NotImplementedError
+
+    def check(self, i: int) -> None:
+        """Raises UnreadableImage if the header of image i cannot be read."""
+
+    def name(self, i: int) -> str:
+        """Name of image i in messages."""
+        raise NotImplementedError
+
+    def key(self, i: int) -> str:
+        """Identity of image i, wherever the data are stored."""
+        return self.name(i)
+
+
+class FileSource(Source):
+    """Image files of known classes."""
+
+    def __init__(self, root: Path, files: Sequence[str], labels: Sequence[int], class_names: Sequence[str]):
+        """Keeps what it is given; nothing is read yet.
+
+        Args:
+            root: the folder that the file names are relative to.
+            files: one an image.
+            labels: of the images, indices into `class_names`.
+            class_names: the classes in label order.
+        """
+        self._root, self._files = os.fspath(root), list(files)
+        self.labels, self.class_names = np.array(labels, np.int32), tuple(class_names)
+
+    def read(self, i: int, reduction: Reduction | None = None) -> Record:
+        return Record(read_image(self.name(i), reduction), int(self.labels[i]))
+
+    def check(self, i: int) -> None:
+        check_header(self.name(i))
+
+    def name(self, i: int) -> str:
+        return os.path.join(self._root, self._files[i])
+
+    def key(self, i: int) -> str:
+        return composed(self._files[i])
+
+
+class Subset(Source):
+    """The images of another source at the given indices."""
+
+    def __init__(self, source: Source, indices: np.ndarray):
+        self._source, self._indices = source, indices
+        self.class_names = source.class_names
+        self.labels = None if source.labels is None else source.labels[indices]
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def read(self, i: int, reduction: Reduction | None = None) -> Record:
+        return self._source.read(self._indices[i], reduction)
+
+    def check(self, i: int) -> None:
+        self._source.check(self._indices[i])
+
+    def name(self, i: int) -> str:
+        return self._source.name(self._indices[i])
+
+    def key(self, i: int) -> str:
+        return self._source.key(self._indices[i])
+
+
+class Splits(NamedTuple):
+    """The images of a run; `held_out` picks the best network."""
+
+    train: Source
+    held_out: Source
+    test: Source
+
+
+def check_readable(source: Source, split: str, on_error: str) -> None:
+    """Opens every image as far as its header; raises UnreadableImage, or with on_error "skip" says how many are bad."""
+
+    def problem(i: int) -> str | None:
+        try:
+            source.check(i)
+        except UnreadableImage as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(8) as pool:  # threads, because the files may lie on a network
+        problems = [text for text in pool.map(problem, range(len(source))) if text]
+    if not problems:
+        return
+    text = f"{problems[0]} ({len(problems)} of the {len(source)} {split} images cannot be read)"
+    if on_error == "stop" or len(problems) == len(source):
+        raise UnreadableImage(f"{text}; remove or replace them, or set config.dataset.on_error=skip")
+    log.warning("%s; they are left out.", text)
+
+
+def hold_out(source: Source, split: str, fraction: float, seed: int) -> Source:
+    """The training or validation part of a source, with about `fraction` of the images held out for validation.
+
+    Whether an image is held out depends on its key and the seed alone, so it does not change when others come or go;
+    only of a class that would have nothing left to train on, one image stays.
+    """
+    draws = np.array([uniform(f"{seed}/{source.key(i)}") for i in range(len(source))])
+    held_out = draws < fraction
+    for label in range(len(source.class_names) if source.labels is not None else 0):
+        of_class = np.flatnonzero(source.labels == label)
+        if len(of_class) and held_out[of_class].all():
+            held_out[of_class[draws[of_class].argmax()]] = False
+    return Subset(source, np.flatnonzero(held_out if split == "validation" else ~held_out))
+
+
+def uniform(text: str) -> float:
+    """A number in [0, 1) that a text always gives."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+
+
+def composed(text: str) -> str:
+    """A name as it compares, wherever the data lie: macOS decomposes é into two characters; others keep what they get.
+
+    Bytes that are not UTF-8 are escaped.
+    """
+    return unicodedata.normalize("NFC", text).encode(errors="backslashreplace").decode()
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Logs a warning, if it has not been logged yet."""
+    log.warning(message)
