@@ -23,9 +23,10 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from vimd_jax.data.augment import augment
-from vimd_jax.data.geometry import View, central_view, draw_view, low_resolution_view
+from vimd_jax.data.geometry import BICUBIC, View, central_view, draw_view, pair
 from vimd_jax.data.images import Reduction
-from vimd_jax.data.sources import Record, Source
+from vimd_jax.data.preparation import NetworkView, prepare_views
+from vimd_jax.data.source import Record, Source
 from vimd_jax.errors import DatasetError, UnreadableImage
 
 Batch = dict[str, np.ndarray]
@@ -125,9 +126,13 @@ def _train_example(
     else:
         raise DatasetError(f"none of the {len(source)} training images can be read; check config.dataset.directory")
     view = drawing.view or drawing.draw(record.image.size)
-    high = augment(view.apply(record.image), config.augment, drawing.rng)
-    beside = _beside(target, record, view)
-    return _example(high, config, index, beside, views=views, skipped=index != scheduled)
+    seen, low = view, network_view(config).low_resolution
+    if "low" in views and network_view(config).is_ready(record.image):
+        seen = view._replace(size=low[::-1])  # not enlarged first; the high view is then made of the low one
+    image = augment(seen.apply(record.image), config.augment, drawing.rng)
+    sizes = {"high": view.size, "low": low[::-1]}
+    images = {name: np.asarray(image.resize(sizes[name], BICUBIC)) for name in views}
+    return _example(images, index, _beside(target, record, view), skipped=index != scheduled)
 
 
 class Drawing:
@@ -160,33 +165,28 @@ def _eval_example(source: Source, config: ConfigDict, target: Target | None, per
     if record is None:
         return {**blank_example(config, target), "index": np.int32(i), "skipped": np.int32(1)}
     view = central_view(record.image.size, config.high_resolution, config.eval_crop)
-    return _example(view.apply(record.image), config, i, _beside(target, record, view))
+    return _example(prepare_views(record.image, network_view(config)), i, _beside(target, record, view))
+
+
+def network_view(config: ConfigDict) -> NetworkView:
+    """What networks read of an image in evaluation, from `config.dataset`."""
+    return NetworkView(pair(config.high_resolution), config.eval_crop, pair(config.low_resolution))
 
 
 def blank_example(config: ConfigDict, target: Target | None) -> Batch:
     """An example that does not count: black, weight 0, index -1, and the target of a record without one."""
     record = Record(Image.new("RGB", (config.high_resolution, config.high_resolution)))
     view = central_view(record.image.size, config.high_resolution)
-    return _example(record.image, config, PADDING, _beside(target, record, view), weight=0)
+    return _example(prepare_views(record.image, network_view(config)), PADDING, _beside(target, record, view), weight=0)
 
 
 def _beside(target: Target | None, record: Record, view: View) -> Batch:
     return {} if target is None else {"target": target(record, view)}
 
 
-def _example(
-    high: Image.Image,
-    config: ConfigDict,
-    index: int,
-    beside: Batch,
-    *,
-    views: Sequence[str] = VIEWS,
-    weight: float = 1,
-    skipped: bool = False,
-) -> Batch:
-    made = {"high": lambda: high, "low": lambda: low_resolution_view(high, config.low_resolution)}
+def _example(images: Batch, index: int, beside: Batch, *, weight: float = 1, skipped: bool = False) -> Batch:
     return {
-        **{name: np.asarray(made[name]()) for name in views},
+        **images,
         **beside,
         "index": np.int32(index),
         "weight": np.float32(weight),
