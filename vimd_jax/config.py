@@ -129,6 +129,11 @@ _SETTINGS = {
     "dataset.repeats": Setting(
         1, at_least(1), "times each image is drawn in a row; 3 is the published repeated augmentation"
     ),
+    "dataset.sampling": Setting(
+        "uniform",
+        one_of("uniform", "balanced"),
+        'every training image once an epoch, or "balanced": images of every class equally often',
+    ),
     "dataset.on_error": Setting(
         "stop", one_of("stop", "skip"), 'an unreadable image: "stop", or "skip" and count', changeable=True
     ),

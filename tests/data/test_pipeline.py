@@ -274,6 +274,24 @@ def test_labels_match_the_images(dataset_config):
         assert np.abs(high.astype(float) - np.asarray(source.read(i).image)).mean() < 60
 
 
+def test_balanced_sampling(dataset_config, image_folder):
+    """Sixty images of one class, six and two of others: 68 an epoch, 22 or 23 of each, all of a small class in turn."""
+    folder = image_folder({"train/a": 60, "train/b": 6, "train/c": 2, "test/a": 1}, side=4)
+    config = dataset_config(name="folder", directory=str(folder), validation_fraction=0.0, sampling="balanced")
+    source = load_source(config, "train")
+    batches = take(source, config, 34, batch_size=4)
+    epochs = np.concatenate([batch["index"] for batch in batches]).reshape(2, 68)
+    for epoch in epochs:
+        counts = np.bincount(epoch, minlength=68)
+        assert sorted([counts[:60].sum(), counts[60:66].sum(), counts[66:].sum()]) == [22, 23, 23]
+        assert set(counts[:60]) == {0, 1} and set(counts[60:66]) <= {3, 4} and set(counts[66:]) <= {11, 12}
+    assert set(epochs[0][epochs[0] < 60]) != set(epochs[1][epochs[1] < 60])
+    assert_same(batches[20:], take(source, config, 14, batch_size=4, start_step=20))
+    source.labels = None
+    with pytest.raises(DatasetError, match="sampling is 'balanced', but these images have no classes"):
+        take(source, config, 1)
+
+
 @pytest.mark.parametrize(
     "size, repeats, expected",
     [

@@ -55,7 +55,7 @@ def train_batches(
     Args:
         source: the training images.
         config: `config.dataset`; reads high_resolution, low_resolution, crop_scale, flip, augment, repeats,
-            on_error, reduced_decoding and num_workers.
+            sampling, on_error, reduced_decoding and num_workers.
         batch_size: global batch size, over all processes.
         seed: determines the order and the augmentation.
         start_step: number of batches to skip; the rest are those of an uninterrupted run.
@@ -74,6 +74,10 @@ def train_batches(
         DatasetError: at once for invalid arguments; while iterating for unreadable images, unless
             config.on_error = "skip", which replaces and logs them.
     """
+    if config.sampling == "balanced" and source.labels is None:
+        raise DatasetError(
+            "config.dataset.sampling is 'balanced', but these images have no classes: set it to 'uniform'"
+        )
     example = functools.partial(_train_example, source, config, seed, views, target)
     return _batches(example, range(start_step, ENDLESS), config, batch_size, process_index, process_count)
 
@@ -117,7 +121,7 @@ def _train_example(
     source: Source, config: ConfigDict, seed: int, views: Sequence[str], target: Target | None, i: int
 ) -> Batch:
     epoch, position = divmod(i, samples_per_epoch(len(source), config.repeats))
-    scheduled = int(_epoch_order(seed, epoch, len(source))[position // config.repeats])
+    scheduled = int(_epoch_order(source, config.sampling, seed, epoch)[position // config.repeats])
     for index in itertools.chain(range(scheduled, len(source)), range(scheduled)):
         drawing = Drawing(config, (seed, 1, i))
         record = read_or_skip(source, index, config.on_error, drawing.reduction if config.reduced_decoding else None)
@@ -195,8 +199,19 @@ def _example(images: Batch, index: int, beside: Batch, *, weight: float = 1, ski
 
 
 @functools.lru_cache(maxsize=2)
-def _epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
-    return np.random.default_rng((seed, 0, epoch)).permutation(size)
+def _epoch_order(source: Source, sampling: str, seed: int, epoch: int) -> np.ndarray:
+    """The images of an epoch in their order: each once, or of every class equally many."""
+    rng = np.random.default_rng((seed, 0, epoch))
+    order = rng.permutation(len(source))
+    return _balanced(order, source.labels, rng) if sampling == "balanced" else order
+
+
+def _balanced(order: np.ndarray, labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """As many images, of every class equally many, up to one: a part of a large class, a small one repeatedly."""
+    classes = rng.permutation(np.unique(labels))  # the first ones get one more
+    of_class = [order[labels[order] == label] for label in classes]
+    counts = [len(part) for part in np.array_split(order, len(classes))]
+    return rng.permutation(np.concatenate([np.resize(images, n) for images, n in zip(of_class, counts)]))
 
 
 def read_or_skip(source: Source, i: int, on_error: str, reduction: Reduction | None = None) -> Record | None:
