@@ -92,12 +92,16 @@ _SETTINGS = {
         500, at_least(1), "steps between checkpoints; every evaluation is followed by one too", changeable=True
     ),
     "dataset.name": Setting(
-        "folder", ANY, "folder, synthetic, cub, cars, dogs, pets, flowers, mit67, action, aircraft or imagenet"
+        "folder",
+        ANY,
+        "folder, list, hugging_face, synthetic, cub, cars, dogs, pets, flowers, mit67, action, aircraft or imagenet; "
+        "or module:function, a source of your own",
     ),
     "dataset.directory": Setting(
         "",
         ANY,
-        "contains train|val|test/<class>/*.jpg; empty: read through TFDS, if TFDS has the dataset",
+        "contains train|val|test/<class>/*.jpg, or is what the format asks for; empty: read through TFDS, if TFDS has "
+        "the dataset",
         changeable=True,
     ),
     "dataset.num_classes": Setting(0, at_least(0), "0: as many as the data has; otherwise checked"),
