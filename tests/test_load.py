@@ -9,6 +9,7 @@ import pytest
 import torch_writer
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
+from torch_writer import Call, Global
 
 from vimd_jax import load
 from vimd_jax.checkpoints.format import save_model
@@ -243,16 +244,16 @@ def test_a_segmenter_starts_from_no_other_trunk(tmp_path):
 def test_weights_are_found_by_name(small_file, tmp_path, monkeypatch):
     """Published files that were saved in the folder for downloads."""
     path, variables = small_file
-    entry = PUBLISHED["vim_tiny"]._replace(file="https://example.org/weights/small%20vim.pth")
-    monkeypatch.setitem(PUBLISHED, "vim_tiny", entry)
+    entry = PUBLISHED["vim_tiny_stride8"]._replace(file="https://example.org/weights/small%20vim.pth")
+    monkeypatch.setitem(PUBLISHED, "vim_tiny_stride8", entry)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(CheckpointError, match="small%20vim.pth is downloaded by hand: save it"):
         load_variables("pretrained", SMALL)
     (tmp_path / "vimd_jax" / "weights").mkdir(parents=True)
     path.rename(tmp_path / "vimd_jax" / "weights" / "small vim.pth")
     options = {"num_classes": 5, "image_size": 32, "stride": 8, "embed_dim": 16, "depth": 2, "state_size": 4}
-    assert_trees_equal(load_model("pretrained:vim_tiny", options=options).variables, variables)
-    assert_trees_equal(load_variables("pretrained:vim_tiny", SMALL), variables)
+    assert_trees_equal(load_model("pretrained:vim_tiny_stride8", options=options).variables, variables)
+    assert_trees_equal(load_variables("pretrained:vim_tiny_stride8", SMALL), variables)
 
 
 def test_a_home_directory_is_understood(small_file, monkeypatch):
@@ -270,3 +271,22 @@ def test_a_part_of_a_folder_fills_such_a_network(tmp_path, small_file):
     assert_trees_equal(load_variables(tmp_path / "x", SMALL), small_file[1])
     with pytest.raises(ValueError, match="holds a SRVM, but the model is a SRResNet"):
         load_variables(tmp_path / "x", SRResNet())
+
+
+def test_a_segmenter_of_mmengine_is_read(tmp_path):
+    """Its file holds objects of that library, which stay inert; the number of classes is the file's."""
+    variables = golden_models.random_variables(SEGMENTER, jnp.zeros((1, 32, 48, 3)))
+    history = Call((Global("mmengine.logging.history_buffer HistoryBuffer"), (np.zeros(3), np.ones(3), 1000)))
+    file = {
+        "meta": {"epoch": 1, "dataset_meta": {"classes": ("sky", "tree", "road")}},
+        "state_dict": export_state_dict(variables, SEGMENTER),
+        "message_hub": {"log_scalars": {"train/loss": history}},
+        "optimizer": {"state": {0: {"step": np.zeros(())}}},
+        "param_schedulers": [{"begin": 0}],
+    }
+    torch_writer.save(tmp_path / "iter_160000.pth", file)
+    options = {name: value for name, value in SEGMENTER.to_options().items() if name != "num_classes"}
+    trained = load.load_model(tmp_path / "iter_160000.pth", "upernet_vim_tiny", options=options)
+    assert trained.model.num_classes == 3
+    for path, leaf in leaves(variables).items():
+        np.testing.assert_array_equal(leaves(trained.variables)[path], leaf, err_msg=path)

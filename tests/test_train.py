@@ -348,6 +348,13 @@ def test_a_student_and_teacher_of_stages_with_batch_norms(tmp_path):
         ({"teacher__name": "vim_tinny"}, "config.teacher.name is 'vim_tinny': choose one of vim_tiny"),
         ({"teacher__init": "/nowhere"}, "/nowhere"),
         ({"selection": "vote"}, "vote"),
+        ({"scan_implementation": "fast"}, "config.scan_implementation is 'fast': it must be empty or native or"),
+        ({"scan_implementation": "triton"}, "'triton' cannot run here"),
+        (
+            {"teacher__init_key": "model_ema"},
+            "init_key is 'model_ema', but only a PyTorch file has keys",
+        ),
+        ({"teacher__init_position_mode": "old"}, "init_position_mode is 'old': it must be correct or reference"),
         ({"eval_every_epochs": 0}, "config.eval_every_epochs is 0: it must be at least 1"),
         ({"log_every_steps": 0}, "config.log_every_steps"),
         ({"checkpoint_every_steps": 0}, "config.checkpoint_every_steps"),

@@ -1,4 +1,4 @@
-"""What the programs that read a config share: their flags, and a polite end on SIGTERM and Ctrl-C."""
+"""Flags of the programs that read a config, and an orderly end on SIGTERM and Ctrl-C."""
 
 import logging
 import re
@@ -38,7 +38,7 @@ def run(main: Callable[[list[str]], None]) -> None:
     """Runs a program that needs both flags; a flag or a field that is not right ends it with one line."""
     flags.mark_flags_as_required(["config", "workdir"])
     flags.register_validator("workdir", lambda text: text != "", "name a folder")
-    # What --help tells, also where the command vimd-train or vimd-evaluate is the main module.
+    # The text of --help, also where the command vimd-train or vimd-evaluate is the main module.
     sys.modules["__main__"].__doc__ = sys.modules[main.__module__].__doc__
     for flag in (CONFIG, WORKDIR, *flags.FLAGS.get_flags_for_module(main.__module__)):
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[flag.name])
@@ -77,7 +77,7 @@ class StopRequest:
 
     def _remember(self, number: int, _: object) -> None:
         self._signal = number
-        logging.getLogger("vimd_jax.command").info("Asked to stop; after the step or batch that runs, this is done.")
+        logging.getLogger("vimd_jax.command").info("Asked to stop; stopping after the current step or batch.")
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def check(self, step: int = 0) -> None:

@@ -1,4 +1,4 @@
-"""What every program shares: a log, and errors that a person can read."""
+"""The log of every program, and errors as one line."""
 
 import contextlib
 import logging

@@ -51,7 +51,7 @@ _WAIT_SECONDS = flags.DEFINE_integer("wait_seconds", 45, "With coordinator_addre
 
 
 def check(config: ConfigDict, workdir: Path, made_before: set[Path] = frozenset()) -> Splits:
-    """Finds everything that can be wrong with the settings of a stage before anything is computed, and its data.
+    """Checks the settings of a stage before anything is computed, and returns its data.
 
     Args:
       config: of one stage.
@@ -72,7 +72,7 @@ def check(config: ConfigDict, workdir: Path, made_before: set[Path] = frozenset(
         steps.check_objective(config, nets)
     if config.optimizer.freeze:
         frozen_mask(roles.zeros(nets.trained)["params"], config.optimizer.freeze)
-    parallel.check_alike(f"{implementation_in_use()} and {workdirs.identity(config, data)}")
+    parallel.check_same_computation(f"{implementation_in_use()} and {workdirs.identity(config, data)}")
     if parallel.is_first():
         roles.check_sources_of_weights(config, nets, workdir, made_before)
         workdirs.check(workdir, config, data)
@@ -140,7 +140,7 @@ def _train(config: ConfigDict, workdir: Path, data: Splits, stop: StopRequest) -
     elif first_step:
         log.info("Continuing from step %d.", first_step)
 
-    # 3. The steps. After some of them the network is evaluated; the best is kept, and what is needed to continue.
+    # 3. The steps. After some of them the network is evaluated; the best is kept, with all that is needed to continue.
     train_step = steps.make_train_step(config, nets, optimizer)
     eval_step = steps.make_eval_step(nets)
     batches = train_batches(
@@ -201,13 +201,13 @@ def _train(config: ConfigDict, workdir: Path, data: Splits, stop: StopRequest) -
     except TrainingError:
         raise
     except Exception:
-        with contextlib.suppress(Exception):  # what went wrong first is what must be told
+        with contextlib.suppress(Exception):  # the first error is the one to report
             save()
         stop.check_here()  # a signal to the whole process group ends input processes that are just starting
         raise
     batches.close()
 
-    # 4. What came out: the best network on the test images, the curves, a panel to look at.
+    # 4. The results: the best network on the test images, the curves, a panel to look at.
     best_variables, best_step = roles.zeros(nets.product), 0
     if parallel.is_first():
         best = load_model(workdir)
@@ -224,7 +224,7 @@ def _train(config: ConfigDict, workdir: Path, data: Splits, stop: StopRequest) -
 
 
 def has_best(workdir: Path) -> bool:
-    """Whether best/ can be read; says so if not, and then removes it, so that another network can take its place."""
+    """Whether best/ can be read; if not, logs it and removes it, so that another network can take its place."""
     try:
         load_model(workdir / "best")
     except (OSError, ValueError) as error:
@@ -235,7 +235,7 @@ def has_best(workdir: Path) -> bool:
 
 
 def is_finished(workdir: Path) -> bool:
-    """Whether the run has come to its last line and its plots."""
+    """Whether the run has written its last line and its plots."""
     lines = read_metrics(workdir)
     return bool(lines) and "best_step" in lines[-1]["metrics"] and (workdir / "panel.png").exists()
 
@@ -269,7 +269,7 @@ def save_if_best(
 
 
 def main(_: list[str]) -> None:
-    """Trains what the config asks for: one stage, or several in a row, all of them checked first."""
+    """Trains the stage of a config, or its several stages in a row, all of them checked first."""
     show_log()
     with parallel.together(), readable_errors(), parallel.naming_lost_processes():
         if _COORDINATOR.value:

@@ -17,7 +17,7 @@ from safetensors.numpy import save
 from vimd_jax.checkpoints.format import read_model
 from vimd_jax.errors import printable
 from vimd_jax.files import replace_file
-from weight_convert.mapping import export_state_dict
+from weight_convert.mapping import export_state_dict, plan, step_counters
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,10 +48,11 @@ def _export(checkpoint: Path, output: Path, part: str | None) -> None:
     if part is not None and part not in trained.model.parts:
         kind, parts = type(trained.model).__name__, ", ".join(trained.model.parts) or "none"
         raise ValueError(f"--part {part}: {checkpoint} holds a {kind}, which has no such part (it has: {parts})")
-    counters = trained.provenance.get("num_batches_tracked", {})
-    tensors = export_state_dict(trained.variables, trained.model) | {
-        name: np.array(count) for name, count in counters.items()
-    }
+    tensors = export_state_dict(trained.variables, trained.model)
+    counters = trained.provenance.get("num_batches_tracked")
+    for name in step_counters(plan(trained.model)) if isinstance(counters, dict) else ():
+        if type(counters.get(name)) is int and counters[name].bit_length() < 64:
+            tensors[name] = np.array(counters[name])
     if part is not None:
         tensors = {name.removeprefix(f"{part}."): x for name, x in tensors.items() if name.startswith(f"{part}.")}
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ from weight_convert.torch_file import load_torch_checkpoint
 
 log = logging.getLogger(__name__)
 
+_CLASSES = (".head.weight", ".conv_seg.weight")  # ends of the names of tensors with a row for each class
 _MOST_NUMBERS = 2**31  # 20 times Vim-base
 
 
@@ -74,7 +75,7 @@ def model_for(state_dict: dict[str, Any], architecture: str, options: dict[str, 
       ValueError: no such network, option or value, or a network too large for any memory.
     """
     model = create_model(architecture, **options)
-    head = next((x for name, x in state_dict.items() if f".{name}".endswith(".head.weight") and x.ndim), None)
+    head = next((x for name, x in state_dict.items() if f".{name}".endswith(_CLASSES) and x.ndim), None)
     if head is not None and model.num_classes and "num_classes" not in options:
         model = create_model(architecture, **options | {"num_classes": head.shape[0]})
     try:

@@ -1,12 +1,12 @@
-"""The public function: it checks the arguments, brings them to one form and hands them to an implementation:
+"""The public function: it checks the arguments, brings them to one form and passes them to an implementation:
 
-    sequential   a loop over time with a hand-written gradient: any backend
-    associative  `lax.associative_scan` over time: any backend, logarithmic depth, memory for every state
-    native       C++ through `jax.ffi`: CPU, where a compiler is found
+    native       C++ through `jax.ffi`: CPU, where it was compiled
     pallas       Pallas kernels lowered through Triton: GPU
     triton       the same in Triton's own language, through jax_triton: GPU, never chosen by itself
+    sequential   a loop over time with a hand-written gradient: any backend
+    associative  `lax.associative_scan` in chunks of time: any backend, also forward mode and second derivatives
 
-`reference` is the same in float64 NumPy, for tests. Each is a module beside this one with
+`reference` is the same in float64 NumPy, for tests. Each implementation is a module beside this one with
 
     scan(inputs: ScanInputs, options: ScanOptions) -> (y, last_state)
 
@@ -55,8 +55,9 @@ def selective_scan(
 
         h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t u_t        y_t = C_t · h_t + D u_t        y_t ← y_t silu(z_t) if z is given
 
-    State and arithmetic are float32 whatever the inputs are. Every array has a gradient (in reverse mode), the states
-    included.
+    State and arithmetic are float32 whatever the inputs are. Every array has a gradient, the states included; forward
+    mode and second derivatives need "associative". On several devices the scan is split over batch and channels as its
+    inputs are.
 
     Args:
       u: input, (batch, length, channels), any floating dtype.

@@ -110,10 +110,10 @@ def test_the_failure_of_one_process_ends_the_other(tmp_path, together):
 def test_processes_that_would_compute_differently_are_stopped(monkeypatch):
     other = zlib.crc32(b"native") % 2**30
     monkeypatch.setattr(parallel, "any_process", lambda number: max(number, other if number > 0 else -other))
-    parallel.check_alike("native")
+    parallel.check_same_computation("native")
     for text in ("sequential", "associative"):
         with pytest.raises(TrainingError, match=f"this one has {text}"):
-            parallel.check_alike(text)
+            parallel.check_same_computation(text)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Which run a folder belongs to: settings, classes, images, and one process at a time."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import pytest
 from PIL import Image
 from tiny import tiny_config
 
-from vimd_jax.data.sources import Splits, load_source
+from vimd_jax.data.sources import Source, Splits, load_source
 from vimd_jax.training import workdirs
 
 
@@ -37,6 +38,36 @@ def workdir(tmp_path, images):
     workdirs.claim(tmp_path / "run", config, splits(config))
     (tmp_path / "run" / "checkpoints" / "5").mkdir(parents=True)
     return tmp_path / "run"
+
+
+def test_a_run_of_an_earlier_version_continues(workdir, images):
+    """Settings that it does not have are at their defaults; one that is gone and was not set does not matter."""
+    stored = json.loads((workdir / "config.json").read_text())
+    del stored["scan_implementation"], stored["teacher"]["init_key"]
+    stored["teacher"]["scan_implementation"] = None
+    (workdir / "config.json").write_text(json.dumps(stored))
+    config = config_of(images)
+    workdirs.check(workdir, config, splits(config))
+    config.scan_implementation = "sequential"
+    with pytest.raises(ValueError, match="config.scan_implementation was '', is 'sequential'"):
+        workdirs.check(workdir, config, splits(config))
+
+
+class Maps(Source):
+    """Images with maps of labels, which have no class of their own."""
+
+    class_names = ("sky", "tree")
+
+    def __len__(self):
+        return 4
+
+    def name(self, i):
+        return f"{i}.jpg"
+
+
+def test_images_without_classes_are_counted_together():
+    found = workdirs.fingerprint(Splits(Maps(), Maps(), Maps()))["test"]
+    assert {name: count for name, (count, _) in found.items()} == {"sky": 0, "tree": 0, "": 4}
 
 
 @pytest.mark.parametrize(
@@ -127,5 +158,5 @@ def test_two_runs_in_one_folder(tmp_path):
     )
     with workdirs.locked(tmp_path):
         second = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-        assert "another process trains in this folder" in second.stderr
+        assert "another process is already training there" in second.stderr
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0

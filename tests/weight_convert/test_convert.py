@@ -1,5 +1,6 @@
 """The two commands, and the directory between them."""
 
+import dataclasses
 import errno
 import hashlib
 import io
@@ -17,7 +18,7 @@ import torch_writer
 from safetensors.numpy import load_file, save_file
 
 from vimd_jax.checkpoints import format
-from vimd_jax.checkpoints.format import read_description
+from vimd_jax.checkpoints.format import read_description, save_model
 from vimd_jax.load import load_model, load_variables
 from vimd_jax.models import create_model, list_models
 from weight_convert import convert as convert_command
@@ -71,6 +72,17 @@ def test_srresnet_there_and_back_with_its_batch_counters(tmp_path):
     expected = load_torch_checkpoint(SR_FILE)
     assert expected["conv2.1.num_batches_tracked"] == 7
     assert_same_tensors(tmp_path / "sr.safetensors", expected)
+
+
+@pytest.mark.parametrize("counters", [["x"], {"conv3.weight": 3, "conv2.1.num_batches_tracked": [1]}])
+def test_counters_of_a_stranger_are_no_tensors(counters, tmp_path):
+    assert convert(*SR, "--output", tmp_path / "sr") == 0
+    trained = load_model(tmp_path / "sr")
+    save_model(tmp_path / "x", dataclasses.replace(trained, provenance={"num_batches_tracked": counters}))
+    assert export("--checkpoint", tmp_path / "x", "--output", tmp_path / "x.safetensors") == 0
+    expected = load_torch_checkpoint(SR_FILE)
+    expected |= {name: np.zeros((), np.int64) for name in expected if name.endswith("num_batches_tracked")}
+    assert_same_tensors(tmp_path / "x.safetensors", expected)
 
 
 def test_srvm_from_two_files_and_back(tmp_path, capsys):

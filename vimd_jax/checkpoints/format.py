@@ -29,7 +29,7 @@ from vimd_jax.models.network import square, variable_shapes
 _MOST_HEADER_BYTES = 2 * 2**20  # of a .safetensors file
 
 
-def save_model(folder: Path, trained: TrainedModel) -> str:
+def save_model(folder: str | Path, trained: TrainedModel) -> str:
     """Writes a network into a folder, in place of the one that is there; returns its checksum.
 
     A failure leaves the folder as it was.
@@ -38,6 +38,7 @@ def save_model(folder: Path, trained: TrainedModel) -> str:
       CheckpointError: a value is not finite, or the network could not be read again.
       OSError: the folder cannot be written.
     """
+    folder = Path(folder).expanduser()
     leaves = {path: np.ascontiguousarray(leaf) for path, leaf in flatten_dict(trained.variables, sep="/").items()}
     check_finite(leaves, f"the network for {folder}")
     check_size(trained.model)

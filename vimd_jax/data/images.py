@@ -165,8 +165,8 @@ def _smallest_size(image: Image.Image, reduction: Reduction | None) -> tuple[int
     if reduction is None:
         return DRAFT_SIZE, DRAFT_SIZE
     width, height = image.size
-    lies = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-    factor = reduction(height, width) if lies else reduction(width, height)
+    sideways = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    factor = reduction(height, width) if sideways else reduction(width, height)
     return min(DRAFT_SIZE, width // factor), min(DRAFT_SIZE, height // factor)
 
 

@@ -140,10 +140,10 @@ def _train_example(
 
 
 class Drawing:
-    """What a seed draws for one image: its view, and from `rng` afterwards its augmentation.
+    """The random choices of a seed for one image: its view, and from `rng` afterwards its augmentation.
 
-    With reduced decoding, the view is drawn as soon as the header tells the image's size, and decides how much smaller
-    the image is decoded; otherwise from the decoded image's size.
+    With reduced decoding, the view is drawn as soon as the image's size is read from the header, and decides how much
+    smaller the image is decoded; otherwise it is drawn for the decoded image's size.
     """
 
     def __init__(self, config: ConfigDict, seed: tuple[int, ...]):

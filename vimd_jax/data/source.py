@@ -25,12 +25,12 @@ SPLIT_NAMES = {"train": "train", **dict.fromkeys(("val", "valid", "validation"),
 
 
 class Record(NamedTuple):
-    """An image and what its source knows of it.
+    """An image and its target.
 
     Attributes:
         image: RGB.
         target: an index into the source's `class_names`, or a map of such indices on the image's grid (Pillow, mode
-            "L"), or whatever a task learns; None where there is none.
+            "L"), or any other value that a task learns; None where there is none.
     """
 
     image: Image.Image
@@ -43,7 +43,7 @@ class Source:
     Attributes:
         class_names: the class names.
         labels: int32 (number of images,), indices into `class_names`; None where an image has no class of its own.
-            What holds out images, checks and describes a dataset reads them; learning reads the records.
+            They serve to hold out images and to check a dataset; training reads the records.
     """
 
     class_names: tuple[str, ...]
@@ -60,11 +60,11 @@ class Source:
         """Raises UnreadableImage if the header of image i cannot be read."""
 
     def name(self, i: int) -> str:
-        """What messages call image i."""
+        """Name of image i in messages."""
         raise NotImplementedError
 
     def key(self, i: int) -> str:
-        """What identifies image i, wherever the data lie."""
+        """Identity of image i, wherever the data are stored."""
         return self.name(i)
 
 
@@ -121,7 +121,7 @@ class Subset(Source):
 
 
 class Splits(NamedTuple):
-    """What a run needs; `held_out` picks the best network."""
+    """The images of a run; `held_out` picks the best network."""
 
     train: Source
     held_out: Source

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from vimd_jax.models.layers import check_images, drop_path, normalize_images, patch_embedding, rms_norm
@@ -227,10 +228,11 @@ class Isotropic(Network):
 
         positions = class_token_positions(self.class_token, math.prod(grid))
         names = {0: [], 1: ["class_token"], 2: ["class_token_head", "class_token_tail"]}[len(positions)]
-        tokens = [self.param(name, self.class_token_init, (1, 1, dim)) for name in names]
-        tokens = [jnp.tile(token, (batch, 1, 1)) for token in tokens]
+        tokens = [self.param(name, self.class_token_init, (1, 1, dim), jnp.float32) for name in names]
+        # Not jnp.tile: where the batch is sharded over an explicit mesh, its tokens must be too.
+        tokens = [jnp.broadcast_arrays(token, patches[:, :1])[0] for token in tokens]
         table_length = math.prod(self.grid) + len(positions)
-        table = self.param("position_embedding", normal, (1, table_length, dim))
+        table = self.param("position_embedding", normal, (1, table_length, dim), jnp.float32)
         if grid != self.grid:
             table = resize_positions(table, self.grid, grid, self.class_token)
         return insert_tokens(patches, tokens, positions) + table
@@ -241,7 +243,7 @@ class Isotropic(Network):
 
     def drop_rates(self) -> jax.Array:
         """Stochastic depth of each layer, (depth,)."""
-        return jnp.linspace(0.0, self.drop_path_rate, self.depth)
+        return jnp.linspace(0.0, self.drop_path_rate, self.depth, dtype=jnp.float32)
 
     def rotation(self, grid: tuple[int, int]) -> Rotation:
         """Cosines and sines by which rotary positions turn the tokens of a grid."""
@@ -251,7 +253,7 @@ class Isotropic(Network):
     def pool_tokens(self, tokens: jax.Array, positions: tuple[int, ...]) -> jax.Array:
         """What the head reads."""
         if positions:
-            return jnp.stack([tokens[:, position] for position in positions], axis=1).mean(axis=1)
+            return tokens[:, np.array(positions)].mean(axis=1)
         return {"mean": tokens.mean(axis=1), "last": tokens[:, -1], "max": tokens}[self.pool]
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -39,7 +40,7 @@ def check_images(images: jax.Array) -> None:
 
 def normalize_images(images: jax.Array) -> jax.Array:
     """Subtracts the mean of ImageNet's images in [0, 1] and divides by their standard deviation."""
-    return (images - jnp.array(IMAGENET_MEAN)) / jnp.array(IMAGENET_STD)
+    return (images - np.float32(IMAGENET_MEAN)) / np.float32(IMAGENET_STD)
 
 
 def patch_embedding(
@@ -80,8 +81,12 @@ class DepthwiseConv(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps x (batch, height, width, channels) to the same shape and dtype; zeros lie around the borders."""
         channels = x.shape[-1]
-        kernel = self.param("kernel", uniform_fan_in, (3, 3, 1, channels))
-        bias = self.param("bias", uniform(1 / 3), (channels,)) if self.use_bias else jnp.zeros(channels)
+        kernel = self.param("kernel", uniform_fan_in, (3, 3, 1, channels), jnp.float32)
+        bias = (
+            self.param("bias", uniform(1 / 3), (channels,), jnp.float32)
+            if self.use_bias
+            else jnp.zeros(channels, jnp.float32)
+        )
         # Computed again in the backward pass, which would otherwise keep every shifted copy of x.
         return jax.checkpoint(self._convolve, prevent_cse=False)(x, kernel, bias)
 
@@ -135,7 +140,7 @@ def _drop(module: nn.Module, x: jax.Array, rate: jax.Array | float, shape: tuple
 
     Where devices share a batch (`DEVICES`) it draws for all of it: what is dropped does not depend on their number.
     """
-    count = len(x)
+    count = x.shape[0]
     try:
         first, total = count * jax.lax.axis_index(DEVICES), count * jax.lax.axis_size(DEVICES)
     except NameError:  # of an axis that is not there
@@ -171,8 +176,12 @@ class Conv(nn.Module):
         `change` maps the kernel (size, size, inputs, features) and the bias, 0 where there is none, to those used.
         """
         inputs = x.shape[-1]
-        kernel = self.param("kernel", uniform_fan_in, (self.size, self.size, inputs, self.features))
-        bias = self.param("bias", uniform((inputs * self.size**2) ** -0.5), (self.features,)) if self.use_bias else 0.0
+        kernel = self.param("kernel", uniform_fan_in, (self.size, self.size, inputs, self.features), jnp.float32)
+        bias = (
+            self.param("bias", uniform((inputs * self.size**2) ** -0.5), (self.features,), jnp.float32)
+            if self.use_bias
+            else 0.0
+        )
         kernel, bias = change(kernel, bias)
         return self.convolve(x, kernel) + bias
 
@@ -197,10 +206,10 @@ class BatchNorm(nn.Module):
         Normalising by the running averages is part of the filters of `conv`, if there is one.
         """
         channels = conv.features if conv else x.shape[-1]
-        scale = self.param("scale", nn.initializers.ones, (channels,))
-        bias = self.param("bias", nn.initializers.zeros, (channels,))
-        running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
-        running_var = self.variable("batch_stats", "var", jnp.ones, (channels,))
+        scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,), jnp.float32)
+        running_var = self.variable("batch_stats", "var", jnp.ones, (channels,), jnp.float32)
         mean, var = running_mean.value, running_var.value
         if self.train and not self.is_initializing():
             x, conv = conv(x) if conv else x, None

@@ -191,7 +191,7 @@ class DirectionWeights(nn.Module):
     @nn.compact
     def __call__(self, y: jax.Array) -> jax.Array:
         """Maps y (batch, tokens, directions, channels) to (batch, tokens, channels)."""
-        weights = self.param("direction_weights", nn.initializers.normal(1e-3), (y.shape[-2],))
+        weights = self.param("direction_weights", nn.initializers.normal(1e-3), (y.shape[-2],), jnp.float32)
         norm = layer_norm(use_scale=False, use_bias=False, name="norm")
         return sum_visits(norm(y) * jax.nn.softmax(weights)[:, None])
 

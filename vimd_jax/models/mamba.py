@@ -38,7 +38,7 @@ class SSM(nn.Module):
         u = ShortConv(self.reverse, name="conv")(x)
         delta, B, C, delta_bias = selective_projections(u, self.state_size, self.delta_bias_init, self.dtype)
         A = state_matrix(self, "A_log", channels, self.state_size)
-        D = self.param("D", nn.initializers.ones, (channels,))
+        D = self.param("D", nn.initializers.ones, (channels,), jnp.float32)
         return selective_scan(
             u, delta, A, B, C, D=D, z=z, delta_bias=delta_bias, delta_softplus=True, reverse=self.reverse
         )
@@ -68,11 +68,11 @@ class GroupedSSM(nn.Module):
         """Maps u and, where there is one, the gate z (batch, length, directions, channels) to the same shape."""
         *sequence, groups, channels = u.shape
         rank, state = delta_rank(channels, self.expand), self.state_size
-        x_proj = self.param("x_proj_kernel", self.x_proj_init, (groups, channels, rank + 2 * state))
-        dt_proj = self.param("dt_proj_kernel", self.dt_proj_init, (groups, rank, channels))
-        dt_bias = self.param("dt_proj_bias", self.dt_bias_init, (groups, channels))
-        A = -jnp.exp(self.param("A_log", log_of_counting, (groups, channels, state))).reshape(-1, state)
-        D = self.param("D", nn.initializers.ones, (groups, channels))
+        x_proj = self.param("x_proj_kernel", self.x_proj_init, (groups, channels, rank + 2 * state), jnp.float32)
+        dt_proj = self.param("dt_proj_kernel", self.dt_proj_init, (groups, rank, channels), jnp.float32)
+        dt_bias = self.param("dt_proj_bias", self.dt_bias_init, (groups, channels), jnp.float32)
+        A = -jnp.exp(self.param("A_log", log_of_counting, (groups, channels, state), jnp.float32)).reshape(-1, state)
+        D = self.param("D", nn.initializers.ones, (groups, channels), jnp.float32)
 
         projected = jnp.einsum("blkc,kcr->blkr", u.astype(self.dtype), x_proj.astype(self.dtype))
         code, B, C = jnp.split(projected, [rank, rank + state], axis=-1)
@@ -123,7 +123,7 @@ def delta_rank(channels: int, expand: float = EXPAND) -> int:
 
 def state_matrix(module: nn.Module, name: str, channels: int, state_size: int) -> jax.Array:
     """A = -exp(parameter), (channels, state_size); the parameter belongs to the module."""
-    return -jnp.exp(module.param(name, log_of_counting, (channels, state_size)))
+    return -jnp.exp(module.param(name, log_of_counting, (channels, state_size), jnp.float32))
 
 
 class ShortConv(nn.Module):
@@ -135,8 +135,8 @@ class ShortConv(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps x (batch, length, channels) to the same shape and dtype."""
         channels = x.shape[-1]
-        kernel = self.param("kernel", uniform_fan_in, (CONV_WIDTH, 1, channels))
-        bias = self.param("bias", uniform(CONV_WIDTH**-0.5), (channels,))
+        kernel = self.param("kernel", uniform_fan_in, (CONV_WIDTH, 1, channels), jnp.float32)
+        bias = self.param("bias", uniform(CONV_WIDTH**-0.5), (channels,), jnp.float32)
         # Computed again in the backward pass, which would otherwise keep every shifted copy of x.
         return jax.checkpoint(_silu_of_conv, static_argnums=3, prevent_cse=False)(x, kernel, bias, self.reverse)
 
@@ -148,8 +148,8 @@ class GroupedShortConv(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps x (batch, length, directions, channels) to the same shape and dtype."""
         batch, length, groups, channels = x.shape
-        kernel = self.param("kernel", uniform(CONV_WIDTH**-0.5), (groups, CONV_WIDTH, 1, channels))
-        bias = self.param("bias", uniform(CONV_WIDTH**-0.5), (groups, channels))
+        kernel = self.param("kernel", uniform(CONV_WIDTH**-0.5), (groups, CONV_WIDTH, 1, channels), jnp.float32)
+        bias = self.param("bias", uniform(CONV_WIDTH**-0.5), (groups, channels), jnp.float32)
         taps = kernel.transpose(1, 2, 0, 3).reshape(CONV_WIDTH, 1, groups * channels)
         flat = x.reshape(batch, length, groups * channels)
         y = jax.checkpoint(_silu_of_conv, static_argnums=3, prevent_cse=False)(flat, taps, bias.reshape(-1), False)
@@ -177,8 +177,8 @@ class DeltaProjection(nn.Module):
     @nn.compact
     def __call__(self, code: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Maps code (batch, length, rank) to step sizes without bias (batch, length, channels) and the bias."""
-        kernel = self.param("kernel", uniform_fan_in, (code.shape[-1], self.channels))
-        bias = self.param("bias", self.bias_init, (self.channels,))
+        kernel = self.param("kernel", uniform_fan_in, (code.shape[-1], self.channels), jnp.float32)
+        bias = self.param("bias", self.bias_init, (self.channels,), jnp.float32)
         return code @ kernel.astype(code.dtype), bias
 
 

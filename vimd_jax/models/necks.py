@@ -68,7 +68,7 @@ class Deconvolution(nn.Module):
         """Maps x (batch, rows, columns, channels) to (batch, 2 rows, 2 columns, channels) float32."""
         batch, rows, columns, channels = x.shape
         bound = (4 * channels) ** -0.5
-        kernel = self.param("kernel", uniform(bound), (2, 2, channels, channels))
-        bias = self.param("bias", uniform(bound), (channels,))
+        kernel = self.param("kernel", uniform(bound), (2, 2, channels, channels), jnp.float32)
+        bias = self.param("bias", uniform(bound), (channels,), jnp.float32)
         y = jnp.einsum("byxc,uvcd->byuxvd", x.astype(self.dtype), kernel.astype(self.dtype))
         return y.reshape(batch, 2 * rows, 2 * columns, channels).astype(jnp.float32) + bias

@@ -166,7 +166,8 @@ def to_sequences(tokens: jax.Array, order: ScanOrder) -> jax.Array:
 
 def to_tokens(sequences: jax.Array, order: ScanOrder) -> jax.Array:
     """What each visit brought: (batch, length, directions, channels) to (batch, tokens, visits, channels)."""
-    rows = sequences.reshape(len(sequences), -1, sequences.shape[-1])
+    batch, length, directions, channels = sequences.shape
+    rows = sequences.reshape(batch, length * directions, channels)
     return rows.at[:, order.places].get(mode="promise_in_bounds")
 
 

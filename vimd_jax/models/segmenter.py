@@ -85,7 +85,8 @@ class Segmenter(Composite):
         """See `Network`: the parameters of `from_options`, and the options of the backbone that is chosen."""
         parameters = inspect.signature(cls.from_options).parameters
         own = {name: parameter.annotation for name, parameter in parameters.items() if name != "options"}
-        return model_options(_checked(chosen["backbone"])) | own
+        backbone = chosen.get("backbone")
+        return model_options(backbone if backbone in CLASSIFIERS else "vim_tiny") | own
 
     @classmethod
     def from_options(
@@ -125,7 +126,9 @@ class Segmenter(Composite):
             raise ValueError(f'head: {head!r} is not valid, expected "upernet" or "linear"')
         shared = {"num_classes": num_classes, "bn_axis_name": bn_axis_name}
         convolving = shared | {"dtype": dtype, "dropout_rate": head_dropout_rate}
-        own = {"bn_axis_name": bn_axis_name} if "bn_axis_name" in model_options(_checked(backbone)) else {}
+        if backbone not in CLASSIFIERS:
+            raise ValueError(f"backbone: {backbone!r} is not a classifier, choose one of {', '.join(CLASSIFIERS)}")
+        own = {"bn_axis_name": bn_axis_name} if "bn_axis_name" in model_options(backbone) else {}
         decode_head = Linear(**shared)
         if head == "upernet":
             decode_head = _named("head", UperNet, channels=head_channels, **convolving)
@@ -272,12 +275,6 @@ def _starts(side: int, window: int, stride: int) -> list[int]:
     """Where windows start that cover a side."""
     count = max(side - window + stride - 1, 0) // stride + 1
     return [min(k * stride, side - window) for k in range(count)]
-
-
-def _checked(backbone: str) -> str:
-    if backbone not in CLASSIFIERS:
-        raise ValueError(f"backbone: {backbone!r} is not a classifier, choose one of {', '.join(CLASSIFIERS)}")
-    return backbone
 
 
 def _named(prefix: str, head: type[Network], **options: Any) -> Network:

@@ -51,7 +51,7 @@ class SRResNet(Network):
           ValueError: images are not (batch, height, width, 3) floats.
         """
         check_images(images)
-        shallow = PReLU(name="prelu_in")(Conv(self.channels, 9, name="conv_in")(images))
+        shallow = PReLU(name="prelu_in")(Conv(self.channels, 9, name="conv_in")(images.astype(jnp.float32)))
 
         blocks = nn.scan(
             ResidualBlock,
@@ -117,16 +117,16 @@ def winograd(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """
     pixels, taps, results = _winograd_matrices()
     size = len(pixels)
-    batch, height, width, inputs = x.shape
+    (batch, height, width, inputs), features = x.shape, kernel.shape[-1]
     rows, columns = -(-height // 4), -(-width // 4)
     x = jnp.pad(x, ((0, 0), (1, 1 + 4 * rows - height), (1, 1 + 4 * columns - width), (0, 0)))
     kernels = jnp.stack(_combine(taps, [jnp.stack(_combine(taps, list(row))) for row in kernel]))
     lines = _combine(pixels, [x[:, i : i + 4 * rows - 3 : 4] for i in range(size)])
     tiles = [_combine(pixels, [line[:, :, j : j + 4 * columns - 3 : 4] for j in range(size)]) for line in lines]
-    products = jnp.stack(sum(tiles, [])).reshape(size**2, -1, inputs) @ kernels.reshape(size**2, inputs, -1)
-    lines = _combine(results, list(products.reshape(size, size, batch, rows, columns, -1)))
+    products = jnp.einsum("kbrci,kif->kbrcf", jnp.stack(sum(tiles, [])), kernels.reshape(size**2, inputs, features))
+    lines = _combine(results, list(products.reshape(size, size, batch, rows, columns, features)))
     y = jnp.stack([jnp.stack(_combine(results, list(line)), axis=3) for line in lines], axis=2)
-    return y.reshape(batch, 4 * rows, 4 * columns, -1)[:, :height, :width]
+    return y.reshape(batch, 4 * rows, 4 * columns, features)[:, :height, :width]
 
 
 @functools.cache
@@ -166,7 +166,7 @@ class PReLU(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        alpha = self.param("alpha", nn.initializers.constant(0.25), (1,))
+        alpha = self.param("alpha", nn.initializers.constant(0.25), (1,), jnp.float32)
         return jnp.where(x > 0, x, alpha * x)
 
 

@@ -153,8 +153,8 @@ class LinePass(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, z: jax.Array, reverse: bool) -> jax.Array:
         """Maps x and the gate z (batch, lines, length, channels) to the same shape; `reverse` starts at lines' ends."""
-        *_, length, channels = shape = x.shape
-        x, z = x.reshape(-1, length, channels), z.reshape(-1, length, channels)
+        batch, lines, length, channels = shape = x.shape
+        x, z = (array.reshape(batch * lines, length, channels) for array in (x, z))
         u = ShortConv(reverse, name="conv")(x)
         rank = delta_rank(channels)
         x_proj = nn.Dense(
@@ -165,7 +165,7 @@ class LinePass(nn.Module):
         A = state_matrix(self, "A_log", channels, self.state_size)
         ones = jnp.ones_like(A)
         B, C = (matrix, ones) if self.selective == "B" else (ones, matrix)
-        D = self.param("D", nn.initializers.ones, (channels,))
+        D = self.param("D", nn.initializers.ones, (channels,), jnp.float32)
         y = selective_scan(u, delta, A, B, C, D=D, z=z, delta_bias=delta_bias, delta_softplus=True, reverse=reverse)
         return y.reshape(shape)
 

@@ -74,7 +74,8 @@ class SS2D(nn.Module):
         dim = x.shape[-1]
         u, z = jnp.split(projection(2 * self.expand * dim, self.dtype, "in_proj")(x), 2, axis=-1)
         u = DepthwiseConv(activation=nn.silu, name="conv")(u)
-        y = self.merge(self.scan(u.reshape(len(u), -1, u.shape[-1]), order))
+        batch, rows, columns, channels = u.shape
+        y = self.merge(self.scan(u.reshape(batch, rows * columns, channels), order))
         y = layer_norm(name="norm")(y).reshape(u.shape) * nn.silu(z)
         return projection(dim, self.dtype, "out_proj")(y)
 

@@ -1,1 +1,1 @@
-"""Tasks, a file each: what a network learns from an image. The stages of training that use them: config.STAGES."""
+"""The tasks that networks learn, a file each. The stages of training that use them: config.STAGES."""

@@ -1,4 +1,4 @@
-"""Distillation: what a teacher adds to the loss of any task (ViMD, https://arxiv.org/abs/2411.17980)."""
+"""Distillation: the terms that a teacher adds to the loss of any task (ViMD, https://arxiv.org/abs/2411.17980)."""
 
 import dataclasses
 from collections.abc import Callable

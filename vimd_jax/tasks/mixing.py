@@ -99,7 +99,7 @@ class _Groups:
         return jax.vmap(partial(jax.random.fold_in, key))(numbers)
 
     def each_image(self, x: jax.Array) -> jax.Array:
-        """What is drawn for each group (groups, …), for each image of this device (images, …)."""
+        """Spreads a draw for each group (groups, …) to the images of this device (images, …)."""
         return jnp.repeat(x, self._share // len(x), axis=0)
 
     def partners(self, x: jax.Array) -> jax.Array:

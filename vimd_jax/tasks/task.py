@@ -1,4 +1,4 @@
-"""The description of a task: everything that training, evaluation and their pictures need to know of it.
+"""The description of a task: all that training, evaluation and their pictures need of it.
 
 A task is a value, made of pure functions and names. A batch holds uint8 images of one view, "high" (b, H, W, 3) and
 "low" (b, h, w, 3), "target" (b, …) and "weight" (b,), 0 for what fills up a batch. Functions of arrays run on devices.
@@ -23,7 +23,7 @@ Table = list[tuple]
 
 
 class Output(NamedTuple):
-    """What a network has computed of a batch in training.
+    """The results of a network for a batch in training.
 
     Attributes:
       value: logits, a restored image, …
@@ -38,7 +38,7 @@ class Output(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """What an evaluation has found over all its images.
+    """The findings of an evaluation over all its images.
 
     Attributes:
       total: sums over the images, float64; "count" is how many there were.
@@ -55,14 +55,14 @@ def _nothing(*_: Any) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What is learned from an image.
+    """A goal of learning from images.
 
     Attributes:
       networks: the names of the networks that can learn it.
       network: the one that a config has by default.
       loss: (output, batch, config of the stage) -> the loss and its terms by name, means over the batch.
       sums: (the network's output, batch) -> sums over the batch, each image counted by its weight, with "count".
-      scores: total sums, see `Sums` -> scores by name, in the order in which they are told; without "count".
+      scores: total sums, see `Sums` -> scores by name, in the order of the log; without "count".
       drawn: the scores that curves.png shows; more of the first one means a better network.
       axis: title of their axis.
       target: (record, view) -> what stands beside an image in a batch, an array of one shape; for a record without

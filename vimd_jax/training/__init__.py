@@ -1,1 +1,1 @@
-"""What vimd_jax/train.py is made of."""
+"""The parts of vimd_jax/train.py."""

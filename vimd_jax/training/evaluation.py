@@ -49,10 +49,10 @@ def evaluate(
       variables: of the network.
       batches: of this process.
       title: what the log calls the images.
-      check: called between batches; what it raises ends the evaluation.
+      check: called between batches; its exceptions end the evaluation.
 
     Returns:
-      Scores by name with "count", the number of images; and what they are made of.
+      Scores by name with "count", the number of images; and the sums behind them.
 
     Raises:
       ValueError: no image could be read.

@@ -1,4 +1,4 @@
-"""What a run says about itself: lines to read, metrics.jsonl, TensorBoard events."""
+"""Progress of a run: lines to read, metrics.jsonl, TensorBoard events."""
 
 import contextlib
 import json
@@ -25,8 +25,8 @@ NOT_A_TERM = ("loss", "gradient_norm", "parameter_norm")  # metrics of a step th
 class MetricWriter:
     """Appends to workdir/metrics.jsonl, one object a line, and to TensorBoard events in workdir/tensorboard.
 
-    What an interrupted run wrote after `resumed_step` is dropped first, since those steps are run again. The events
-    are made anew from the lines that stay.
+    Lines that an interrupted run wrote after `resumed_step` are dropped first, since those steps are run again. The
+    events are written again from the lines that stay.
     """
 
     def __init__(self, workdir: Path, steps_per_epoch: int, resumed_step: int, evaluated_step: int):
@@ -101,7 +101,7 @@ class Progress:
         self.skipped = record.get("skipped", 0)
 
     def record(self) -> dict[str, Any]:
-        """What a checkpoint must hold so that the next line of the log averages over all its steps."""
+        """The state to save in a checkpoint, so that the next line of the log averages over all its steps."""
         self.flush()
         return {"window": self._window, "skipped": self.skipped}
 
@@ -134,7 +134,7 @@ class Progress:
         self._timed += 1
 
     def summary(self, step: int, learning_rate: float) -> dict[str, float]:
-        """Means since the last summary; also says them in one line of the log."""
+        """Means since the last summary; logs them in one line."""
         self.flush()
         means = {name: float(np.mean([values[name] for values in self._window])) for name in self._window[0]}
         seconds = time.perf_counter() - self._start
@@ -169,7 +169,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them: "45 s", "3 min 20 s", "5 h 12 min"."""
+    """Seconds as text: "45 s", "3 min 20 s", "5 h 12 min"."""
     seconds = round(seconds)
     if seconds < 60:
         return f"{seconds} s"

@@ -167,7 +167,7 @@ def layer_scales(params: Any, decay: float) -> Any:
     """Layer-wise decay of the learning rate: decay^(distance to the head), as BEiT fine-tunes.
 
     The head and the last norm have distance 0, the last layer 1, the embeddings the most (Bao et al.,
-    https://arxiv.org/abs/2106.08254). What merges patches between two stages counts as the layer that follows.
+    https://arxiv.org/abs/2106.08254). The merging of patches between two stages counts as the layer that follows.
     """
     stacks = sorted(name for name in params if name == "layers" or name.startswith("stage_"))
     depths = [len(jax.tree.leaves(params[name])[0]) for name in stacks]

@@ -1,7 +1,7 @@
 """Data parallelism: the one place that knows how a step runs on several devices and hosts.
 
 Each device holds a copy of the state and a slice of the batch. Arrays carry a leading axis of local devices. Of several
-processes the first one decides: it alone reads and writes the workdir, and the others take its copy of what it read.
+processes the first one decides: it alone reads and writes the workdir, and the others receive copies from it.
 """
 
 import atexit
@@ -30,7 +30,7 @@ LOST = "this or another process of this run has ended or cannot be reached; the 
 
 
 def replicate(tree: Any) -> Any:
-    """A copy for every local device, placed as pmap places its results: so the second step is not compiled anew."""
+    """A copy for every local device, placed as pmap places its results, so that no step is compiled twice."""
     return jax_utils.replicate(tree, axis_name=AXIS)
 
 
@@ -80,13 +80,13 @@ def any_process(number: int) -> int:
     return int(np.max(multihost_utils.process_allgather(np.array(number)))) if jax.process_count() > 1 else number
 
 
-def check_alike(text: str) -> None:
-    """Raises TrainingError, on every process, unless all of them describe what they compute by the same text."""
+def check_same_computation(text: str) -> None:
+    """Raises TrainingError, on every process, unless all of them describe their computation by the same text."""
     digest = zlib.crc32(text.encode()) % 2**30
     if any_process(digest) != -any_process(-digest):
         raise TrainingError(
-            f"The processes of this run would compute differently; this one has {text}. Give all of them the same "
-            "command and data, and the same compiler, or name an implementation (scan_implementation of each network)."
+            f"The processes of this run do not run the same computation; this one has {text}. Give all of them the "
+            "same command and data, and the same compiler, or set config.scan_implementation."
         )
 
 

@@ -17,7 +17,7 @@ from vimd_jax.checkpoints.adapt import MODES
 from vimd_jax.config import DERIVED, STAGES, Stage, given_options
 from vimd_jax.load import load_variables
 from vimd_jax.models import create_model, model_options
-from vimd_jax.models.network import input_images, options_of, variable_shapes
+from vimd_jax.models.network import input_images, variable_shapes
 from vimd_jax.models.srvm import SRVM, bicubic, join
 from vimd_jax.tasks.task import Task, unit
 from vimd_jax.training import parallel
@@ -111,11 +111,12 @@ def _build(config: ConfigDict, role: str, class_names: Sequence[str], train: boo
     _check_section(role, section)
     outputs = STAGES[role].task.outputs(tuple(class_names))
     derived = {"num_classes": len(outputs), "image_size": config.dataset.high_resolution} if outputs else {}
+    if train and "bn_axis_name" in model_options(section.name):
+        derived["bn_axis_name"] = AXIS
     try:
-        model = create_model(section.name, **derived, **given_options(section))
+        return create_model(section.name, **derived, **given_options(section))
     except ValueError as error:
         raise ValueError(f"config.{role}.{error}") from error
-    return model.clone(bn_axis_name=AXIS) if train and "bn_axis_name" in options_of(type(model)) else model
 
 
 def _check_section(role: str, section: ConfigDict) -> None:
@@ -142,7 +143,7 @@ def _check_resolutions(config: ConfigDict, role: str, restorer: nn.Module | None
 
 
 def check_sources_of_weights(config: ConfigDict, networks: Networks, workdir: Path, made_before: set[Path]) -> None:
-    """Raises unless every network that needs weights is told where they are, and something is there or will be.
+    """Raises unless every network that needs weights has a path to them, and something is there or will be.
 
     Args:
       config: of one stage.
@@ -168,7 +169,7 @@ def check_sources_of_weights(config: ConfigDict, networks: Networks, workdir: Pa
 
 
 def initial_variables(config: ConfigDict, networks: Networks, workdir: Path) -> tuple[Variables, dict[str, Variables]]:
-    """What the stage starts from: the variables of the trained network, and by role those of the frozen ones.
+    """The variables that the stage starts from: of the trained network, and by role those of the frozen ones.
 
     Of several processes only the first one reads files. The others get zeros of the same shapes, see `from_first`.
     """

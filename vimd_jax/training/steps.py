@@ -23,7 +23,7 @@ from vimd_jax.training.roles import Networks, zeros
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """What training changes, and what a checkpoint of a run holds; the frozen networks are not part of it."""
+    """The state that training changes and that a checkpoint of a run holds, without the frozen networks."""
 
     step: jax.Array
     params: Any  # of the trained network

@@ -40,7 +40,7 @@ def init_path(config: ConfigDict, role: str, workdir: Path) -> Path | None:
 
 @contextlib.contextmanager
 def naming_the_stage(config: ConfigDict, count: int) -> Iterator[None]:
-    """Errors of one of several stages say in which one they are."""
+    """A context whose errors name the stage, where there are several."""
     try:
         yield
     except (ValueError, OSError, DatasetError) as error:
@@ -49,10 +49,10 @@ def naming_the_stage(config: ConfigDict, count: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def locked(workdir: Path) -> Iterator[None]:
-    """Keeps other processes from training in the same folder meanwhile.
+    """Keeps other processes from training in the same folder.
 
     Raises:
-      ValueError: another one is at it.
+      ValueError: another process is already training there.
     """
     if not parallel.is_first():
         yield
@@ -62,7 +62,7 @@ def locked(workdir: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
         except BlockingIOError:
-            raise ValueError(f"{workdir}: another process trains in this folder; wait for it or stop it.") from None
+            raise ValueError(f"{workdir}: another process is already training there; wait for it or stop it.") from None
         yield
 
 
@@ -144,7 +144,7 @@ def claim(workdir: Path, config: ConfigDict, data: Splits) -> None:
 
 
 def is_begun(workdir: Path) -> bool:
-    """Whether the folder is that of a run that has come to a checkpoint; until then it may be claimed anew."""
+    """Whether the folder is that of a run that has saved a checkpoint; until then another run may claim it."""
     return (workdir / "config.json").is_file() and any(path.name.isdigit() for path in workdir.glob("checkpoints/*"))
 
 
