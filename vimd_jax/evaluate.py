@@ -6,7 +6,6 @@ a classifier <split>_per_class.csv, <split>_confusion.csv and <split>_confusion.
 """
 
 import csv
-import logging
 from pathlib import Path
 
 from absl import flags
@@ -22,8 +21,6 @@ from vimd_jax.log import readable_errors
 from vimd_jax.tasks.task import Sums, Task
 from vimd_jax.training import parallel, plots, roles, steps, workdirs
 from vimd_jax.training.evaluation import evaluate, passes
-
-log = logging.getLogger("vimd_jax.evaluate")
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "Measure this workdir, converted checkpoint or PyTorch file instead of the run's best."
@@ -48,10 +45,9 @@ def evaluate_run(config: ConfigDict, workdir: Path, split: str, checkpoint: Path
     """
     check_settings(config)
     parallel.check_batch_size("eval_batch_size", config.eval_batch_size)
-    path = checkpoint or workdir
-    config = with_view_of(path, config)
     source = load_source(config.dataset, split, seed=config.seed)
     nets = roles.build_networks(config, source.class_names)
+    path = checkpoint or workdir
     variables = parallel.replicate(load_variables(path, nets.product))
     if checkpoint is None:
         check_names(workdir, nets.outputs)
@@ -60,23 +56,6 @@ def evaluate_run(config: ConfigDict, workdir: Path, split: str, checkpoint: Path
         scores, sums = evaluate(nets.task, steps.make_eval_step(nets), variables, batches, title)
     write_tables(nets.task, sums, nets.outputs, workdir, split)
     return scores
-
-
-def with_view_of(path: Path, config: ConfigDict) -> ConfigDict:
-    """A config that asks for the view of a checkpoint, on which predict labels images; PyTorch files record none."""
-    if not path.is_dir():
-        return config
-    view = read_description(path / "best" if (path / "best").is_dir() else path)["view"]
-    known = {
-        "eval_crop": float(view["crop"]),
-        "low_resolution": view["low_resolution"] or config.dataset.low_resolution,
-    }
-    if changes := {name: value for name, value in known.items() if config.dataset[name] != value}:
-        text = ", ".join(f"{name} {value} instead of {config.dataset[name]}" for name, value in changes.items())
-        log.info("%s: measured on its own view of the images: config.dataset.%s", path, text)
-        config = config.copy_and_resolve_references()
-        config.dataset.update(changes)
-    return config
 
 
 def check_names(workdir: Path, found: tuple[str, ...]) -> None:
