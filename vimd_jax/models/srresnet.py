@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from vimd_jax.models.layers import BatchNorm, Conv, check_images, convolve
+from vimd_jax.models.layers import BatchNorm, Conv, check_images, convolve, on_cpu, portable
 from vimd_jax.models.network import Network
 
 
@@ -108,7 +108,7 @@ def trunk_convolve(train: bool) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """
     if train:
         return convolve
-    return lambda x, kernel: jax.lax.platform_dependent(x, kernel, cpu=winograd, default=convolve)
+    return partial(on_cpu, winograd, convolve)
 
 
 def winograd(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -173,6 +173,8 @@ class PReLU(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         alpha = self.param("alpha", nn.initializers.constant(0.25), (1,), jnp.float32)
+        if portable.value:
+            return jnp.maximum(x, 0) + alpha * jnp.minimum(x, 0)  # ONNX Runtime is slow to choose between arrays
         return jnp.where(x > 0, x, alpha * x)
 
 
