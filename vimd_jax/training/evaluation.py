@@ -12,8 +12,9 @@ import numpy as np
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from vimd_jax.data.geometry import central_view, low_resolution_view
-from vimd_jax.data.pipeline import Batch, eval_batches, read_or_skip
+from vimd_jax.data.geometry import central_view
+from vimd_jax.data.pipeline import Batch, eval_batches, network_view, read_or_skip
+from vimd_jax.data.preparation import prepare_views
 from vimd_jax.data.sources import Record, Source
 from vimd_jax.errors import TrainingError
 from vimd_jax.tasks import restoration
@@ -95,9 +96,7 @@ def _output(network: nn.Module, variables: Any, images: jax.Array, return_featur
     return network.apply(variables, images, **options)
 
 
-def check_restorer(
-    config: ConfigDict, networks: Networks, variables: Any, source: Source, most: int = 16
-) -> None:
+def check_restorer(config: ConfigDict, networks: Networks, variables: Any, source: Source, most: int = 16) -> None:
     """Warns if a frozen SR network restores images, up to `most` of a source, worse than bicubic interpolation."""
     records = _spread(source, config, most)
     seen = [prepare_views(record.image, network_view(config.dataset)) for record in records]
@@ -117,9 +116,8 @@ def save_panel(
         return
     task, side = networks.task, config.dataset.high_resolution
     views = [central_view(record.image.size, side, config.dataset.eval_crop) for record in records]
-    seen = [view.apply(record.image) for view, record in zip(views, records)]
-    high = np.stack([np.asarray(image) for image in seen])
-    low = np.stack([np.asarray(low_resolution_view(image, config.dataset.low_resolution)) for image in seen])
+    seen = [prepare_views(record.image, network_view(config.dataset)) for record in records]
+    high, low = (np.stack([images[view] for images in seen]) for view in ("high", "low"))
     targets = [task.target(record, view) if task.target else None for record, view in zip(records, views)]
 
     columns = {"low resolution": low, "super-resolved": None, "high resolution": high}

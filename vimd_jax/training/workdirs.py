@@ -77,8 +77,8 @@ def check(workdir: Path, config: ConfigDict, data: Splits) -> None:
     for name in ("config.json", "data.json"):
         if not (workdir / name).is_file():
             raise ValueError(
-                f"{workdir} holds checkpoints, but its {name} is gone, which says what they are of: put it back, or choose "
-                "another --workdir."
+                f"{workdir} holds checkpoints, but its {name} is gone, so what they are of is not known: put it back, "
+                "or choose another --workdir."
             )
     now, then = _flat(_as_json(config)), _flat(_as_json(read_config(workdir)))
     keys = sorted(now.keys() | then.keys())
