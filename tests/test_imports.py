@@ -33,7 +33,7 @@ ALLOWED = {
         *("vimd_jax.data.geometry", "vimd_jax.data.sources"),
     ],
     "vimd_jax.config": ["kernels", "vimd_jax.models", "vimd_jax.settings", "vimd_jax.tasks"],
-    "vimd_jax.training": ["kernels", "vimd_jax"],
+    "vimd_jax.training": ["kernels", "vimd_jax", "weight_convert.hub"],
 }
 PROGRAMS = ("vimd_jax.train", "vimd_jax.evaluate", "vimd_jax.predict")
 
