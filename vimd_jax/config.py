@@ -92,12 +92,16 @@ _SETTINGS = {
         500, at_least(1), "steps between checkpoints; every evaluation is followed by one too", changeable=True
     ),
     "dataset.name": Setting(
-        "folder", ANY, "folder, synthetic, cub, cars, dogs, pets, flowers, mit67, action, aircraft or imagenet"
+        "folder",
+        ANY,
+        "folder, list, hugging_face, synthetic, cub, cars, dogs, pets, flowers, mit67, action, aircraft or imagenet; "
+        "or module:function, a source of your own",
     ),
     "dataset.directory": Setting(
         "",
         ANY,
-        "contains train|val|test/<class>/*.jpg; empty: read through TFDS, if TFDS has the dataset",
+        "contains train|val|test/<class>/*.jpg, or is what the format asks for; empty: read through TFDS, if TFDS has "
+        "the dataset",
         changeable=True,
     ),
     "dataset.num_classes": Setting(0, at_least(0), "0: as many as the data has; otherwise checked"),
@@ -128,6 +132,11 @@ _SETTINGS = {
     "dataset.eval_crop": Setting(1.0, SHARE, "share of the image's short side that the evaluation view keeps"),
     "dataset.repeats": Setting(
         1, at_least(1), "times each image is drawn in a row; 3 is the published repeated augmentation"
+    ),
+    "dataset.sampling": Setting(
+        "uniform",
+        one_of("uniform", "balanced"),
+        'every training image once an epoch, or "balanced": images of every class equally often',
     ),
     "dataset.on_error": Setting(
         "stop", one_of("stop", "skip"), 'an unreadable image: "stop", or "skip" and count', changeable=True

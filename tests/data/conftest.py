@@ -24,6 +24,7 @@ def dataset_config():
                 augment=default_config("classifier").dataset.augment.to_dict(),
                 eval_crop=1.0,
                 repeats=1,
+                sampling="uniform",
                 on_error="stop",
                 reduced_decoding=False,
                 num_workers=0,

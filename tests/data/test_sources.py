@@ -186,6 +186,33 @@ def test_mistakes_are_one_line_with_field_and_remedy(dataset_config, image_folde
     assert message in str(error.value) and "config.dataset." in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_source_of_ones_own(dataset_config, tmp_path, monkeypatch):
+    (tmp_path / "my_birds.py").write_text(
+        """
+import numpy as np
+from PIL import Image
+from vimd_jax.data.source import Record, Source
+
+class Birds(Source):
+    class_names = ("owl", "wren")
+    labels = np.array([0, 1, 1], np.int32)
+    def read(self, i, reduction=None):
+        return Record(Image.new("RGB", (5, 5)), self.labels[i])
+    def name(self, i):
+        return f"bird {i}"
+
+def load(config, split, seed):
+    return Birds()
+"""
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    source = load_source(dataset_config(name="my_birds:load"), "train")
+    assert len(source) == 3 and source.read(2).target == 1
+    for name in ("my_birds:laod", "no_birds:load"):
+        with pytest.raises(DatasetError, match=f"config.dataset.name is '{name}': "):
+            load_source(dataset_config(name=name), "train")
+
+
 def test_unknown_split(dataset_config):
     with pytest.raises(DatasetError, match="split is 'val'; choose one of train, validation, test"):
         load_source(dataset_config(), "val")

@@ -5,20 +5,23 @@ import hashlib
 import logging
 import os
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from ml_collections import ConfigDict
 from PIL import Image
 
 from vimd_jax.data.images import Reduction, check_header, read_image
-from vimd_jax.errors import UnreadableImage
+from vimd_jax.errors import DatasetError, UnreadableImage
 
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
+# What data may call them.
+SPLIT_NAMES = {"train": "train", **dict.fromkeys(("val", "valid", "validation"), "validation"), "test": "test"}
 
 
 class Record(NamedTuple):
@@ -145,7 +148,40 @@ def check_readable(source: Source, split: str, on_error: str) -> None:
     log.warning("%s; they are left out.", text)
 
 
-def hold_out(source: Source, split: str, fraction: float, seed: int) -> Source:
+def choose(found: Mapping[str, Source], split: str, config: ConfigDict, seed: int, place: str) -> Source:
+    """A split of data that have only some.
+
+    With only training and validation images, the layout of the published experiments, the latter are the test set.
+    Where validation images are missing, config.validation_fraction of the training images are held out.
+
+    Args:
+        found: the images of the splits that the data have; under "" those of data without splits, of which the same
+            share are the test set.
+        split: which is wanted.
+        config: `config.dataset`.
+        seed: selects what is held out for validation.
+        place: where the data lie, for the message.
+
+    Raises:
+        DatasetError: the data have no such split, or none to train on and to test.
+    """
+    found = dict(found)
+    if set(found) == {""}:
+        parts = {"train": "train", "test": "validation"}
+        found = {name: hold_out(found[""], part, config.validation_fraction, "test") for name, part in parts.items()}
+    if "test" not in found and "validation" in found:
+        found["test"] = found.pop("validation")
+    if "" in found or "test" not in found or (split != "test" and "train" not in found):
+        has = ", ".join(name or "without a split" for name in found)
+        raise DatasetError(
+            f"config.dataset.directory: {place} has these images: {has}; expected train and test, perhaps validation"
+        )
+    if split == "test" or "validation" in found:
+        return found[split]
+    return hold_out(found["train"], split, config.validation_fraction, seed)
+
+
+def hold_out(source: Source, split: str, fraction: float, seed: int | str) -> Source:
     """The training or validation part of a source, with about `fraction` of the images held out for validation.
 
     Whether an image is held out depends on its key and the seed alone, so it does not change when others come or go;

@@ -11,8 +11,9 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from vimd_jax.data.geometry import central_view, low_resolution_view
-from vimd_jax.data.pipeline import Batch, eval_batches, read_or_skip
+from vimd_jax.data.geometry import central_view
+from vimd_jax.data.pipeline import Batch, eval_batches, network_view, read_or_skip
+from vimd_jax.data.preparation import prepare_views
 from vimd_jax.data.sources import Source
 from vimd_jax.errors import TrainingError
 from vimd_jax.tasks.task import Sums, Task, unit
@@ -90,9 +91,8 @@ def save_panel(
         return
     task, side = networks.task, config.dataset.high_resolution
     views = [central_view(record.image.size, side, config.dataset.eval_crop) for record in records]
-    seen = [view.apply(record.image) for view, record in zip(views, records)]
-    high = np.stack([np.asarray(image) for image in seen])
-    low = np.stack([np.asarray(low_resolution_view(image, config.dataset.low_resolution)) for image in seen])
+    seen = [prepare_views(record.image, network_view(config.dataset)) for record in records]
+    high, low = (np.stack([images[view] for images in seen]) for view in ("high", "low"))
     targets = [task.target(record, view) if task.target else None for record, view in zip(records, views)]
 
     columns = {"low resolution": low, "super-resolved": None, "high resolution": high}
