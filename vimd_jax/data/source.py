@@ -1,6 +1,5 @@
 """A dataset as a random-access list of records, whatever its format; the formats themselves: see sources.py."""
 
-import functools
 import hashlib
 import logging
 import os
@@ -207,9 +206,3 @@ def composed(text: str) -> str:
     Bytes that are not UTF-8 are escaped.
     """
     return unicodedata.normalize("NFC", text).encode(errors="backslashreplace").decode()
-
-
-@functools.cache
-def warn_once(message: str) -> None:
-    """Logs a warning, if it has not been logged yet."""
-    log.warning(message)
