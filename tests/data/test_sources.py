@@ -139,6 +139,17 @@ def test_composed_and_decomposed_names_are_one_class(dataset_config, image_folde
         load_source(config, "test")
 
 
+def test_a_small_part_of_16_bits_is_said_once_and_the_range_can_be_named(dataset_config, image_folder, caplog):
+    folder = image_folder({"train/a": 1, "test/a": 1})
+    for split in ("train", "test"):
+        Image.fromarray(np.full((4, 4), 4095, np.uint16)).save(folder / split / "a/000.png")
+    config = dataset_config(name="folder", directory=str(folder), validation_fraction=0.0)
+    assert [load_source(config, "test").read(0).image.getpixel((0, 0))[0] for _ in range(3)] == [16] * 3
+    assert caplog.text.count("config.dataset.value_range") == 2, "once for train/, once for test/"
+    config.value_range = (0, 4095)
+    assert load_source(config, "test").read(0).image.getpixel((0, 0))[0] == 255
+
+
 def test_headers_are_checked_without_decoding(dataset_config, image_folder, caplog):
     folder = image_folder(THREE_SPLITS)
     source = load_source(dataset_config(name="folder", directory=str(folder)), "test")
