@@ -1,4 +1,4 @@
-"""What scripts/gpu_report.py measures, case by case, in the process that it starts: see there.
+"""The measurements of scripts/gpu_report.py, case by case, in the process that it starts: see there.
 
     python scripts/gpu_cases.py --start N [--sections NAME ...] [--data DIR] [--rehearse]
 
@@ -94,7 +94,7 @@ def work(cases: list[Case], start: int) -> int:
 
 
 def cases(data: Path | None) -> list[Case]:
-    """What the report is about, then the most important first."""
+    """Lists the cases: the machine first, then the most important ones."""
     names, dtypes = ("pallas", "triton", "sequential", "associative"), ("float32", "bfloat16")
     shape, classifiers, step = "vim_tiny_stride8", ("Vim-tiny", "attention"), "student, training step"
     inference = itertools.product([("student", 1), ("student", 64), ("Vim-tiny stride 8", 64)], dtypes)
@@ -228,7 +228,7 @@ def problem_of(name: str) -> tuple[dict, dict, dict]:
 
 
 def scan(shape: str, batch: int, dtype: str, implementation: str, rehearse: bool = False) -> list[dict]:
-    """As scripts/benchmark_scan.py, each implementation by itself."""
+    """Runs scripts/benchmark_scan.py for each implementation alone."""
     sizes, kind = SHAPES[shape], jnp.dtype(dtype)
     inputs = benchmark_scan.make_inputs(sizes, batch, kind)
     if reason := IMPLEMENTATIONS.why_unavailable(implementation, canonical(ScanInputs(**inputs))):

@@ -213,7 +213,7 @@ def find(results: list[dict], column: str, **wanted: Any) -> float | None:
 
 
 def targets(results: list[dict]) -> list[dict]:
-    """What the kernels should reach, and what was measured of it."""
+    """Lists the kernels' targets beside the measurements."""
 
     def value(column: str, given: dict, **wanted: Any) -> float | None:
         return find(results, column, **given, **wanted)

@@ -5,8 +5,8 @@
                                  [--kernels forward backward]
 
 Each kernel of a scan and its gradient is lowered for CUDA, compiled ahead of time by Triton's compiler, disassembled.
-That takes the package `triton`, whose wheel brings ptxas, nvdisasm and cuobjdump, and nothing else of CUDA. XLA has a
-copy of Triton of its own, of another version, so a real run may differ a little.
+That takes the package `triton`, whose wheel brings ptxas, nvdisasm and cuobjdump, and nothing else of CUDA. XLA has its
+own copy of Triton, of another version, so a real run may differ a little.
 
 The table counts what one state update costs: the instructions of the loop over time as often as it runs and all others
 once, over all threads, divided by batch × length × channels × state. Both sides of a branch count. The bounds are the
@@ -101,7 +101,7 @@ def main() -> None:
 
 
 def why_unavailable() -> str | None:
-    """What is missing, in one line."""
+    """Names in one line what is missing."""
     if importlib.util.find_spec("triton") is None:
         return "Triton's compiler is needed: pip install triton"
     missing = [name for name in ("nvdisasm", "cuobjdump") if not tool(name).exists()]

@@ -130,7 +130,9 @@ def main() -> None:
             arguments.checkpoint, arguments.model, options=dict(arguments.option), class_names=names
         )
         if not classifier.class_names:
-            raise ValueError(f"{arguments.checkpoint} holds an SR network, which labels nothing: name a classifier.")
+            raise ValueError(
+                f"{arguments.checkpoint} holds a network without classes, which labels nothing: name a classifier."
+            )
         if arguments.crop:
             classifier = dataclasses.replace(classifier, crop=arguments.crop)
         if not classifier.value_range and (text := narrow_range(paths[:: max(1, len(paths) // 8)])):

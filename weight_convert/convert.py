@@ -93,7 +93,7 @@ def _convert(flags: argparse.Namespace) -> None:
     state_dict, prefixes = unwrapped(state_dict, model, {entry.source for entry in entries})
     leaves = fill(state_dict, model, flexible=True, source=str(flags.checkpoint))
     if "num_classes" not in options and leaves.keys() != variable_shapes(model).keys():
-        raise ValueError(f"{flags.checkpoint} has no head: --num_classes N starts one anew")
+        raise ValueError(f"{flags.checkpoint} has no head: add --num_classes N for a new one, or 0 for none")
     origin = _network_at(flags.source_size, model, flags.model)
     leaves, changes = adapted_leaves(
         leaves, model, origin=origin, mode=flags.position_mode, source=str(flags.checkpoint)

@@ -2,7 +2,7 @@
 
     native       C++ through `jax.ffi`: CPU, where it was compiled
     pallas       Pallas kernels lowered through Triton: GPU
-    triton       the same in Triton's own language, through jax_triton: GPU, never chosen by itself
+    triton       the same in Triton's own language, through jax_triton: GPU, where Pallas' Triton backend is gone
     sequential   a loop over time with a hand-written gradient: any backend
     associative  `lax.associative_scan` in chunks of time: any backend, also forward mode and second derivatives
 
@@ -28,8 +28,8 @@ IMPLEMENTATIONS = OPERATIONS["scan"] = Implementations(
     operation="scan",
     title="selective scan",
     package="kernels.scan",
-    names=("native", "pallas", "triton", "sequential", "associative"),
-    fastest_first={"cpu": ("native", "sequential"), "gpu": ("pallas", "associative")},
+    names=("native", "pallas", "triton", "sequential", "chunked", "associative"),
+    fastest_first={"cpu": ("native", "sequential"), "gpu": ("pallas", "triton", "associative")},
 )
 
 

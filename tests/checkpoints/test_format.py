@@ -25,12 +25,14 @@ MODELS = {
     "srvm": create_model("srvm_tiny", sr_channels=4, sr_num_blocks=1, **VIM),
     "bicubic": create_model("srvm_tiny", sr="bicubic", **VIM),
     "hierarchical": create_model("efficient_vmamba_tiny", num_classes=3, image_size=32, dims=8, depths=(1, 1)),
+    "upernet": create_model("upernet_vim_tiny", head_channels=8, auxiliary_channels=4, **VIM),
 }
 
 
 def trained(kind: str) -> TrainedModel:
     model = MODELS[kind]
-    variables = golden_models.random_variables(model, jnp.zeros((1, 8, 8, 3) if "s" in kind else (1, 32, 32, 3)))
+    size = 8 if kind.startswith("s") else 32
+    variables = golden_models.random_variables(model, jnp.zeros((1, size, size, 3)))
     names = () if kind == "srresnet" else ("crow", "owl", "größter Specht")
     low = 8 if kind in ("srresnet", "srvm", "bicubic") else 0
     value_range = (0, 4095) if kind == "vim" else ()

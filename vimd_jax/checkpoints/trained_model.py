@@ -31,7 +31,7 @@ class TrainedModel:
     Attributes:
       model: the Flax module.
       variables: as `model.init` returns them, NumPy arrays.
-      class_names: in the order of the logits; empty for a super-resolution network.
+      class_names: in the order of the logits; empty for a super-resolution network or one without a head.
       low_resolution: side, or (height, width), in pixels of the images that it restores first; 0 if it reads images as
         they are.
       crop: share of the short side of an image that it was evaluated on.
@@ -84,7 +84,9 @@ class TrainedModel:
           RuntimeError: this process was forked from one that used JAX.
         """
         if not self.class_names:
-            raise ValueError("This is a super-resolution network, which has no classes: load a classifier.")
+            raise ValueError(
+                "This network has no classes, as a super-resolution network or one without a head: load a classifier."
+            )
         pictures = (self.prepare(image, downsample, f"images[{i}]") for i, image in enumerate(_each(images)))
         batches = iter(lambda: list(itertools.islice(pictures, batch_size)), [])
         results = [self.probabilities(np.stack(batch)) for batch in batches]

@@ -239,7 +239,8 @@ class PatchMerging(nn.Module):
         """Maps (batch, rows, columns, channels) to (batch, ⌈rows/2⌉, ⌈columns/2⌉, dim)."""
         batch, rows, columns, channels = x.shape
         x = jnp.pad(x, ((0, 0), (0, rows % 2), (0, columns % 2), (0, 0)))
-        x = x.reshape(batch, (rows + 1) // 2, 2, (columns + 1) // 2, 2, channels)
+        x = x.reshape(batch, (rows + 1) // 2, 2, *x.shape[2:])  # a side at a time, which keeps a batch's sharding
+        x = x.reshape(*x.shape[:3], (columns + 1) // 2, 2, channels)
         x = x.transpose(0, 1, 3, 4, 2, 5)  # the row within the 2×2 counts faster than the column
         x = layer_norm(name="norm")(x.reshape(*x.shape[:3], 4 * channels))
         return projection(self.dim, self.dtype, "reduction")(x).astype(jnp.float32)

@@ -50,6 +50,16 @@ def patch_embedding(
     return nn.Conv(dim, (size, size), strides=stride, padding="VALID", kernel_init=kernel_init, dtype=dtype, **options)
 
 
+portable = jax.make_user_context(False)  # `with portable(True):` what is traced is the same for every platform
+
+
+def on_cpu(cpu: Callable[..., jax.Array], default: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
+    """Applies `cpu` in a program for CPUs, `default` in one for other platforms and in a portable one."""
+    if portable.value:
+        return default(*arrays)
+    return jax.lax.platform_dependent(*arrays, cpu=cpu, default=default)
+
+
 def apart(weights: jax.Array) -> jax.Array:
     """The same weights, on a CPU in memory of their own.
 
@@ -63,7 +73,7 @@ def apart(weights: jax.Array) -> jax.Array:
         identity = jnp.eye(len(rows), dtype=rows.dtype)
         return jnp.dot(identity, rows, precision="highest").reshape(weights.shape)
 
-    return jax.lax.platform_dependent(weights, cpu=product, default=lambda weights: weights)
+    return on_cpu(product, lambda weights: weights, weights)
 
 
 class DepthwiseConv(nn.Module):

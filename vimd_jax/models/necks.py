@@ -22,7 +22,7 @@ class OutputNorms(nn.Module):
 class Pyramid(nn.Module):
     """Maps of one resolution to resolutions that halve from one to the next, the first a quarter of the image's.
 
-    Deconvolutions enlarge and maxima shrink them, as in BEiT (Bao et al., 2022), from which Vim's segmenter has them.
+    Deconvolutions enlarge and maxima shrink them, as in Vim's segmenter and, before it, in BEiT's (Bao et al., 2022).
 
     Attributes:
       stride: pixels from one token to the next, 4, 8 or 16.

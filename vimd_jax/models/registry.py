@@ -28,7 +28,8 @@ def create_model(name: str, **options: Any) -> Network:
     Args:
       name: one of `list_models()`.
       **options: fields of the module that differ from the name's defaults. For srvm_* those of its classifier, the
-        classifier's name, and sr ("srresnet" or "bicubic"), scale, sr_channels, sr_num_blocks.
+        classifier's name, and sr ("srresnet" or "bicubic"), scale, sr_channels, sr_num_blocks. For upernet_* those of
+        its backbone and of `Segmenter.from_options`.
 
     Raises:
       ValueError: no such network or option, or a value that is not valid; one line that says what is.

@@ -48,11 +48,13 @@ class Segmenter(Composite):
 
     def __post_init__(self):
         super().__post_init__()
+        if not self.num_classes:
+            raise ValueError("num_classes: 0 is not valid, expected at least 1")
         depth = self.backbone.depth if self.isotropic else len(self.backbone.depths)
         if self.taps == () or not set(self.taps or ()) <= set(range(depth)):
             raise ValueError(f"taps: {self.taps} is not valid, expected numbers from 0 to below {depth}")
-        if self.auxiliary_tap is not None and self.auxiliary_tap >= len(self.taps or self._all_taps):
-            raise ValueError(f"auxiliary_tap: {self.auxiliary_tap} is not valid, there are not as many taps")
+        if self.auxiliary_head and not 0 <= self._auxiliary_index < len(self._layers):
+            raise ValueError(f"auxiliary_tap: {self.auxiliary_tap} is not valid with {len(self._layers)} taps")
         if self.tapped != "stream" and not self.isotropic:
             raise ValueError(f'tapped: {self.tapped!r} is not valid, of networks with stages it is the "stream"')
         if self.normalize_last and not self._pyramid:
@@ -179,20 +181,24 @@ class Segmenter(Composite):
             one.
         """
         kind = {"state": self.tapped} if self.isotropic else {}
-        maps = self.backbone.feature_maps(
-            images, self.taps or self._all_taps, train=train, neck=self._neck(train), **kind
-        )
+        maps = self.backbone.feature_maps(images, self._layers, train=train, neck=self._neck(train), **kind)
         logits, features = self.decode_head(maps, train=train), {"hidden_states": maps}
         if self.auxiliary_head is not None and (return_features or self.is_initializing()):
-            tap = -2 if self.auxiliary_tap is None else self.auxiliary_tap
-            features["auxiliary_logits"] = self.auxiliary_head(maps[tap], train=train)
+            features["auxiliary_logits"] = self.auxiliary_head(maps[self._auxiliary_index], train=train)
         return (logits, features) if return_features else logits
 
     @property
-    def _all_taps(self) -> tuple[int, ...]:
+    def _layers(self) -> tuple[int, ...]:
+        """The taps; by default the last layer of each quarter, or all stages."""
+        if self.taps is not None:
+            return self.taps
         if not self.isotropic:
             return tuple(range(len(self.backbone.depths)))
         return tuple(max(self.backbone.depth * quarter // 4, 1) - 1 for quarter in (1, 2, 3, 4))
+
+    @property
+    def _auxiliary_index(self) -> int:
+        return len(self._layers) - 2 if self.auxiliary_tap is None else self.auxiliary_tap
 
     @property
     def _pyramid(self) -> bool:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from vimd_jax.models.layers import BatchNorm, Conv, check_images, convolve
+from vimd_jax.models.layers import BatchNorm, Conv, check_images, convolve, on_cpu, portable
 from vimd_jax.models.network import Network
 
 
@@ -108,7 +108,7 @@ def trunk_convolve(train: bool) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """
     if train:
         return convolve
-    return lambda x, kernel: jax.lax.platform_dependent(x, kernel, cpu=winograd, default=convolve)
+    return partial(on_cpu, winograd, convolve)
 
 
 def winograd(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -126,7 +126,7 @@ def winograd(x: jax.Array, kernel: jax.Array) -> jax.Array:
     products = jnp.einsum("kbrci,kif->kbrcf", jnp.stack(sum(tiles, [])), kernels.reshape(size**2, inputs, features))
     lines = _combine(results, list(products.reshape(size, size, batch, rows, columns, features)))
     y = jnp.stack([jnp.stack(_combine(results, list(line)), axis=3) for line in lines], axis=2)
-    return y.reshape(batch, 4 * rows, 4 * columns, features)[:, :height, :width]
+    return merge_tiles(y)[:, :height, :width]
 
 
 @functools.cache
@@ -157,8 +157,14 @@ def _pixel_first(features: jax.Array) -> jax.Array:
 def pixel_shuffle(x: jax.Array) -> jax.Array:
     """(batch, h, w, 4c) to (batch, 2h, 2w, c): feature (2i + j) c + k is channel k, row i, column j."""
     batch, height, width, features = x.shape
-    x = x.reshape(batch, height, width, 2, 2, features // 4).swapaxes(2, 3)
-    return x.reshape(batch, 2 * height, 2 * width, features // 4)
+    return merge_tiles(x.reshape(batch, height, width, 2, 2, features // 4).swapaxes(2, 3))
+
+
+def merge_tiles(x: jax.Array) -> jax.Array:
+    """(batch, rows, height, columns, width, channels) to (batch, rows * height, columns * width, channels)."""
+    batch, rows, height, columns, width, channels = x.shape
+    x = x.reshape(batch, rows * height, columns, width, channels)  # a side at a time, which keeps a batch's sharding
+    return x.reshape(batch, rows * height, columns * width, channels)
 
 
 class PReLU(nn.Module):
@@ -167,6 +173,8 @@ class PReLU(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         alpha = self.param("alpha", nn.initializers.constant(0.25), (1,), jnp.float32)
+        if portable.value:
+            return jnp.maximum(x, 0) + alpha * jnp.minimum(x, 0)  # ONNX Runtime is slow to choose between arrays
         return jnp.where(x > 0, x, alpha * x)
 
 
