@@ -161,9 +161,7 @@ def _tidied(model: Any) -> bytes:
         if node.op_type == "Cast" and node.inputs[0].dtype == node.attributes["to"].value:
             node.op_type = "Identity"
             node.attributes.clear()
-    return to_proto(
-        passes.Sequential(common.IdentityEliminationPass(), common.RemoveUnusedNodesPass())(model).model
-    ).SerializeToString()
+    return to_proto(passes.Sequential(common.IdentityEliminationPass(), common.RemoveUnusedNodesPass())(model).model).SerializeToString()
 
 
 @contextlib.contextmanager
