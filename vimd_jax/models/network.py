@@ -4,8 +4,6 @@ The fields are the only place where an option is written down. Configs, `--optio
 messages all derive from them.
 """
 
-import argparse
-import ast
 import dataclasses
 from collections.abc import Sequence
 from types import UnionType
@@ -150,17 +148,6 @@ def from_plain(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return tuple(from_plain(part) for part in value)
     return value.item() if isinstance(value, np.generic) else value
-
-
-def parse_option(text: str) -> tuple[str, Any]:
-    """`NAME=VALUE` of a command line, VALUE as Python writes it or else a string; a type for argparse."""
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
-    try:
-        return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return name, value
 
 
 def check_layers(layers: Sequence[int] | None, count: int) -> tuple[int, ...]:

@@ -9,9 +9,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from vimd_jax.models import network
 from vimd_jax.models.network import Composite, Network, square
-from vimd_jax.models.network import part as part
 from vimd_jax.models.registry import CLASSIFIERS, create_model, describe, model_options
 from vimd_jax.models.srresnet import SRResNet
 
@@ -119,11 +117,6 @@ class SRVM(Composite):
         """What the classifier reads of low-resolution images, without a gradient."""
         enlarged = bicubic(images, self.classifier.image_size) if self.sr is None else self.sr(images)
         return jax.lax.stop_gradient(enlarged)
-
-
-def join(sr: dict[str, Any] | None, classifier: dict[str, Any]) -> dict[str, Any]:
-    """The variables of an SRVM from those of its parts; `sr` is None where there is no such network."""
-    return network.join({"classifier": classifier} | ({} if sr is None else {"sr": sr}))
 
 
 def bicubic(images: jax.Array, size: int | tuple[int, int]) -> jax.Array:
