@@ -19,11 +19,12 @@ from pathlib import Path
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
+from vimd_jax.arguments import parse_option
 from vimd_jax.checkpoints.adapt import MODES, adapted_leaves
 from vimd_jax.checkpoints.format import save_model
 from vimd_jax.errors import printable
 from vimd_jax.models import create_model, describe, list_models
-from vimd_jax.models.network import Network, parse_option, variable_shapes
+from vimd_jax.models.network import Network, variable_shapes
 from weight_convert.hub import resolve
 from weight_convert.load import as_trained_model, assumptions, model_for, provenance_of
 from weight_convert.mapping import Entry, fill, flat_state_dict, plan, step_counters, unwrapped
