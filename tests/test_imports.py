@@ -17,6 +17,7 @@ ALLOWED = {
         "weight_convert",
         "vimd_jax.models",
         "vimd_jax.checkpoints",
+        "vimd_jax.arguments",
         "vimd_jax.errors",
         "vimd_jax.files",
     ],

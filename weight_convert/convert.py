@@ -19,11 +19,12 @@ from pathlib import Path
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
+from vimd_jax.arguments import parse_option
 from vimd_jax.checkpoints.adapt import MODES, adapted_leaves
 from vimd_jax.checkpoints.format import save_model
 from vimd_jax.errors import printable
 from vimd_jax.models import create_model, describe, list_models
-from vimd_jax.models.network import Network, parse_option, variable_shapes
+from vimd_jax.models.network import Network, variable_shapes
 from weight_convert.hub import resolve
 from weight_convert.load import as_trained_model, assumptions, model_for, provenance_of
 from weight_convert.mapping import Entry, fill, flat_state_dict, plan, step_counters, unwrapped
@@ -93,7 +94,7 @@ def _convert(flags: argparse.Namespace) -> None:
     state_dict, prefixes = unwrapped(state_dict, model, {entry.source for entry in entries})
     leaves = fill(state_dict, model, flexible=True, source=str(flags.checkpoint))
     if "num_classes" not in options and leaves.keys() != variable_shapes(model).keys():
-        raise ValueError(f"{flags.checkpoint} has no head: --num_classes N starts one anew")
+        raise ValueError(f"{flags.checkpoint} has no head: add --num_classes N for a new one, or 0 for none")
     origin = _network_at(flags.source_size, model, flags.model)
     leaves, changes = adapted_leaves(
         leaves, model, origin=origin, mode=flags.position_mode, source=str(flags.checkpoint)

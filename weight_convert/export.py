@@ -32,14 +32,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal lacks must not end an export
     flags = parser.parse_args(arguments)
     try:
-        _export(flags.checkpoint, flags.output, flags.part)
+        export_part(flags.checkpoint, flags.output, flags.part)
     except (ValueError, OSError) as error:
         print(f"error: {printable(error, None)}", file=sys.stderr)
         return 1
     return 0
 
 
-def _export(checkpoint: Path, output: Path, part: str | None) -> None:
+def export_part(checkpoint: Path, output: Path, part: str | None = None) -> None:
+    """Writes a network, or one part of it, as the .safetensors file `output`.
+
+    Raises:
+      ValueError, OSError: the output is there already, or the checkpoint has no such part or cannot be read.
+    """
     if output.suffix != ".safetensors":
         raise ValueError(f"--output {output} must end in .safetensors")
     if output.exists():

@@ -77,6 +77,8 @@ def model_for(state_dict: dict[str, Any], architecture: str, options: dict[str, 
     model = create_model(architecture, **options)
     head = next((x for name, x in state_dict.items() if f".{name}".endswith(_CLASSES) and x.ndim), None)
     if head is not None and model.num_classes and "num_classes" not in options:
+        if not head.shape[0]:
+            raise ValueError(f"the head of the file has the shape {head.shape}, of no classes")
         model = create_model(architecture, **options | {"num_classes": head.shape[0]})
     try:
         numbers = sum(math.prod(leaf.shape) for leaf in variable_shapes(model).values())

@@ -28,7 +28,7 @@ IMPLEMENTATIONS = OPERATIONS["scan"] = Implementations(
     operation="scan",
     title="selective scan",
     package="kernels.scan",
-    names=("native", "pallas", "triton", "sequential", "associative"),
+    names=("native", "pallas", "triton", "sequential", "chunked", "associative"),
     fastest_first={"cpu": ("native", "sequential"), "gpu": ("pallas", "triton", "associative")},
 )
 

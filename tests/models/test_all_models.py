@@ -8,7 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from jax import export
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec, use_abstract_mesh
 
+import kernels
 from vimd_jax.models import SR_NETWORKS, create_model, list_models
 from vimd_jax.models.layers import rms_norm
 from vimd_jax.models.segmenter import Segmenter
@@ -183,3 +186,42 @@ def test_weight_decay_spares_vectors_of_norms_and_biases(name):
             assert decays, path
         if path[-1] in ("bias", "scale", "D", "class_token", "position_embedding", "alpha"):
             assert not decays, path
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_batch_sharded_over_an_explicit_mesh_stays_so(name):
+    model, mesh = small(name), AbstractMesh((2,), ("data",), axis_types=(AxisType.Explicit,))
+    everywhere, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), variables(name))
+    batch = jax.ShapeDtypeStruct((4, 16, 16, 3), jnp.float32, sharding=split)
+
+    def gradient(variables, batch):
+        output = model.apply(variables, batch)
+        return output, jax.grad(lambda v: model.apply(v, batch).sum(), allow_int=True)(variables)
+
+    with use_abstract_mesh(mesh), kernels.use(scan="sequential"):
+        output, _ = jax.eval_shape(gradient, shapes, batch)
+    assert output.sharding.spec[0] == "data"
+
+
+@pytest.mark.parametrize("name", ["vim_tiny", "efficient_vmamba_tiny", "srvm_tiny"])
+def test_exports_for_every_platform_and_any_number_of_images(name):
+    model, (count,) = small(name), export.symbolic_shape("count")
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), variables(name))
+    batch = jax.ShapeDtypeStruct((count, 16, 16, 3), jnp.float32)
+    with kernels.use(scan="sequential"):
+        exported = export.export(jax.jit(model.apply), platforms=["cpu", "cuda", "tpu"])(shapes, batch)
+    assert exported.out_avals[0].shape == (count, 5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_variables_are_float32_where_jax_has_64_bits(name):
+    with jax.enable_x64(True):
+        shapes = jax.eval_shape(small(name).init, jax.random.key(0), jnp.zeros((1, 16, 16, 3), jnp.float32))
+    assert {x.dtype for x in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("name", ["v2m_tiny", "local_vim_tiny", "vmamba_tiny", "srvm_tiny"])
+def test_tabulate(name):
+    table = small(name).tabulate(jax.random.key(0), images(16, 16), console_kwargs={"width": 200})
+    assert "patch_embed" in table

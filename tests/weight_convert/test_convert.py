@@ -163,6 +163,21 @@ def test_a_file_trained_on_images_that_are_not_square(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, resized, square.variables)
 
 
+def test_a_file_without_a_head(tmp_path, capsys):
+    file = changed(tmp_path / "x.pth", lambda state: [state.pop(f"head.{part}") for part in ("weight", "bias")])
+    assert convert_file(file, "--output", tmp_path / "x") == 1
+    assert "has no head: add --num_classes N for a new one, or 0 for none" in capsys.readouterr().err
+    assert convert_file(file, "--num_classes", 0, "--output", tmp_path / "trunk") == 0
+    assert convert_file(file, "--num_classes", 3, "--output", tmp_path / "new") == 0
+    assert "no classes in the checkpoint, 3 wanted: the head is initialised anew" in capsys.readouterr().out
+    trunk, new = load_model(tmp_path / "trunk"), load_model(tmp_path / "new")
+    assert trunk.class_names == () and len(new.class_names) == 3
+    filled = load_variables(tmp_path / "trunk", new.model, adapt=True)
+    jax.tree.map(np.testing.assert_array_equal, filled, new.variables)
+    dropped = load_variables(FILES / "vim_style.pth", trunk.model, adapt=True)
+    jax.tree.map(np.testing.assert_array_equal, dropped, trunk.variables)
+
+
 def test_classes_may_be_an_option_too(tmp_path):
     assert convert(*VIM, "--option", "num_classes=3", "--output", tmp_path / "vim") == 0
     assert load_model(tmp_path / "vim").model.num_classes == 3
@@ -201,7 +216,7 @@ def expanded(value, shape, strides):
         ),
         ({"head.bias": np.zeros(7, np.float32)}, "not as many classes as rows of head.weight (1): head.bias is (7,)"),
         ({"head.weight": np.zeros((10, 4), np.float32)}, "head.weight is (10, 4), expected (10, 48)"),
-        ({"head.weight": np.zeros((0, 48), np.float32)}, "num_classes: 0 is not valid"),
+        ({"head.weight": np.zeros((0, 48), np.float32)}, "the head of the file has the shape (0, 48), of no classes"),
         ({"pos_embed": np.zeros((2, 50, 48), np.float32)}, "pos_embed is (2, 50, 48), expected (1, 50, 48)"),
         ({"pos_embed": np.zeros((1, 1, 48), np.float32)}, "the position embedding is for 0 patches"),
         ({"pos_embed": np.zeros((1, 0, 48), np.float32)}, "the position embedding is for -1 patches"),
