@@ -36,7 +36,7 @@ ALLOWED = {
     "vimd_jax.config": ["kernels", "vimd_jax.models", "vimd_jax.settings", "vimd_jax.tasks"],
     "vimd_jax.training": ["kernels", "vimd_jax"],
 }
-PROGRAMS = ("vimd_jax.train", "vimd_jax.evaluate", "vimd_jax.predict")
+PROGRAMS = ("vimd_jax.train", "vimd_jax.evaluate", "vimd_jax.predict", "vimd_jax.export")
 
 
 def modules() -> dict[str, Path]:
