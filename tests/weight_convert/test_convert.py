@@ -188,7 +188,9 @@ def test_numbers_that_are_not_finite_are_pointed_out(tmp_path, capsys):
     state_dict["head.bias"] = np.full(10, np.nan, np.float32)
     save_file(state_dict, tmp_path / "x.safetensors")
     assert convert(*VIM[:2], "--checkpoint", tmp_path / "x.safetensors", *VIM_OPTIONS, "--dry_run") == 0
-    assert "warning: 1 variables hold numbers that are not finite, first params/head/bias" in capsys.readouterr().out
+    assert (
+        "warning: 1 variables contain NaN or infinite values, the first is params/head/bias" in capsys.readouterr().out
+    )
 
 
 def changed(path, change, source=FILES / "vim_style.pth"):
@@ -216,7 +218,7 @@ def expanded(value, shape, strides):
         ),
         ({"head.bias": np.zeros(7, np.float32)}, "not as many classes as rows of head.weight (1): head.bias is (7,)"),
         ({"head.weight": np.zeros((10, 4), np.float32)}, "head.weight is (10, 4), expected (10, 48)"),
-        ({"head.weight": np.zeros((0, 48), np.float32)}, "the head of the file has the shape (0, 48), of no classes"),
+        ({"head.weight": np.zeros((0, 48), np.float32)}, "the head of the file has no classes: its shape is (0, 48)"),
         ({"pos_embed": np.zeros((2, 50, 48), np.float32)}, "pos_embed is (2, 50, 48), expected (1, 50, 48)"),
         ({"pos_embed": np.zeros((1, 1, 48), np.float32)}, "the position embedding is for 0 patches"),
         ({"pos_embed": np.zeros((1, 0, 48), np.float32)}, "the position embedding is for -1 patches"),

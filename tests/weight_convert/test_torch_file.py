@@ -70,7 +70,7 @@ def test_malicious_file_is_refused_and_nothing_runs(tmp_path, monkeypatch):
         (b"\x80\x04\x95\x0f\0\0\0\0\0\0\0\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", "legacy format.*weights_only=False"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "a pointer of Git LFS.*git lfs pull"),
         (b"\x1f\x8b\x08\0", "compressed with gzip; unpack it first"),
-        (b'{"metadata": {}, "weight_map": {}}', "the index of a checkpoint in parts, join these"),
+        (b'{"metadata": {}, "weight_map": {}}', "the index of a checkpoint in parts, join the parts"),
         (b"<!DOCTYPE html>", "a web page instead of the file"),
     ],
 )
