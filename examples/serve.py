@@ -4,7 +4,7 @@
     curl --data-binary @bird.jpg http://127.0.0.1:8000/
 
 answers {"labels": [{"class": "Indigo Bunting", "probability": 0.93}, …]}, the most probable first. GET /health answers
-as soon as the network is compiled. On the open internet, put a proxy in front that limits rates and speaks TLS.
+as soon as the network is compiled. For the open internet, put a proxy in front that limits rates and speaks TLS.
 """
 
 import argparse
