@@ -38,12 +38,6 @@ def main() -> None:
     parser.add_argument("--implementations", nargs="+", default=list(names), choices=names)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--repeats", type=positive, default=9)
-    parser.add_argument(
-        "--max_states_gb",
-        type=float,
-        default=4,
-        help="above this size of all states, leave out associative, which stores them",
-    )
     parser.add_argument("--json", type=Path, help="also write everything here")
     parser.add_argument("--large", action="store_true", help="check arrays of 2 GB instead; takes 14 GB of memory")
     arguments = parser.parse_args()
@@ -62,13 +56,9 @@ def main() -> None:
     rows = []
     for name in arguments.shapes:
         for batch in arguments.batch:
-            states = batch * SHAPES[name].length * SHAPES[name].channels * SHAPES[name].state * 4
-            fitting = [i for i in implementations if i != "associative" or states <= arguments.max_states_gb * 2**30]
-            if fitting != implementations:
-                print(f"{name:<25}{batch:>5} associative: left out, see --max_states_gb")
             dtype = jnp.dtype(arguments.dtype)
             rates = {"bytes": measure_bytes(SHAPES[name], batch, dtype), "exponentials": exponentials}
-            for row in measure(SHAPES[name], batch, dtype, fitting, arguments.repeats, rates):
+            for row in measure(SHAPES[name], batch, dtype, implementations, arguments.repeats, rates):
                 print(f"{name:<25}{batch:>5} {format_row(row)}", flush=True)
                 rows.append({"shape": name, "batch": batch, "dtype": arguments.dtype, "rates": rates, **row})
     if arguments.json:

@@ -164,7 +164,7 @@ def _silu_of_conv(x, kernel, bias, reverse):
     taps, bias = weights[:-1], weights[-1]  # the last tap is that of the current token
     # Broadcast in one step, so that the gradient of a tap is one sum over images and tokens: over tokens alone, XLA's
     # sum of products is far slower (on a CPU, JAX 0.10).
-    y = sum(padded[:, k : k + length] * jnp.broadcast_to(taps[k], x.shape) for k in range(CONV_WIDTH)) + bias
+    y = sum(padded[:, k : k + length] * jnp.broadcast_arrays(taps[k], x)[0] for k in range(CONV_WIDTH)) + bias
     return jax.nn.silu(y).astype(x.dtype)
 
 
