@@ -77,7 +77,7 @@ def columns(row: dict) -> str:
     return f"{1e3 * row['seconds']:>9.1f}{row['images'] / row['seconds']:>10.2f}{share}{row['memory'] / 1e6:>11.0f}"
 
 
-# --------------------------------------------------------------------------------------------------- what is measured
+# ------------------------------------------------------------------------------------------------------- measurements
 
 
 def vim(implementation: str | None, batch: int, repeats: int, **options: Any) -> dict:
