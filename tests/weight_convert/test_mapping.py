@@ -1,4 +1,4 @@
-"""Strictness and exactness of the conversion. What the converted networks compute is compared in tests/models."""
+"""Strictness and exactness of the conversion. Outputs of converted networks are compared in tests/models."""
 
 import json
 
@@ -68,7 +68,7 @@ def test_published_networks_round_trip_to_the_bit(variant):
 
 @pytest.mark.parametrize("name", SEGMENTERS["variants"])
 def test_published_segmenters_have_these_tensors(name):
-    """Every name of the authors' files is used once, in its shape; every part has as many parameters."""
+    """Every name in the authors' files is used once, with its shape; every part has the same number of parameters."""
     published, model = SEGMENTERS["variants"][name], create_model(name)
     entries = plan(model)
     shapes = {entry.source: entry.shape for entry in entries} | dict.fromkeys(step_counters(entries), ())
@@ -114,7 +114,7 @@ def test_the_variables_are_those_of_init(class_token):
 
 
 def test_a_layer_is_where_it_belongs():
-    """Against the layout as the tree of parameters documents it, not against the inverse of the conversion."""
+    """Compares with the documented layout of the parameters, not with the inverse conversion."""
     state_dict = random_state_dict(SMALL)
     params = convert_state_dict(state_dict, SMALL)["params"]
     mixer = params["layers"]["mixer"]
