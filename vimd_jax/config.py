@@ -113,6 +113,11 @@ _SETTINGS = {
         "the dataset",
         changeable=True,
     ),
+    "dataset.value_range": Setting(
+        (),
+        Rule("empty or two numbers, the smaller first", lambda x: len(x) == 0 or (len(x) == 2 and x[0] < x[1])),
+        "values of grey images of more than 8 bits that become black and white, as (0, 4095); empty: those of 16 bits",
+    ),
     "dataset.num_classes": Setting(0, at_least(0), "0: as many as the data has; otherwise checked"),
     "dataset.high_resolution": Setting(224, at_least(1), "pixels, what a classifier sees and a teacher teaches"),
     "dataset.low_resolution": Setting(56, at_least(1), "pixels, what a student sees"),

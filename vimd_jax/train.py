@@ -332,6 +332,7 @@ def save_if_best(
             low_resolution=config.dataset.low_resolution if nets.view == "low" else 0,
             crop=config.dataset.eval_crop,
             provenance=provenance,
+            value_range=tuple(config.dataset.value_range),
         ),
     )
 

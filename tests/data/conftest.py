@@ -15,6 +15,7 @@ def dataset_config():
             dict(
                 name="synthetic",
                 directory="",
+                value_range=(),
                 num_classes=0,
                 high_resolution=32,
                 low_resolution=8,

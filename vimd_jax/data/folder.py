@@ -7,7 +7,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from vimd_jax.data.catalog import DATASETS, check_complete
-from vimd_jax.data.images import EXTENSIONS, list_folder
+from vimd_jax.data.images import EXTENSIONS, ValueRange, list_folder
 from vimd_jax.data.source import SPLIT_NAMES, FileSource, Source, choose, composed
 from vimd_jax.errors import DatasetError
 from vimd_jax.log import warn_once
@@ -18,12 +18,13 @@ LAYOUT = "expected train/<class>/*.jpg and test/<class>/*.jpg, optionally val/<c
 class FolderSource(FileSource):
     """The images of a split's folder, one subfolder per class, sorted by class and file name."""
 
-    def __init__(self, folder: Path, class_names: Sequence[str] | None = None):
+    def __init__(self, folder: Path, class_names: Sequence[str] | None = None, value_range: ValueRange = ()):
         """Lists the images.
 
         Args:
             folder: the split's folder.
             class_names: the classes in label order, if already known; by default the subfolders, sorted.
+            value_range: see `read_image`.
 
         Raises:
             DatasetError: there are no classes, a class has no images, or a class is not in `class_names`.
@@ -46,7 +47,7 @@ class FolderSource(FileSource):
                 )
             files += [f"{subfolder}/{file}" for file in listed.images]
             labels += [names.index(name)] * len(listed.images)
-        super().__init__(folder, files, labels, names)
+        super().__init__(folder, files, labels, names, value_range)
         if ignored:
             kinds = ", ".join(f"{count} {kind}" for kind, count in ignored.most_common(5))
             warn_once(f"{folder}: ignoring what is no image: {kinds}")
@@ -83,7 +84,8 @@ def load(config: ConfigDict, split: str, seed: int) -> Source:
         raise DatasetError(f"config.dataset.directory: {root} contains {present}; {LAYOUT}")
     found: dict[str, Source] = {}
     for name, folder in folders.items():  # those of training first
-        found[name] = FolderSource(root / folder, found["train"].class_names if "train" in found else None)
+        class_names = found["train"].class_names if "train" in found else None
+        found[name] = FolderSource(root / folder, class_names, tuple(config.value_range))
     if config.name in DATASETS and "train" in found:
         *training, test = map(len, found.values())
         check_complete(config.name, root, len(found["train"].class_names), sum(training), test)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from vimd_jax.data.images import Reduction, decode_image
+from vimd_jax.data.images import Reduction, ValueRange, decode_image
 from vimd_jax.data.source import SPLIT_NAMES, Record, Source, choose
 from vimd_jax.errors import DatasetError, UnreadableImage
 from vimd_jax.files import read_regular
@@ -22,17 +22,18 @@ MOST_BYTES = 2**24  # of a description
 class HuggingFaceSource(Source):
     """A split in memory-mapped Arrow files, with images as encoded files and one column of classes."""
 
-    def __init__(self, folder: Path, class_names: Sequence[str] | None = None):
+    def __init__(self, folder: Path, class_names: Sequence[str] | None = None, value_range: ValueRange = ()):
         """Reads the descriptions and the labels.
 
         Args:
             folder: of the split; holds state.json.
             class_names: the classes in label order, if already known; by default those of the data.
+            value_range: see `read_image`.
 
         Raises:
             DatasetError: PyArrow is not installed, or the folder is damaged, or has no images or no classes.
         """
-        self._folder = folder
+        self._folder, self._value_range = folder, value_range
         try:
             features = _json(folder / "dataset_info.json")["features"]
             self._files = [
@@ -68,7 +69,7 @@ class HuggingFaceSource(Source):
         return {name: value for name, value in vars(self).items() if name != "_table"}  # which every process maps anew
 
     def read(self, i: int, reduction: Reduction | None = None) -> Record:
-        return Record(decode_image(self._open(i), self.name(i), reduction), int(self.labels[i]))
+        return Record(decode_image(self._open(i), self.name(i), reduction, self._value_range), int(self.labels[i]))
 
     def check(self, i: int) -> None:
         decode_image(self._open(i), self.name(i), header_only=True)
@@ -91,15 +92,14 @@ def load(config: ConfigDict, split: str, seed: int) -> Source:
     root = Path(config.directory).expanduser()
     found: dict[str, Source] = {}
     if (root / "state.json").is_file():
-        found[""] = HuggingFaceSource(root)
+        found[""] = HuggingFaceSource(root, None, tuple(config.value_range))
     else:
         present = {name: root / name for name in SPLIT_NAMES if (root / name / "state.json").is_file()}
         if not config.directory or not present:
             raise DatasetError(f"config.dataset.directory: {config.directory!r}: {EXPECTED}")
         for name, folder in present.items():  # those of training first
-            found[SPLIT_NAMES[name]] = HuggingFaceSource(
-                folder, found["train"].class_names if "train" in found else None
-            )
+            class_names = found["train"].class_names if "train" in found else None
+            found[SPLIT_NAMES[name]] = HuggingFaceSource(folder, class_names, tuple(config.value_range))
     return choose(found, split, config, seed, str(root))
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
+from vimd_jax.data.images import ValueRange
 from vimd_jax.data.source import SPLIT_NAMES, FileSource, Source, choose, composed
 from vimd_jax.errors import DatasetError, printable
 from vimd_jax.files import read_regular
@@ -44,18 +45,19 @@ def load(config: ConfigDict, split: str, seed: int) -> Source:
         by_split.setdefault(item.split, []).append(item)
     names = sorted({item.label for item in by_split.get("train", items)})
     root = place.parent if place.is_file() else place
-    found = {name: _source(root, part, names) for name, part in by_split.items()}
+    found = {name: _source(root, part, names, tuple(config.value_range)) for name, part in by_split.items()}
     return choose(found, split, config, seed, str(place))
 
 
-def _source(root: Path, items: list[Item], class_names: list[str]) -> FileSource:
+def _source(root: Path, items: list[Item], class_names: list[str], value_range: ValueRange) -> FileSource:
     labels = {name: i for i, name in enumerate(class_names)}
     if unknown := next((item for item in items if item.label not in labels), None):
         raise DatasetError(
             f"config.dataset.directory: {root}: {printable(unknown.label)}, of {printable(unknown.file)}, is not a "
             "class of a training image"
         )
-    return FileSource(root, [item.file for item in items], [labels[item.label] for item in items], class_names)
+    files, numbers = [item.file for item in items], [labels[item.label] for item in items]
+    return FileSource(root, files, numbers, class_names, value_range)
 
 
 def _read(path: Path) -> Iterator[Item]:

@@ -13,8 +13,9 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from vimd_jax.data.images import Reduction, check_header, read_image
+from vimd_jax.data.images import Reduction, ValueRange, check_header, narrow_range, read_image
 from vimd_jax.errors import DatasetError, UnreadableImage
+from vimd_jax.log import warn_once
 
 log = logging.getLogger(__name__)
 
@@ -70,20 +71,31 @@ class Source:
 class FileSource(Source):
     """Image files of known classes."""
 
-    def __init__(self, root: Path, files: Sequence[str], labels: Sequence[int], class_names: Sequence[str]):
-        """Keeps what it is given; nothing is read yet.
+    def __init__(
+        self,
+        root: Path,
+        files: Sequence[str],
+        labels: Sequence[int],
+        class_names: Sequence[str],
+        value_range: ValueRange = (),
+    ):
+        """Keeps what it is given; a sample is read, to warn of 16-bit images that use a small part of their range.
 
         Args:
             root: the folder that the file names are relative to.
             files: one an image.
             labels: of the images, indices into `class_names`.
             class_names: the classes in label order.
+            value_range: see `read_image`.
         """
-        self._root, self._files = os.fspath(root), list(files)
+        self._root, self._files, self._value_range = os.fspath(root), list(files), value_range
         self.labels, self.class_names = np.array(labels, np.int32), tuple(class_names)
+        sample = range(0, len(self), max(1, len(self) // 8))
+        if not value_range and (text := narrow_range(map(self.name, sample))):
+            warn_once(f"{root}: {text}")
 
     def read(self, i: int, reduction: Reduction | None = None) -> Record:
-        return Record(read_image(self.name(i), reduction), int(self.labels[i]))
+        return Record(read_image(self.name(i), reduction, self._value_range), int(self.labels[i]))
 
     def check(self, i: int) -> None:
         check_header(self.name(i))

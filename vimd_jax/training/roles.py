@@ -17,8 +17,8 @@ from vimd_jax.checkpoints.adapt import MODES
 from vimd_jax.config import DERIVED, STAGES, Stage, given_options
 from vimd_jax.load import load_variables
 from vimd_jax.models import create_model, model_options
-from vimd_jax.models.network import input_images, variable_shapes
-from vimd_jax.models.srvm import SRVM, bicubic, join
+from vimd_jax.models.network import input_images, join, variable_shapes
+from vimd_jax.models.srvm import SRVM, bicubic
 from vimd_jax.tasks.task import Task, unit
 from vimd_jax.training import classes, parallel
 from vimd_jax.training.parallel import AXIS
@@ -79,7 +79,10 @@ class Networks:
 
     def product_variables(self, trained: Variables, frozen: dict[str, Variables]) -> Variables:
         """The variables of the product, from those of the trained network and of the frozen ones."""
-        return join(frozen.get(self.stage.restorer), trained) if self.stage.restorer else trained
+        if not self.stage.restorer:
+            return trained
+        restorer = {} if self.restorer is None else {"sr": frozen[self.stage.restorer]}
+        return join(restorer | {"classifier": trained})
 
     def images(self, frozen: dict[str, Variables], batch: dict[str, jax.Array]) -> jax.Array:
         """The images of a batch that the trained network reads, in [0, 1]; restored ones without a gradient."""
