@@ -161,6 +161,10 @@ def _tidied(model: Any) -> bytes:
         if node.op_type == "Cast" and node.inputs[0].dtype == node.attributes["to"].value:
             node.op_type = "Identity"
             node.attributes.clear()
+    for graph in model.graphs():
+        for name, value in list(graph.initializers.items()):
+            if not value.uses() and not value.is_graph_output():
+                del graph.initializers[name]
     tidy = passes.Sequential(common.IdentityEliminationPass(), common.RemoveUnusedNodesPass())
     return to_proto(tidy(model).model).SerializeToString()
 
