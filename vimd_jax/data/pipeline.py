@@ -23,9 +23,10 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from vimd_jax.data.augment import augment
-from vimd_jax.data.geometry import View, central_view, draw_view, low_resolution_view
+from vimd_jax.data.geometry import BICUBIC, View, central_view, draw_view, pair
 from vimd_jax.data.images import Reduction
-from vimd_jax.data.sources import Record, Source
+from vimd_jax.data.preparation import NetworkView, prepare_views
+from vimd_jax.data.source import Record, Source
 from vimd_jax.errors import DatasetError, UnreadableImage
 
 Batch = dict[str, np.ndarray]
@@ -54,7 +55,7 @@ def train_batches(
     Args:
         source: the training images.
         config: `config.dataset`; reads high_resolution, low_resolution, crop_scale, flip, augment, repeats,
-            on_error, reduced_decoding and num_workers.
+            sampling, on_error, reduced_decoding and num_workers.
         batch_size: global batch size, over all processes.
         seed: determines the order and the augmentation.
         start_step: number of batches to skip; the rest are those of an uninterrupted run.
@@ -73,6 +74,10 @@ def train_batches(
         DatasetError: at once for invalid arguments; while iterating for unreadable images, unless
             config.on_error = "skip", which replaces and logs them.
     """
+    if config.sampling == "balanced" and source.labels is None:
+        raise DatasetError(
+            "config.dataset.sampling is 'balanced', but these images have no classes: set it to 'uniform'"
+        )
     example = functools.partial(_train_example, source, config, seed, views, target)
     return _batches(example, range(start_step, ENDLESS), config, batch_size, process_index, process_count)
 
@@ -116,7 +121,7 @@ def _train_example(
     source: Source, config: ConfigDict, seed: int, views: Sequence[str], target: Target | None, i: int
 ) -> Batch:
     epoch, position = divmod(i, samples_per_epoch(len(source), config.repeats))
-    scheduled = int(_epoch_order(seed, epoch, len(source))[position // config.repeats])
+    scheduled = int(_epoch_order(source, config.sampling, seed, epoch)[position // config.repeats])
     for index in itertools.chain(range(scheduled, len(source)), range(scheduled)):
         drawing = Drawing(config, (seed, 1, i))
         record = read_or_skip(source, index, config.on_error, drawing.reduction if config.reduced_decoding else None)
@@ -125,9 +130,13 @@ def _train_example(
     else:
         raise DatasetError(f"none of the {len(source)} training images can be read; check config.dataset.directory")
     view = drawing.view or drawing.draw(record.image.size)
-    high = augment(view.apply(record.image), config.augment, drawing.rng)
-    beside = _beside(target, record, view)
-    return _example(high, config, index, beside, views=views, skipped=index != scheduled)
+    seen, low = view, network_view(config).low_resolution
+    if "low" in views and network_view(config).is_ready(record.image):
+        seen = view._replace(size=low[::-1])  # not enlarged first; the high view is then made of the low one
+    image = augment(seen.apply(record.image), config.augment, drawing.rng)
+    sizes = {"high": view.size, "low": low[::-1]}
+    images = {name: np.asarray(image.resize(sizes[name], BICUBIC)) for name in views}
+    return _example(images, index, _beside(target, record, view), skipped=index != scheduled)
 
 
 class Drawing:
@@ -160,33 +169,28 @@ def _eval_example(source: Source, config: ConfigDict, target: Target | None, per
     if record is None:
         return {**blank_example(config, target), "index": np.int32(i), "skipped": np.int32(1)}
     view = central_view(record.image.size, config.high_resolution, config.eval_crop)
-    return _example(view.apply(record.image), config, i, _beside(target, record, view))
+    return _example(prepare_views(record.image, network_view(config)), i, _beside(target, record, view))
+
+
+def network_view(config: ConfigDict) -> NetworkView:
+    """What networks read of an image in evaluation, from `config.dataset`."""
+    return NetworkView(pair(config.high_resolution), config.eval_crop, pair(config.low_resolution))
 
 
 def blank_example(config: ConfigDict, target: Target | None) -> Batch:
     """An example that does not count: black, weight 0, index -1, and the target of a record without one."""
     record = Record(Image.new("RGB", (config.high_resolution, config.high_resolution)))
     view = central_view(record.image.size, config.high_resolution)
-    return _example(record.image, config, PADDING, _beside(target, record, view), weight=0)
+    return _example(prepare_views(record.image, network_view(config)), PADDING, _beside(target, record, view), weight=0)
 
 
 def _beside(target: Target | None, record: Record, view: View) -> Batch:
     return {} if target is None else {"target": target(record, view)}
 
 
-def _example(
-    high: Image.Image,
-    config: ConfigDict,
-    index: int,
-    beside: Batch,
-    *,
-    views: Sequence[str] = VIEWS,
-    weight: float = 1,
-    skipped: bool = False,
-) -> Batch:
-    made = {"high": lambda: high, "low": lambda: low_resolution_view(high, config.low_resolution)}
+def _example(images: Batch, index: int, beside: Batch, *, weight: float = 1, skipped: bool = False) -> Batch:
     return {
-        **{name: np.asarray(made[name]()) for name in views},
+        **images,
         **beside,
         "index": np.int32(index),
         "weight": np.float32(weight),
@@ -195,8 +199,19 @@ def _example(
 
 
 @functools.lru_cache(maxsize=2)
-def _epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
-    return np.random.default_rng((seed, 0, epoch)).permutation(size)
+def _epoch_order(source: Source, sampling: str, seed: int, epoch: int) -> np.ndarray:
+    """The images of an epoch in their order: each once, or of every class equally many."""
+    rng = np.random.default_rng((seed, 0, epoch))
+    order = rng.permutation(len(source))
+    return _balanced(order, source.labels, rng) if sampling == "balanced" else order
+
+
+def _balanced(order: np.ndarray, labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """As many images, of every class equally many, up to one: a part of a large class, a small one repeatedly."""
+    classes = rng.permutation(np.unique(labels))  # the first ones get one more
+    of_class = [order[labels[order] == label] for label in classes]
+    counts = [len(part) for part in np.array_split(order, len(classes))]
+    return rng.permutation(np.concatenate([np.resize(images, n) for images, n in zip(of_class, counts)]))
 
 
 def read_or_skip(source: Source, i: int, on_error: str, reduction: Reduction | None = None) -> Record | None:
