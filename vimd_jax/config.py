@@ -78,6 +78,15 @@ _SETTINGS = {
     "ema_decay": Setting(
         0.0, BELOW_1, "above 0 keeps an exponential moving average of all variables, evaluates and saves it"
     ),
+    "ema_warmup": Setting(
+        False, ANY, "the average of step t, from 1, has the decay min(ema_decay, (1 + t) / (10 + t))"
+    ),
+    "continue_from": Setting(
+        "",
+        ANY,
+        "workdir of a finished run: begin with its last state, optimizer and step included, to train for more epochs",
+        changeable=True,
+    ),
     "selection": Setting(
         "validation", one_of("validation", "test"), 'split that picks the best network; "test" is the published habit'
     ),
@@ -233,7 +242,7 @@ def _network(role: str) -> ConfigDict:
     }
     section = ConfigDict({option: config_dict.placeholder(_flag_type(kind)) for option, kind in sorted(kinds.items())})
     section.name = task.network  # of a restorer also "bicubic": no network
-    section.init = ""  # a workdir, a converted checkpoint, or a .pth / .safetensors file; empty: from scratch
+    section.init = ""  # a workdir, a converted checkpoint, a .pth / .safetensors file or hf://…; empty: from scratch
     section.init_key = ""  # of a PyTorch file, as "model_ema"; empty: where the weights usually are
     section.init_position_mode = "correct"  # how positions are resized for another grid; or "reference", as published
     return section

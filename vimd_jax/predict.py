@@ -16,12 +16,12 @@ from pathlib import Path
 
 import numpy as np
 
+from vimd_jax.arguments import parse_option
 from vimd_jax.checkpoints.trained_model import TrainedModel
 from vimd_jax.data.images import find_images, narrow_range
 from vimd_jax.errors import DatasetError, printable
 from vimd_jax.load import load_model
 from vimd_jax.log import readable_errors, show_log
-from vimd_jax.models.network import parse_option
 
 
 def label(

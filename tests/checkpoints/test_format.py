@@ -16,7 +16,7 @@ from vimd_jax.checkpoints.format import save_model
 from vimd_jax.checkpoints.trained_model import TrainedModel
 from vimd_jax.errors import CheckpointError
 from vimd_jax.load import load_model, load_variables
-from vimd_jax.models import create_model
+from vimd_jax.models import create_model, describe, list_models, model_options
 
 VIM = {"num_classes": 3, "image_size": 32, "patch_size": 8, "stride": 8, "embed_dim": 16, "depth": 2}
 MODELS = {
@@ -187,6 +187,18 @@ def test_folders_without_a_checksum_of_the_description_are_read(vim):
     assert load_model(vim).class_names == before.class_names
     path.write_text(json.dumps(content))
     assert_refused(vim, "was changed since it was written")
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_the_limits_leave_room_for_every_network(name):
+    """At twice the published size, and for segmentation of larger images."""
+    sizes = ({"image_size": 448}, {"image_size": (512, 1024)}) if "image_size" in model_options(name) else ({},)
+    for options in sizes:
+        model = create_model(name, **options)
+        description.check_size(model)
+        content = {"class_names": [], "view": {"low_resolution": 0, "crop": 1.0}, "provenance": {}}
+        files = {"variables": f"variables-{'0' * 16}.safetensors", "checksum": "0" * 64}
+        assert json.loads(description.sealed(describe(model) | content | files))["architecture"]
 
 
 def test_networks_that_differ_in_their_options_alone_differ_in_their_checksum(tmp_path):

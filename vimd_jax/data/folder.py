@@ -8,8 +8,9 @@ from ml_collections import ConfigDict
 
 from vimd_jax.data.catalog import DATASETS, check_complete
 from vimd_jax.data.images import EXTENSIONS, ValueRange, list_folder
-from vimd_jax.data.source import SPLIT_NAMES, FileSource, Source, choose, composed, warn_once
+from vimd_jax.data.source import SPLIT_NAMES, FileSource, Source, choose, composed
 from vimd_jax.errors import DatasetError
+from vimd_jax.log import warn_once
 
 LAYOUT = "expected train/<class>/*.jpg and test/<class>/*.jpg, optionally val/<class>/*.jpg"
 

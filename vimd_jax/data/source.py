@@ -1,6 +1,5 @@
 """A dataset as a random-access list of records, whatever its format; the formats themselves: see sources.py."""
 
-import functools
 import hashlib
 import logging
 import os
@@ -16,6 +15,7 @@ from PIL import Image
 
 from vimd_jax.data.images import Reduction, ValueRange, check_header, narrow_range, read_image
 from vimd_jax.errors import DatasetError, UnreadableImage
+from vimd_jax.log import warn_once
 
 log = logging.getLogger(__name__)
 
@@ -218,9 +218,3 @@ def composed(text: str) -> str:
     Bytes that are not UTF-8 are escaped.
     """
     return unicodedata.normalize("NFC", text).encode(errors="backslashreplace").decode()
-
-
-@functools.cache
-def warn_once(message: str) -> None:
-    """Logs a warning, if it has not been logged yet."""
-    log.warning(message)
