@@ -202,9 +202,9 @@ class SyntheticSource(Source):
         """Prepares the labels; nothing is drawn yet.
 
         Args:
-            config: `config.dataset`; reads high_resolution (the side of the images is the longer one), synthetic_classes,
-                synthetic_train_size, synthetic_test_size and validation_fraction (of synthetic_train_size: the number
-                of validation images, which are additional to the training images).
+            config: `config.dataset`; reads high_resolution (whose longer side is that of the images),
+                synthetic_classes, synthetic_train_size, synthetic_test_size and validation_fraction (of
+                synthetic_train_size: the number of validation images, which are additional to the training images).
             split: "train", "validation" or "test".
         """
         size = config.synthetic_test_size if split == "test" else config.synthetic_train_size
