@@ -22,7 +22,7 @@ def sums(restored: jax.Array, batch: Batch) -> dict[str, jax.Array]:
     return {
         "count": jnp.sum(batch["weight"]),
         "psnr": jnp.sum(batch["weight"] * psnr(restored, high)),
-        "psnr_bicubic": jnp.sum(batch["weight"] * psnr(bicubic(unit(batch["low"]), high.shape[1]), high)),
+        "psnr_bicubic": jnp.sum(batch["weight"] * psnr(bicubic(unit(batch["low"]), high.shape[1:3]), high)),
     }
 
 
