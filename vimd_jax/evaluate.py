@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 import kernels
 from vimd_jax.command import is_given, run, show_log
 from vimd_jax.config import check_settings
-from vimd_jax.data.sources import load_source
+from vimd_jax.data.sources import Source, load_source
 from vimd_jax.load import load_variables
 from vimd_jax.log import extra, readable_errors
 from vimd_jax.models import describe
@@ -29,11 +29,23 @@ log = logging.getLogger("vimd_jax.evaluate")
 
 
 class Measurement(NamedTuple):
-    """The scores of a network by name with "count", the number of images; what they are made of; the networks."""
+    """A network measured on images.
+
+    Attributes:
+      scores: by name, with "count", the number of images.
+      sums: the findings behind them.
+      networks: of the stage; the product was measured.
+      config: of the stage, with the crop that the images were seen with.
+      source: of the images.
+      variables: of the network.
+    """
 
     scores: dict[str, float]
     sums: Sums
     networks: roles.Networks
+    config: ConfigDict
+    source: Source
+    variables: roles.Variables
 
 
 def evaluate_run(
@@ -71,7 +83,7 @@ def measure(
     batches, title = next(passes(source, config, nets.task)), f"{path}, {split}"
     with kernels.use(scan=config.scan_implementation or None):
         step, replicated = steps.make_eval_step(nets), parallel.replicate(variables)
-        return Measurement(*evaluate(nets.task, step, replicated, batches, title), nets)
+        return Measurement(*evaluate(nets.task, step, replicated, batches, title), nets, config, source, variables)
 
 
 def _with_crop(config: ConfigDict, crop: float, path: Path) -> ConfigDict:
