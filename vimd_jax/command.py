@@ -98,13 +98,15 @@ class StopRequest:
     def __init__(self):
         self.must_save = False
         self._signal = 0
+        self._writing: int | None = None
         self._before: dict[int, Any] = {}
         if threading.current_thread() is not threading.main_thread():
             return
-        reading, self._writing = os.pipe()
-        os.set_blocking(self._writing, False)
-        threading.Thread(target=self._watch, args=(reading,), daemon=True).start()
-        self._fd_before = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
+        if os.name == "posix":
+            reading, self._writing = os.pipe()
+            os.set_blocking(self._writing, False)
+            threading.Thread(target=self._watch, args=(reading,), daemon=True).start()
+            self._fd_before = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
         for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
             if number := getattr(signal, name, None):
                 self._before[number] = signal.signal(number, self._remember)
@@ -113,9 +115,9 @@ class StopRequest:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._before:
-            for number, handler in self._before.items():
-                signal.signal(number, handler)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if self._writing is not None:
             signal.set_wakeup_fd(self._fd_before)
             os.close(self._writing)
 

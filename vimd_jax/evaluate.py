@@ -78,7 +78,10 @@ def measure(
     batches, title = next(passes(source, config, nets.task)), f"{path}, {split}"
     with kernels.use(scan=config.scan_implementation or None):
         step, replicated = steps.make_eval_step(nets), parallel.replicate(variables)
-        return Measurement(*evaluate(nets.task, step, replicated, batches, title), nets)
+        scores, sums = evaluate(nets.task, step, replicated, batches, title)
+    if remark := nets.task.remark(scores):
+        log.warning("%s: %s", title, remark)
+    return Measurement(scores, sums, nets)
 
 
 def _as_trained(config: ConfigDict, view: dict[str, Any], given: Callable[[str], bool], place: str) -> ConfigDict:
@@ -110,7 +113,7 @@ def write_tables(measurement: Measurement, workdir: Path, split: str) -> None:
         path = workdir / f"{split}_{name}.csv"
         with extra(str(path)):
             workdir.mkdir(parents=True, exist_ok=True)
-            with path.open("w", newline="") as file:
+            with path.open("w", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerows(rows)
     if confusion is not None:
         path = workdir / f"{split}_confusion.png"
