@@ -341,7 +341,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
             parallel.join(given.coordinator_address, given.num_processes, given.process_id, given.wait_seconds)
         elif given.distributed:
             parallel.join_job(given.wait_seconds)
-        stop = StopRequest()
+        stop = StopRequest(at_once=True)
         stages = workdirs.stages(config, workdir)
         made_before, checked = set(), []
         for stage, folder in stages:
