@@ -1,10 +1,10 @@
-"""Labels images over HTTP, those that arrive together in one batch: pip install "vimd-jax[serve]"
+"""Labels images over HTTP, in batches of those that arrive together; needs pip install "vimd-jax[serve]".
 
     python examples/serve.py --checkpoint workdir/student
     curl --data-binary @bird.jpg http://127.0.0.1:8000/
 
-answers {"labels": [{"class": "Indigo Bunting", "probability": 0.93}, …]}, the most probable first. GET /health answers as
-soon as the network is compiled. For the open internet, put a proxy in front that limits rates and speaks TLS.
+answers {"labels": [{"class": "Indigo Bunting", "probability": 0.93}, …]}, the most probable first. GET /health answers
+as soon as the network is compiled. For the open internet, put a proxy in front that limits rates and speaks TLS.
 """
 
 import argparse
@@ -24,18 +24,18 @@ from vimd_jax import load_model
 from vimd_jax.checkpoints.trained_model import TrainedModel
 
 MOST_BYTES = 32 * 2**20  # of an image
-MOST_WAITING = 1024  # requests; to those beyond them the server is busy
+MOST_WAITING = 1024  # requests; further ones are refused
 
 
 class Batches:
-    """The requests that wait while a batch is computed are the next batch."""
+    """Batches requests: those that arrive while one batch is computed form the next."""
 
     def __init__(self, classifier: TrainedModel, batch_size: int):
         self.classifier, self.batch_size = classifier, batch_size
         self.waiting: asyncio.Queue = asyncio.Queue(MOST_WAITING)
 
     async def probabilities(self, image: np.ndarray) -> np.ndarray:
-        """Of one image, (classes,)."""
+        """Class probabilities of one image, (classes,)."""
         answer = asyncio.get_running_loop().create_future()
         try:
             self.waiting.put_nowait((image, answer))
@@ -44,7 +44,7 @@ class Batches:
         return await answer
 
     async def run(self) -> None:
-        """Answers until it is cancelled."""
+        """Answers requests until it is cancelled."""
         while True:
             batch = [await self.waiting.get()]
             while len(batch) < self.batch_size and not self.waiting.empty():
@@ -64,7 +64,7 @@ class Batches:
 
 
 def create_app(classifier: TrainedModel, batch_size: int = 32, top: int = 5) -> Starlette:
-    """The application; it compiles the network before it answers."""
+    """Creates the application, which compiles the network before it answers."""
     batches = Batches(classifier, batch_size)
 
     @contextlib.asynccontextmanager
@@ -79,7 +79,7 @@ def create_app(classifier: TrainedModel, batch_size: int = 32, top: int = 5) -> 
         async for chunk in request.stream():
             content += chunk
             if len(content) > MOST_BYTES:
-                raise HTTPException(413, f"an image may have {MOST_BYTES} bytes")
+                raise HTTPException(413, f"an image may have at most {MOST_BYTES} bytes")
         try:
             image = await asyncio.to_thread(classifier.prepare, bytes(content), downsample=True)
         except ValueError as error:
@@ -100,7 +100,7 @@ def create_app(classifier: TrainedModel, batch_size: int = 32, top: int = 5) -> 
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Serves until it is asked to stop."""
+    """Serves until asked to stop."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", required=True, help="a workdir, or a converted checkpoint")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 in a container")
@@ -109,7 +109,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     classifier = load_model(options.checkpoint)
     if not classifier.class_names:
-        parser.error(f"{options.checkpoint} holds an SR network, which labels nothing: name a classifier")
+        parser.error(f"{options.checkpoint} holds a network that does not classify: name a classifier")
     uvicorn.run(create_app(classifier, options.batch_size), host=options.host, port=options.port)
 
 

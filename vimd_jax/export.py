@@ -70,7 +70,7 @@ def to_onnx(trained: TrainedModel, weights: str = "float32") -> bytes:
     except ImportError as error:
         raise ValueError(f'ONNX needs the extra "onnx" ({error}): pip install "vimd-jax[onnx]"') from error
     images = _images(trained)
-    # Traced here, not by jax2onnx: what it puts in the place of JAX's functions meanwhile does not go with Flax's loops.
+    # Traced here, not by jax2onnx, whose own versions of JAX's functions do not go with Flax's loops.
     with portable(True):
         program = jax.make_jaxpr(program_of(trained, weights, scan="chunked"))(images)
     with _symbolic_sizes_by_name():
@@ -87,7 +87,7 @@ def to_onnx(trained: TrainedModel, weights: str = "float32") -> bytes:
 
 def program_of(trained: TrainedModel, weights: str = "float32", scan: str = "sequential") -> Program:
     """The function of images that is exported: probabilities of a classifier or of every pixel, or restored images."""
-    model, variables = trained.model, _stored(trained.variables, weights)
+    model, variables = trained.model, stored(trained.variables, weights)
 
     def program(images: jax.Array) -> jax.Array:
         restored = jax.tree.map(lambda x: x(), variables)
@@ -130,14 +130,14 @@ def _images(trained: TrainedModel) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
-def _stored(variables: dict[str, Any], weights: str) -> dict[str, Any]:
+def stored(variables: dict[str, Any], weights: str) -> dict[str, Any]:
     """For every variable a function that restores it while the program runs.
 
     Kernels, which are nearly all of a network, are kept in fewer bits: as bfloat16, or as int8 with a scale for every
     output of every layer. The rest (biases, norms, state matrices, positions) stays as it is.
     """
 
-    def stored(path, x):
+    def restore(path, x):
         x = np.asarray(x)
         is_kernel = path[-1].key.endswith("kernel") and x.ndim > 1 and x.shape[-2] >= 8
         if is_kernel and weights == "bfloat16":
@@ -149,11 +149,11 @@ def _stored(variables: dict[str, Any], weights: str) -> dict[str, Any]:
             return lambda: jnp.asarray(rounded).astype(jnp.float32) * scale
         return lambda: x
 
-    return jax.tree_util.tree_map_with_path(stored, variables)
+    return jax.tree_util.tree_map_with_path(restore, variables)
 
 
 def _tidied(model: Any) -> bytes:
-    """The content of an ONNX file, without what jax2onnx leaves behind: copies in every step of a loop, unused arrays."""
+    """The content of an ONNX file, without what jax2onnx leaves in it: copies in the steps of loops, unused arrays."""
     from onnx_ir import passes, to_proto
     from onnx_ir.passes import common
 
@@ -161,7 +161,12 @@ def _tidied(model: Any) -> bytes:
         if node.op_type == "Cast" and node.inputs[0].dtype == node.attributes["to"].value:
             node.op_type = "Identity"
             node.attributes.clear()
-    return to_proto(passes.Sequential(common.IdentityEliminationPass(), common.RemoveUnusedNodesPass())(model).model).SerializeToString()
+    for graph in model.graphs():
+        for name, value in list(graph.initializers.items()):
+            if not value.uses() and not value.is_graph_output():
+                del graph.initializers[name]
+    tidy = passes.Sequential(common.IdentityEliminationPass(), common.RemoveUnusedNodesPass())
+    return to_proto(tidy(model).model).SerializeToString()
 
 
 @contextlib.contextmanager

@@ -99,11 +99,11 @@ def train(config: ConfigDict, workdir: Path, data: Splits | None = None, stop: S
         stack.enter_context(kernels.use(scan=config.scan_implementation or None))
         if parallel.is_first():
             workdirs.check(workdir, config, data)  # since the first check another run may have begun here
-        _train(config, workdir, data, stop)
+        _train(config, workdir, data, stop, stack)
         stop.must_save = False
 
 
-def _train(config: ConfigDict, workdir: Path, data: Splits, stop: StopRequest) -> None:
+def _train(config: ConfigDict, workdir: Path, data: Splits, stop: StopRequest, until_end: contextlib.ExitStack) -> None:
     # 1. The trained network, the frozen networks around it, the optimiser. Then the folder belongs to the run.
     class_names = data.train.class_names
     nets = roles.build_networks(config, class_names)
@@ -161,7 +161,8 @@ def _train(config: ConfigDict, workdir: Path, data: Splits, stop: StopRequest) -
     )  # fmt: skip
     held_out = passes(data.held_out, config, task)
     state, replicated_frozen = parallel.replicate(state), parallel.replicate(frozen)
-    writer = MetricWriter(workdir, epoch_steps, first_step, evaluated_step)
+    writer = until_end.enter_context(MetricWriter(workdir, epoch_steps, first_step, evaluated_step))
+    until_end.callback(batches.close)
     progress = Progress(total_steps, epoch_steps, config.batch_size, record)
 
     def evaluation_is_due(step: int) -> bool:
@@ -237,7 +238,6 @@ def _train(config: ConfigDict, workdir: Path, data: Splits, stop: StopRequest) -
             save()
         stop.check_here()  # a signal to the whole process group ends input processes that are just starting
         raise
-    batches.close()
 
     # 4. The results: the best network on the test images, the curves, a panel to look at.
     best_variables, best_step = roles.zeros(nets.product), 0
@@ -248,7 +248,6 @@ def _train(config: ConfigDict, workdir: Path, data: Splits, stop: StopRequest) -
     title, replicated = f"test, network of step {best_step}", parallel.replicate(best_variables)
     scores, _ = evaluate(task, eval_step, replicated, next(passes(data.test, config, task)), title, stop.check)
     writer.write(total_steps, "test", {**scores, "best_step": best_step})
-    writer.close()
     if remark := task.remark(scores):
         log.warning("%s: %s", title, remark)
     save_pictures(workdir, config, nets, best_variables, data.test)

@@ -1,4 +1,4 @@
-"""What holds for every registered network: shapes, finite gradients, half precision, two resolutions, features."""
+"""Properties of every registered network: shapes, finite gradients, half precision, two resolutions, features."""
 
 import functools
 
@@ -20,7 +20,7 @@ from vimd_jax.training.optimizer import decay_mask
 ISOTROPIC = {"num_classes": 5, "image_size": 32, "patch_size": 8, "stride": 8, "embed_dim": 16, "depth": 2}
 HIERARCHICAL = {"num_classes": 5, "image_size": 32, "dims": 8, "depths": (1, 1)}
 WINDOWS = {"directions": (("h", "v_flip", "w2"),)}
-# By the start of a name: the longest that fits.
+# By the prefix of a name; the longest matching one applies.
 SMALL = {
     "vim": ISOTROPIC,
     "v2m": ISOTROPIC,
@@ -34,7 +34,7 @@ SMALL = {
     "srresnet": {"channels": 4, "num_blocks": 1},
     "srvm": ISOTROPIC | {"sr_channels": 4, "sr_num_blocks": 1},
 }
-# One of each kind; the others of its family differ in size only. Segmenters have a test of their own.
+# One of each kind; the others of its family differ only in size. Segmenters have their own tests.
 NAMES = [name for name in list_models() if not name.endswith(("_small", "_base", "8", "l20")) and "upernet" not in name]
 CLASSIFIERS = [name for name in NAMES if name not in SR_NETWORKS]
 
@@ -63,7 +63,7 @@ def test_what_is_left_out_is_another_size_of_what_is_not():
 @pytest.mark.parametrize("size", [(32, 32), (40, 24)], ids=str)
 def test_forward_and_backward(name, size):
     model, batch, traces = small(name), images(*size), []
-    if name.startswith("srvm"):  # which quadruples its images
+    if name.startswith("srvm"):  # it enlarges images four times
         batch = batch[:, ::4, ::4]
 
     @jax.jit
@@ -127,7 +127,7 @@ def test_maps_are_the_hidden_states_without_class_tokens(name):
         return states[1], *model.apply(variables, batch, (1, 0), method="feature_maps")
 
     states, last, first = map(np.asarray, both(variables(name)))
-    if model.class_token:  # at place 7 of 5 x 3 patches
+    if model.class_token:  # at position 7 of 5 x 3 patches
         states = np.delete(states, 7, axis=1).reshape(last.shape)
     np.testing.assert_array_equal(last, states)
     assert not np.array_equal(first, last)

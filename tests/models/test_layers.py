@@ -1,4 +1,4 @@
-"""What the networks share: what XLA makes of convolutions whose filters are a layer's slice of stacked weights."""
+"""Shared layers: programs that XLA compiles for convolutions whose filters are a slice of stacked weights."""
 
 import re
 
@@ -13,7 +13,7 @@ from vimd_jax.models.mamba import GroupedShortConv, ShortConv
 
 
 class Step(nn.Module):
-    """A convolution as a step of nn.scan."""
+    """A convolution as the body of nn.scan."""
 
     conv: type[nn.Module]
     options: dict

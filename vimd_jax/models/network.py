@@ -73,7 +73,7 @@ class Network(nn.Module):
 
     @staticmethod
     def decays(path: tuple[str, ...]) -> bool:
-        """Whether weight decay shrinks the parameter at this path, as in the authors' training.
+        """True if weight decay applies to the parameter at this path, as in the authors' training.
 
         Vim's rule: kernels and state matrices decay; biases, scales, D, class tokens and positions do not.
         """

@@ -56,9 +56,9 @@ class Segmenter(Composite):
         if self.auxiliary_head and not 0 <= self._auxiliary_index < len(self._layers):
             raise ValueError(f"auxiliary_tap: {self.auxiliary_tap} is not valid with {len(self._layers)} taps")
         if self.tapped != "stream" and not self.isotropic:
-            raise ValueError(f'tapped: {self.tapped!r} is not valid, of networks with stages it is the "stream"')
+            raise ValueError(f'tapped: {self.tapped!r} is not valid, networks with stages have only the "stream"')
         if self.normalize_last and not self._pyramid:
-            raise ValueError("normalize_last: True is not valid, here every map has a norm")
+            raise ValueError("normalize_last: True is not valid, every map of this network has a norm already")
         if self._pyramid and self.backbone.stride not in (4, 8, 16):
             raise ValueError(f"stride: {self.backbone.stride} is not valid in a segmenter, expected 4, 8 or 16")
 

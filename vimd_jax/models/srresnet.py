@@ -67,7 +67,7 @@ class SRResNet(Network):
 
         for i in range(self.scale.bit_length() - 1):
             x = Doubling(self.channels, name=f"upsample_{i}")(x)
-        x = Conv(3, 9, name="conv_out")(x)
+        x = Conv(3, 9, convolve=convolve_to_few if portable.value else convolve, name="conv_out")(x)
         return jnp.clip(x, 0.0, 1.0)
 
 
@@ -109,6 +109,16 @@ def trunk_convolve(train: bool) -> Callable[[jax.Array, jax.Array], jax.Array]:
     if train:
         return convolve
     return partial(on_cpu, winograd, convolve)
+
+
+def convolve_to_few(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`convolve` for few features, which ONNX Runtime pads to 16: first each column of the filter, then the sum."""
+    size, _, inputs, features = kernel.shape
+    margin, width = size // 2, x.shape[2]
+    columns = kernel.swapaxes(1, 2).reshape(size, 1, inputs, size * features)
+    padding = ((margin, margin), (margin, margin))
+    y = jax.lax.conv_general_dilated(x, columns, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return sum(y[:, :, j : j + width, j * features : (j + 1) * features] for j in range(size))
 
 
 def winograd(x: jax.Array, kernel: jax.Array) -> jax.Array:

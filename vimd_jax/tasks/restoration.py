@@ -19,7 +19,8 @@ def loss(output: Output, batch: Batch, config: ConfigDict) -> tuple[jax.Array, T
 def per_image(restored: jax.Array, batch: Batch) -> dict[str, jax.Array]:
     """PSNR of the restored image, and of bicubic interpolation."""
     high = unit(batch["high"])
-    return {"psnr": psnr(restored, high), "psnr_bicubic": psnr(bicubic(unit(batch["low"]), high.shape[1]), high)}
+    enlarged = bicubic(unit(batch["low"]), high.shape[1:3])
+    return {"psnr": psnr(restored, high), "psnr_bicubic": psnr(enlarged, high)}
 
 
 def sums(restored: jax.Array, batch: Batch) -> dict[str, jax.Array]:

@@ -28,6 +28,8 @@ NOT_A_TERM = ("loss", "gradient_norm", "parameter_norm")  # metrics of a step th
 class MetricWriter:
     """Appends to workdir/metrics.jsonl, one object a line, and to TensorBoard events in workdir/tensorboard.
 
+    A context, which ends the event file.
+
     Lines that an interrupted run wrote after `resumed_step` are dropped first, since those steps are run again. The
     events are written again from the lines that stay.
     """
@@ -72,8 +74,10 @@ class MetricWriter:
             ) from error
         self._events.add(step, split, metrics)
 
-    def close(self) -> None:
-        """Ends the event file."""
+    def __enter__(self) -> "MetricWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         if self._speaks:
             self._events.close()
 
@@ -103,6 +107,9 @@ class _Events:
                 writer.write_event(Event(wall_time=time.time(), step=step, summary=summary))
             writer.flush()
             self._writer = writer
+        if self._writer is None:
+            with contextlib.suppress(Exception):
+                writer.close()
 
     def close(self) -> None:
         """Ends the file."""

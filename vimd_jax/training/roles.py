@@ -16,8 +16,8 @@ from ml_collections import ConfigDict
 from vimd_jax.checkpoints.adapt import MODES
 from vimd_jax.config import DERIVED, STAGES, Stage, given_options
 from vimd_jax.load import load_variables
-from vimd_jax.models import create_model, describe, model_options
-from vimd_jax.models.network import input_images, join, variable_shapes
+from vimd_jax.models import create_model, model_options
+from vimd_jax.models.network import input_images, join, square, variable_shapes
 from vimd_jax.models.srvm import SRVM, bicubic
 from vimd_jax.tasks.task import Task, unit
 from vimd_jax.training import classes, parallel
@@ -73,9 +73,9 @@ class Networks:
         by_role = {self.stage.restorer: self.restorer, self.stage.teacher: self.teacher}
         return {role: model for role, model in by_role.items() if model is not None}
 
-    def read(self, workdir: Path) -> dict[str, nn.Module]:
-        """The networks that get weights from elsewhere, by role: not the trained one of a run that continues."""
-        return self.frozen | ({} if is_begun(workdir) else {self.stage.trained: self.trained})
+    def read(self, workdir: Path) -> list[str]:
+        """The roles whose weights are read from elsewhere: in a run that continues, those of frozen networks only."""
+        return [*self.frozen, *([] if is_begun(workdir) else [self.stage.trained])]
 
     def product_variables(self, trained: Variables, frozen: dict[str, Variables]) -> Variables:
         """The variables of the product, from those of the trained network and of the frozen ones."""
@@ -118,7 +118,9 @@ def _build(config: ConfigDict, role: str, class_names: Sequence[str], train: boo
     section = config[role]
     _check_section(role, section)
     outputs = STAGES[role].task.outputs(tuple(class_names))
-    derived = {"num_classes": len(outputs), "image_size": config.dataset.high_resolution} if outputs else {}
+    size = config.dataset.high_resolution
+    image_size = size if isinstance(size, int) else tuple(size)
+    derived = {"num_classes": len(outputs), "image_size": image_size} if outputs else {}
     if train and "bn_axis_name" in model_options(section.name):
         derived["bn_axis_name"] = AXIS
     try:
@@ -142,11 +144,13 @@ def _check_section(role: str, section: ConfigDict) -> None:
 
 def _check_resolutions(config: ConfigDict, role: str, restorer: nn.Module | None) -> None:
     high, low, name = config.dataset.high_resolution, config.dataset.low_resolution, config[role].name
-    scale = high // max(low, 1) if restorer is None else restorer.scale
-    if low < 1 or low * scale != high:
+    scale = square(high)[0] // square(low)[0] if restorer is None else restorer.scale
+    if tuple(scale * side for side in square(low)) != square(high):
+        sides = tuple(side // max(scale, 1) for side in square(high))
+        fitting = sides[0] if isinstance(high, int) else sides
         raise ValueError(
             f"config.dataset.low_resolution {low} x {scale} (config.{role}.name {name}) is not high_resolution {high}: "
-            f"set config.dataset.low_resolution to {high // scale}, or choose another config.{role}.name."
+            f"set config.dataset.low_resolution to {fitting}, or choose another config.{role}.name."
         )
 
 
@@ -162,14 +166,14 @@ def check_sources_of_weights(config: ConfigDict, networks: Networks, workdir: Pa
       workdir: its folder.
       made_before: workdirs that earlier stages of the same command make.
     """
-    for role, model in networks.read(workdir).items():
+    for role in networks.read(workdir):
         section, init = config[role], init_source(config, role, workdir)
         if role in networks.frozen and not init:
             raise ValueError(
                 f"config.{role}.init is empty, but a {config.stage} needs a trained {role} network: name the workdir "
                 f'of a "{role}" run, a converted checkpoint or a PyTorch file.'
             )
-        path = _local(init, model)
+        path = _local(init, section.name)
         if init and not path.exists() and path.resolve() not in made_before:
             raise FileNotFoundError(f"config.{role}.init: {path}: no such workdir, converted checkpoint or file.")
         if section.init_key and (not init or path.is_dir()):
@@ -180,9 +184,9 @@ def check_sources_of_weights(config: ConfigDict, networks: Networks, workdir: Pa
             )
 
 
-def _local(init: str, model: nn.Module) -> Path:
-    """The file or folder of weights for a network, downloaded if they have a name."""
-    return resolve(init, describe(model)["architecture"]).expanduser()
+def _local(init: str, architecture: str) -> Path:
+    """The file or folder of weights for an architecture, downloaded if they have a name."""
+    return resolve(init, architecture).expanduser()
 
 
 def initial_variables(config: ConfigDict, networks: Networks, workdir: Path) -> tuple[Variables, dict[str, Variables]]:
@@ -196,7 +200,8 @@ def initial_variables(config: ConfigDict, networks: Networks, workdir: Path) -> 
     """
 
     def load(role: str, model: nn.Module, adapt: bool = False) -> tuple[Variables, Path]:
-        section, path = config[role], _local(init_source(config, role, workdir), model)
+        section = config[role]
+        path = _local(init_source(config, role, workdir), section.name)
         options = {"key": section.init_key or None, "position_mode": section.init_position_mode}
         return load_variables(path, model, adapt=adapt, **options), path
 
