@@ -602,9 +602,9 @@ def test_evaluate_looks_at_images_as_the_checkpoint_says(trained, tmp_path, monk
     )
     config = tiny_config("teacher")
     evaluate.evaluate_run(config, tmp_path, "test", tmp_path / "half")
-    evaluate.measure(config, tmp_path, "test", tmp_path / "half", keep_crop=True)
+    evaluate.measure(config, tmp_path, "test", tmp_path / "half", given=lambda field: field == "dataset.eval_crop")
     assert crops == [0.5, 1.0]
-    assert any("names a crop of 0.5, which is taken; the config has 1" in line for line in caplog.messages)
+    assert any("was trained with eval_crop 0.5, which is taken; the config has 1.0" in line for line in caplog.messages)
 
 
 def test_classes_in_another_order_are_matched_by_name(trained, tmp_path, caplog):
