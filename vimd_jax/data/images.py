@@ -33,7 +33,7 @@ Reduction = Callable[[int, int], int]
 
 
 class Listing(NamedTuple):
-    """What a folder holds, apart from hidden and service files; links are what they point to.
+    """The entries of a folder, apart from hidden and service files; a link counts as what it points to.
 
     Attributes:
         folders: their names, sorted.
