@@ -416,6 +416,21 @@ def test_wrong_requests_are_refused_before_anything_is_written(tmp_path, changes
     assert not (tmp_path / "run").exists()
 
 
+def test_images_that_are_not_square(tmp_path):
+    """A student that learns from labels alone, behind bicubic interpolation; trained twice, it is finished already."""
+    sizes = {"dataset__high_resolution": (32, 16), "dataset__low_resolution": (8, 4)}
+    alone = {"sr__name": "bicubic", "loss__logits_weight": 0.0, "loss__hidden_weight": 0.0}
+    config = tiny_config("student", schedule__num_epochs=1, schedule__warmup_epochs=0, **sizes, **alone)
+    for _ in range(2):
+        train.train(config, tmp_path / "run")
+    student = load_model(tmp_path / "run")
+    assert (student.image_size, student.low_resolution) == ((32, 16), (8, 4))
+    assert student.predict(np.zeros((2, 8, 4, 3), np.uint8)).shape == (2, 4)
+    with pytest.raises(ValueError, match=r"set config.dataset.low_resolution to \(8, 4\)"):
+        config = tiny_config("sr", dataset__high_resolution=(32, 16), dataset__low_resolution=(8, 8))
+        train.train(config, tmp_path / "sr")
+
+
 def test_a_student_needs_trained_networks(tmp_path, trained):
     with pytest.raises(ValueError, match="config.sr.init is empty"):
         train.train(tiny_config("student"), tmp_path / "a")

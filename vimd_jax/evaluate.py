@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 import kernels
 from vimd_jax.command import is_given, run, show_log
 from vimd_jax.config import check_settings
-from vimd_jax.data.sources import load_source
+from vimd_jax.data.sources import Source, load_source
 from vimd_jax.load import load_variables
 from vimd_jax.log import extra, readable_errors
 from vimd_jax.models import describe
@@ -30,11 +30,23 @@ log = logging.getLogger("vimd_jax.evaluate")
 
 
 class Measurement(NamedTuple):
-    """The scores of a network by name with "count", the number of images; what they are made of; the networks."""
+    """A network measured on images.
+
+    Attributes:
+      scores: by name, with "count", the number of images.
+      sums: the findings behind them.
+      networks: of the stage; the product was measured.
+      config: of the stage, with the crop that the images were seen with.
+      source: of the images.
+      variables: of the network.
+    """
 
     scores: dict[str, float]
     sums: Sums
     networks: roles.Networks
+    config: ConfigDict
+    source: Source
+    variables: roles.Variables
 
 
 def evaluate_run(
@@ -81,7 +93,7 @@ def measure(
         scores, sums = evaluate(nets.task, step, replicated, batches, title)
     if remark := nets.task.remark(scores):
         log.warning("%s: %s", title, remark)
-    return Measurement(scores, sums, nets)
+    return Measurement(scores, sums, nets, config, source, variables)
 
 
 def _as_trained(config: ConfigDict, view: dict[str, Any], given: Callable[[str], bool], place: str) -> ConfigDict:
@@ -90,13 +102,8 @@ def _as_trained(config: ConfigDict, view: dict[str, Any], given: Callable[[str],
     named = {"eval_crop": view["crop"], "value_range": tuple(view.get("value_range", ()))}
     for field, value in named.items():
         if config.dataset[field] != value and not given(f"dataset.{field}"):
-            log.info(
-                "%s was trained with %s %r, which is taken; the config has %r.",
-                place,
-                field,
-                value,
-                config.dataset[field],
-            )
+            text = "%s was trained with %s %r, which is taken; the config has %r."
+            log.info(text, place, field, value, config.dataset[field])
             config.dataset[field] = value
     return config
 
