@@ -102,13 +102,8 @@ def _as_trained(config: ConfigDict, view: dict[str, Any], given: Callable[[str],
     named = {"eval_crop": view["crop"], "value_range": tuple(view.get("value_range", ()))}
     for field, value in named.items():
         if config.dataset[field] != value and not given(f"dataset.{field}"):
-            log.info(
-                "%s was trained with %s %r, which is taken; the config has %r.",
-                place,
-                field,
-                value,
-                config.dataset[field],
-            )
+            text = "%s was trained with %s %r, which is taken; the config has %r."
+            log.info(text, place, field, value, config.dataset[field])
             config.dataset[field] = value
     return config
 
