@@ -18,7 +18,7 @@ from vimd_jax.config import check_settings
 from vimd_jax.data.sources import load_source
 from vimd_jax.load import load_variables
 from vimd_jax.log import readable_errors
-from vimd_jax.tasks.task import Sums, Task
+from vimd_jax.tasks.task import Sums, Task, check_source
 from vimd_jax.training import parallel, plots, roles, steps, workdirs
 from vimd_jax.training.evaluation import evaluate, passes
 
@@ -47,13 +47,14 @@ def evaluate_run(config: ConfigDict, workdir: Path, split: str, checkpoint: Path
     parallel.check_batch_size("eval_batch_size", config.eval_batch_size)
     source = load_source(config.dataset, split, seed=config.seed)
     nets = roles.build_networks(config, source.class_names)
+    check_source(nets.task, source, config.dataset.name)
     path = checkpoint or workdir
     variables = parallel.replicate(load_variables(path, nets.product))
     if checkpoint is None:
         check_names(workdir, nets.outputs)
-    batches, title = next(passes(source, config, nets.task)), f"{path}, {split}"
+    batches, title = next(passes(source, config, nets)), f"{path}, {split}"
     with kernels.use(scan=config.scan_implementation or None):
-        scores, sums = evaluate(nets.task, steps.make_eval_step(nets), variables, batches, title)
+        scores, sums = evaluate(nets.task, steps.make_eval_step(config, nets), variables, batches, title)
     write_tables(nets.task, sums, nets.outputs, workdir, split)
     return scores
 

@@ -1,10 +1,10 @@
-"""The formats of datasets: a folder of class folders, TensorFlow Datasets, or synthetic; each a function in FORMATS."""
+"""The formats of datasets: class folders, label maps, TensorFlow Datasets, or synthetic; each a function in FORMATS."""
 
 from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
-from vimd_jax.data import folder, synthetic, tfds
+from vimd_jax.data import folder, label_maps, synthetic, tfds
 from vimd_jax.data.catalog import DATASETS
 from vimd_jax.data.source import SPLITS, Record, Source, Splits, check_readable
 from vimd_jax.data.synthetic import SyntheticSource
@@ -16,6 +16,7 @@ __all__ = ["FORMATS", "SPLITS", "Record", "Source", "Splits", "SyntheticSource",
 FORMATS: dict[str, Callable[[ConfigDict, str, int], Source]] = {
     "synthetic": synthetic.load,
     "folder": folder.load,
+    "label_maps": label_maps.load,
 }
 
 

@@ -17,6 +17,16 @@ from vimd_jax.models.registry import (
     model_options,
 )
 
-MODELS.update(srvm.MODELS | segmenter.MODELS)
+SEGMENTERS = segmenter.MODELS
+MODELS.update(srvm.MODELS | SEGMENTERS)
 
-__all__ = ["CLASSIFIERS", "MODELS", "SR_NETWORKS", "create_model", "describe", "list_models", "model_options"]
+__all__ = [
+    "CLASSIFIERS",
+    "MODELS",
+    "SEGMENTERS",
+    "SR_NETWORKS",
+    "create_model",
+    "describe",
+    "list_models",
+    "model_options",
+]

@@ -1,5 +1,7 @@
 """Restoration: the high-resolution image from the low-resolution one, by a super-resolution network."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,7 +33,7 @@ def scores(total: dict[str, np.ndarray]) -> dict[str, float]:
     return {name: float(total[name]) / float(total["count"]) for name in ("psnr", "psnr_bicubic")}
 
 
-def panel(restored: np.ndarray, targets: list, names: tuple[str, ...]) -> tuple[dict[str, np.ndarray], list[str]]:
+def panel(restored: np.ndarray, *_: Any) -> tuple[dict[str, np.ndarray], list[str]]:
     return {"super-resolved": restored}, [""] * len(restored)
 
 

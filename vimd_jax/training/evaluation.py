@@ -1,6 +1,5 @@
 """Evaluation: sums over all images of a split and their scores; a panel of images to look at."""
 
-import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -11,9 +10,9 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from vimd_jax.data.geometry import central_view, low_resolution_view
-from vimd_jax.data.pipeline import Batch, eval_batches, read_or_skip
-from vimd_jax.data.sources import Source
+from vimd_jax.data.geometry import View, central_view, crop_view, fitted_size, low_resolution_view
+from vimd_jax.data.pipeline import FILL, VIEWS, Batch, eval_passes, read_or_skip
+from vimd_jax.data.sources import Record, Source
 from vimd_jax.errors import TrainingError
 from vimd_jax.tasks.task import Sums, Task, unit
 from vimd_jax.training import parallel, plots
@@ -22,14 +21,13 @@ from vimd_jax.training.roles import Networks
 log = logging.getLogger(__name__)
 
 
-def passes(source: Source, config: ConfigDict, task: Task) -> Iterator[Iterator[Batch]]:
+def passes(source: Source, config: ConfigDict, networks: Networks) -> Iterator[Iterator[Batch]]:
     """Pass after pass over the images of a source; the input processes stay from one to the next."""
-    batches = eval_batches(
-        source, config.dataset, batch_size=config.eval_batch_size, target=task.target,
-        process_index=jax.process_index(), process_count=jax.process_count(), endless=True,
+    views = networks.views if source.maps else VIEWS
+    return eval_passes(
+        source, config.dataset, batch_size=config.eval_batch_size, views=views, target=networks.task.target,
+        process_index=jax.process_index(), process_count=jax.process_count(),
     )  # fmt: skip
-    while True:
-        yield itertools.islice(batches, -(-len(source) // config.eval_batch_size))
 
 
 def evaluate(
@@ -88,9 +86,9 @@ def save_panel(
     records = [record for record in records if record is not None]
     if not records:
         return
-    task, side = networks.task, config.dataset.high_resolution
-    views = [central_view(record.image.size, side, config.dataset.eval_crop) for record in records]
-    seen = [view.apply(record.image) for view, record in zip(views, records)]
+    task = networks.task
+    views = [_panel_view(config.dataset, record, source.maps) for record in records]
+    seen = [view.pad(view.apply(record.image), FILL) for view, record in zip(views, records)]
     high = np.stack([np.asarray(image) for image in seen])
     low = np.stack([np.asarray(low_resolution_view(image, config.dataset.low_resolution)) for image in seen])
     targets = [task.target(record, view) if task.target else None for record, view in zip(records, views)]
@@ -102,6 +100,15 @@ def save_panel(
         columns["super-resolved"] = features["super_resolved"]
     else:
         output = jax.jit(networks.product.apply)(variables, images)
-    drawn, captions = task.panel(np.asarray(output), targets, networks.outputs)
+    drawn, captions = task.panel(np.asarray(output), targets, networks.outputs, high, source.colours)
     columns = {title: np.asarray(x) for title, x in (columns | drawn).items() if x is not None}
     plots.save_panel(columns, captions, path)
+
+
+def _panel_view(config: ConfigDict, record: Record, maps: bool) -> View:
+    """The view of an evaluation; of an image with a label map, which is evaluated whole, a crop of its middle."""
+    full_size, side = record.image.size, config.high_resolution
+    if not maps:
+        return central_view(full_size, side, config.eval_crop)
+    scaled = fitted_size(full_size, config.size_limits)
+    return crop_view(full_size, scaled, tuple(max(0, (length - side) // 2) for length in scaled), side)

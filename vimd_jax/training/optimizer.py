@@ -21,25 +21,45 @@ def create_schedule(config: ConfigDict, steps_per_epoch: int) -> optax.Schedule:
     "timm_epoch": the originals' (timm 0.4.12, stepped after each epoch with the number of the one just finished):
     constant within an epoch, one epoch late, and the cosine's clock starts with the warm-up.
     "staircase": LocalMamba's and EfficientVMamba's: the warm-up rises once an epoch, the cosine falls at every step.
+    "poly": MMSegmentation's: per step, linearly to learning_rate, which the last step of the warm-up has, then along
+    a power of the share of the steps that are left to min_learning_rate, which the last step of all has.
+    "poly_mmcv": of Vim's segmenters (mmcv 1): the power falls from the first step on, and the warm-up multiplies it.
 
     Args:
-      config: name, learning_rate, min_learning_rate, warmup_learning_rate, warmup_epochs, num_epochs.
+      config: name, learning_rate, min_learning_rate, warmup_learning_rate, warmup_epochs, num_epochs; optional are
+        warmup_steps and num_steps, which count instead of the epochs where they are above 0, and power, of "poly".
       steps_per_epoch: optimiser steps in an epoch.
 
     Raises:
       ValueError: unknown name, or a warm-up as long as the training.
     """
-    if not 0 <= config.warmup_epochs < config.num_epochs:
+    warmup, total = schedule_steps(config, steps_per_epoch)
+    if config.name in ("timm_epoch", "staircase") and config.get("num_steps"):
+        raise ValueError(f"config.schedule.num_steps: {config.name} counts epochs, set num_steps and warmup_steps to 0")
+    if config.get("num_steps") and not warmup < total:
+        raise ValueError(f"config.schedule.warmup_steps: {warmup} is not below num_steps, {total}")
+    if not config.get("num_steps") and not 0 <= config.warmup_epochs < config.num_epochs:
         raise ValueError(
             f"config.schedule.warmup_epochs: {config.warmup_epochs} is not below num_epochs, {config.num_epochs}"
         )
     if config.name == "cosine":
-        return _cosine(config, steps_per_epoch)
+        return _cosine(config, warmup, total)
+    if config.name in ("poly", "poly_mmcv"):
+        return _poly(config, warmup, total)
     if config.name == "timm_epoch":
         return _timm_epoch(config, steps_per_epoch)
     if config.name == "staircase":
         return _staircase(config, steps_per_epoch)
-    raise ValueError(f"config.schedule.name: {config.name!r} is unknown, choose cosine, timm_epoch or staircase")
+    raise ValueError(
+        f"config.schedule.name: {config.name!r} is unknown, choose cosine, timm_epoch, staircase, poly or poly_mmcv"
+    )
+
+
+def schedule_steps(config: ConfigDict, steps_per_epoch: int) -> tuple[int, int]:
+    """Steps of the warm-up and of the whole run."""
+    if config.get("num_steps"):
+        return config.warmup_steps, config.num_steps
+    return round(config.warmup_epochs * steps_per_epoch), round(config.num_epochs * steps_per_epoch)
 
 
 def scaled_schedule(config: ConfigDict) -> ConfigDict:
@@ -53,10 +73,25 @@ def scaled_schedule(config: ConfigDict) -> ConfigDict:
     return schedule
 
 
-def _cosine(config: ConfigDict, steps_per_epoch: int) -> optax.Schedule:
-    warmup = round(config.warmup_epochs * steps_per_epoch)
-    total = round(config.num_epochs * steps_per_epoch)
+def _poly(config: ConfigDict, warmup: int, total: int) -> optax.Schedule:
+    peak, low, first, power = (
+        config.learning_rate, config.min_learning_rate, config.warmup_learning_rate, config.get("power", 1.0)
+    )  # fmt: skip
 
+    def mmseg(step):
+        rising = first + (peak - first) * step / max(warmup - 1, 1)
+        left = 1 - (step - warmup) / max(total - warmup - 1, 1)
+        return jnp.where(step < warmup, jnp.minimum(rising, peak), low + (peak - low) * jnp.clip(left, 0, 1) ** power)
+
+    def mmcv(step):
+        falling = low + (peak - low) * jnp.clip(1 - step / total, 0, 1) ** power
+        missing = jnp.clip(1 - step / max(warmup, 1), 0, 1) * (1 - first / peak)
+        return falling * (1 - missing)
+
+    return mmseg if config.name == "poly" else mmcv
+
+
+def _cosine(config: ConfigDict, warmup: int, total: int) -> optax.Schedule:
     def schedule(step):
         rising = step / max(warmup, 1)
         falling = jnp.clip((step - warmup) / max(total - warmup, 1), 0.0, 1.0)
