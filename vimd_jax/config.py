@@ -151,6 +151,11 @@ _SETTINGS = {
     "optimizer.layer_decay": Setting(
         1.0, SHARE, "factor of the learning rate from each layer to the one before it; 1: off"
     ),
+    "optimizer.layer_decay_of": Setting(
+        "layers",
+        one_of("layers", "embeddings"),
+        '"embeddings": of these alone, the published mistake of Vim\'s segmenters',
+    ),
     "optimizer.freeze": Setting(
         "", ANY, 'regular expression of parameters that are not trained, as "^(patch_embed|position)"; empty: none'
     ),

@@ -118,14 +118,14 @@ def _cut_off(values: np.ndarray) -> np.ndarray:
 
 def _hsv(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Hue in half degrees, saturation and value from 0 to 255, all whole numbers, of RGB pixels (height, width, 3)."""
-    hue, saturation, value = np.moveaxis(rgb_to_hsv(pixels / np.float32(255)), -1, 0)
-    return np.rint(180 * hue).astype(int) % 180, np.rint(255 * saturation), np.rint(255 * value)
+    hue, saturation, value = np.moveaxis(rgb_to_hsv(pixels / 255), -1, 0)
+    return np.floor(180 * hue + 0.5).astype(int) % 180, np.floor(255 * saturation + 0.5), np.rint(255 * value)
 
 
 def _rgb(hue: np.ndarray, saturation: np.ndarray, value: np.ndarray) -> np.ndarray:
-    """What `_hsv` comes from, uint8."""
-    unit = np.stack([hue / 180, saturation / 255, value / 255], axis=-1).astype(np.float32)
-    return np.rint(255 * hsv_to_rgb(unit)).astype(np.uint8)
+    """What `_hsv` comes from, uint8, cut off as OpenCV does."""
+    unit = np.stack([hue / 180, saturation / 255, value / 255], axis=-1)
+    return (255 * hsv_to_rgb(unit) + 1e-6).astype(np.uint8)
 
 
 def random_erasing(

@@ -141,8 +141,8 @@ def create_optimizer(
     Args:
       config: weight_decay, b1, b2, eps; clip_norm, the largest global norm of the gradients (None or 0: any);
         decay_state_matrix, whether A_log is decayed. Vim means to exempt it, but as published it is decayed.
-        freeze, a regular expression of the paths that stay as they are (optional); layer_decay, see `layer_scales`
-        (optional).
+        freeze, a regular expression of the paths that stay as they are (optional); layer_decay and
+        layer_decay_of, see `layer_scales` (optional).
       params: the parameters to train.
       schedule: learning rate by step.
       decays: the network's `decays`, which says for the path of a parameter whether weight decay shrinks it; None is
@@ -164,7 +164,7 @@ def create_optimizer(
     if config.clip_norm:
         parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
     if layer_decay != 1:
-        parts.append(_scale_by_tree(layer_scales(params, layer_decay)))
+        parts.append(_scale_by_tree(layer_scales(params, layer_decay, config.get("layer_decay_of", "layers"))))
     if freeze:
         trains = _scale_by_tree(jax.tree.map(lambda frozen: 0.0 if frozen else 1.0, frozen_mask(params, freeze)))
         parts = [trains, *parts, trains]  # frozen gradients do not count for the norm, frozen weights do not shrink
@@ -198,12 +198,22 @@ def frozen_mask(params: Any, pattern: str) -> Any:
     )
 
 
-def layer_scales(params: Any, decay: float) -> Any:
+def layer_scales(params: Any, decay: float, decayed: str = "layers") -> Any:
     """Layer-wise decay of the learning rate: decay^(distance to the head), as BEiT fine-tunes.
 
     The head and the last norm have distance 0, the last layer 1, the embeddings the most (Bao et al.,
-    https://arxiv.org/abs/2106.08254). The merging of patches between two stages counts as the layer that follows.
+    https://arxiv.org/abs/2106.08254). The merging of patches between two stages counts as the layer that follows; of a
+    segmenter the heads and what stands between them and the backbone have distance 0.
+
+    Args:
+      params: of the network.
+      decay: factor from each layer to the one before it.
+      decayed: "layers", or only the "embeddings", as Vim's segmenters were trained: their code looks for layers of
+        another name, and leaves all of them at the full rate.
     """
+    if "backbone" in params:
+        scales = jax.tree.map(lambda _: jnp.ones((), jnp.float32), params)
+        return {**scales, "backbone": layer_scales(params["backbone"], decay, decayed)}
     stacks = sorted(name for name in params if name == "layers" or name.startswith("stage_"))
     depths = [len(jax.tree.leaves(params[name])[0]) for name in stacks]
     before = dict(zip(stacks, np.cumsum([1, *depths])))
@@ -212,10 +222,12 @@ def layer_scales(params: Any, decay: float) -> Any:
 
     def scale(path, leaf):
         name = path[0].key
-        if name in stacks:
+        if decayed == "embeddings" and name in before:
+            numbers = last
+        elif name in stacks:
             numbers = before[name] + np.arange(len(leaf)).reshape(-1, *[1] * (leaf.ndim - 1))
         else:
-            numbers = before.get(name, last if name in ("norm", "head", "hidden_map") else 0)
+            numbers = before.get(name, last if name in ("norm", "head", "neck", "hidden_map") else 0)
         return jnp.asarray(float(decay) ** (last - numbers), jnp.float32)
 
     return jax.tree_util.tree_map_with_path(scale, params)
