@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say: packages are found, and the folder configs/ is installed as vimd_jax.configs."""
+"""Settings that pyproject.toml lacks: finds packages, and installs the folder configs/ as vimd_jax.configs."""
 
 from setuptools import find_packages, setup
 

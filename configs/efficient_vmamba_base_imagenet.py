@@ -4,8 +4,8 @@ Paper       EfficientVMamba: Atrous Selective Scan for Light Weight Visual Mamba
 Command     python -m vimd_jax.train --config configs/efficient_vmamba_base_imagenet.py \\
               --workdir workdir/efficient_vmamba_base --config.dataset.directory=DIR --config.dataset.num_workers=16
 Data        a folder: DIR/train/<synset>/*.JPEG, DIR/val/<synset>/*.JPEG; or prepared by TFDS, without `directory`
-Recipe      batch 1,024 (16 GPUs of 64), learning rate 2e-3, clipping at 1, average 0.9999, as the authors' logs show;
-            their published settings reach less. See imagenet.py
+Recipe      batch 1,024 (16 GPUs of 64), learning rate 2e-3, clipping at 1, average 0.9999, as in the authors' logs;
+            their published settings score lower. See imagenet.py
 Published   top-1 81.8 % (paper)
 Measured    not yet
 """

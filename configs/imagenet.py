@@ -2,20 +2,20 @@
 
                         deit (Vim, V2M)                             local_mamba (LocalMamba, EfficientVMamba)
     schedule            timm's, one epoch late; warm-up 5 epochs    warm-up 20 epochs in steps of one, then cosine
-    learning rate       per 512 images, times batch / 512           as it is, whatever the batch
+    learning rate       per 512 images, times batch / 512           independent of the batch size
     end, start          1e-5, 1e-6                                  1e-6, 1e-7
-    images              each three times in a row, a third of them  every image once an epoch
-                        an epoch
+    images              a third of them per epoch, each three       every image once per epoch
+                        times in a row
     RandAugment         rand-m9-mstd0.5-inc1                        local-m9-mstd0.5 (four operations more)
     mixup, cutmix       0.8, 1.0                                    0.2, 1.0; both drawn for every 128 images
-    both                300 epochs, AdamW, label smoothing 0.1, random erasing 0.25, no clipping, the mean and deviation
-                        of ImageNet taken out, evaluation on the centre 224 of 256 pixels
+    both                300 epochs, AdamW, label smoothing 0.1, random erasing 0.25, no clipping, images normalised by
+                        ImageNet's mean and deviation, evaluation on the centre 224 of 256 pixels
 
-The deit scripts also keep an average of the weights (0.99996), but neither evaluate nor publish it; here none is kept.
+The deit scripts also keep an average of the weights (0.99996), but neither evaluate nor publish it; it is omitted here.
 
-The batch is global: the devices share it, whatever their number. `--config.batch_size` of a deit recipe changes the
-learning rate with it (config.schedule.reference_batch_size, and the first line of the log says the result); that of a
-local_mamba recipe does not, as published. `--config.accumulation_steps` and `remat=True` save memory.
+The batch size is global: it is split among the devices. `--config.batch_size` also scales the learning rate of a deit
+recipe (config.schedule.reference_batch_size; the first line of the log states the result), but not that of a
+local_mamba recipe, as published. `--config.accumulation_steps` and `remat=True` save memory.
 """
 
 from ml_collections import ConfigDict
@@ -39,7 +39,7 @@ def deit(model: str, batch_size: int, learning_rate: float, weight_decay: float,
 
 
 def local_mamba(model: str, batch_size: int = 1024, learning_rate: float = 1e-3) -> ConfigDict:
-    """The recipe of LocalMamba's training toolbox, which trained EfficientVMamba's published weights too."""
+    """The recipe of LocalMamba's training toolbox, with which EfficientVMamba's published weights were also trained."""
     config = _imagenet(model, batch_size, weight_decay=0.04, drop_path_rate=0.1)
     config.dataset.augment.rand_augment = "local-m9-mstd0.5"
     config.mixing.mixup_alpha = 0.2

@@ -1,4 +1,4 @@
-"""Which directions each layer of LocalVim scans: the supernet of the search, on ImageNet-1k.
+"""Supernet that searches the scan directions of each layer of LocalVim, on ImageNet-1k.
 
 Paper       LocalMamba: Visual State Space Model with Windowed Selective Scan, 2024, https://arxiv.org/abs/2403.09338
 Command     python -m vimd_jax.train --config configs/local_vim_search.py --workdir workdir/local_vim_search \\

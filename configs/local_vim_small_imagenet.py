@@ -5,7 +5,7 @@ Command     python -m vimd_jax.train --config configs/local_vim_small_imagenet.p
               --workdir workdir/local_vim_small --config.dataset.directory=DIR --config.dataset.num_workers=16
 Data        a folder: DIR/train/<synset>/*.JPEG, DIR/val/<synset>/*.JPEG; or prepared by TFDS, without `directory`
 Recipe      batch 1,024 (8 GPUs of 128), learning rate 1e-3; see imagenet.py
-Published   top-1 81.2 % (paper), 81.1 % after training again (README of hunto/LocalMamba)
+Published   top-1 81.2 % (paper), 81.1 % in a second training (README of hunto/LocalMamba)
 Measured    not yet
 """
 

@@ -1,4 +1,4 @@
-"""All of ViMD in miniature, in a few minutes on two CPU cores: SR network, teacher, distilled student.
+"""ViMD in miniature: SR network, teacher and distilled student, in a few minutes on two CPU cores.
 
 Paper       Vision Mamba Distillation for Low-resolution Fine-grained Image Classification, IEEE SPL 2025
 Command     python -m vimd_jax.train --config configs/quickstart.py --workdir workdir/quickstart
@@ -50,7 +50,7 @@ def student():
     config = _small("student")
     config.sr.init = "{workdir}/../sr"
     config.teacher.init = "{workdir}/../teacher"
-    # The authors start teacher and student from one pretrained Vim; here nothing is pretrained but the teacher.
+    # The authors initialise teacher and student from one pretrained Vim; here only the teacher is pretrained.
     config.student.init = "{workdir}/../teacher"
     config.schedule.num_epochs = 10
     return config

@@ -1,15 +1,15 @@
 """The two recipes of ViMD, shared by teacher_*.py and student_*.py.
 
-"paper" (default) is the method as the paper describes it; "released" is the authors' public script, to the letter. They
-differ more than their names suggest:
+"paper" (default) is the method as the paper describes it; "released" is exactly the authors' public script. They differ
+more than their names suggest:
 
                         paper                                       released
     logits              KL divergence, T = 4, weight 1              none (the line is commented out)
-    hidden states       all layers, tokens scaled to unit length,   last layer only (a loop overwrites its sum), as they
-                        weight 20                                   are, weight 5
+    hidden states       all layers, tokens scaled to unit length,   last layer only (a loop overwrites its sum), tokens
+                        weight 20                                   not scaled, weight 5
     learning rate       warm-up, then cosine decay; the peak is     1.6e-8 after batch scaling, below its own floor of
                         our choice, since the paper's is not known  1e-5: it falls for 5 epochs, then rises to the end
-    images              every image once an epoch                   a third of them, three times each in a row
+    images              every image once per epoch                  a third of them, each three times in a row
     best checkpoint     chosen on 10 % of the training images       chosen on the test images
     both                the student is a frozen SRResNet x4, then Vim-tiny (stride 8, 224 pixels); the teacher is the
                         same Vim on the original images; batch 16, 250 epochs, AdamW, label smoothing 0.1, weight
@@ -47,8 +47,9 @@ def student(recipe: str, dataset: str = "folder") -> ConfigDict:
 def teacher(recipe: str, dataset: str = "folder") -> ConfigDict:
     """HRVM-Net by the recipe "paper" or "logged".
 
-    The released teacher script cannot start (it imports a class that is not there). "logged" is what the authors' logs
-    show of the teacher that reached 84.47 % on CUB: 300 epochs with RandAugment, mixup, cutmix and random erasing.
+    The released teacher script cannot start (it imports a class that does not exist). "logged" is the recipe in the
+    authors' logs of the teacher that reached 84.47 % on CUB: 300 epochs with RandAugment, mixup, cutmix and random
+    erasing.
     """
     config = default_config("teacher")
     config.dataset.name = dataset

@@ -1,4 +1,4 @@
-"""The networks of small_classifier.py, trained with all that the recipes of ImageNet add to plain crops and flips.
+"""The networks of small_classifier.py, trained with the augmentations of the ImageNet recipes.
 
 Command     python -m vimd_jax.train --config configs/small_augmented.py:vim_tiny --workdir workdir/augmented \\
               --config.dataset.directory=DIR

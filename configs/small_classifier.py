@@ -1,4 +1,4 @@
-"""A small network of any family on labels alone, from scratch, at a size that a CPU can train.
+"""A small network of any family, trained on labels alone from scratch, at a size for a CPU.
 
 Command     python -m vimd_jax.train --config configs/small_classifier.py:local_vim_tiny --workdir workdir/local_vim \\
               --config.dataset.directory=DIR
@@ -12,7 +12,7 @@ from vimd_jax.config import default_config
 
 ISOTROPIC = {"embed_dim": 64, "depth": 4, "patch_size": 8, "stride": 8}
 HIERARCHICAL = {"dims": (24, 48, 96, 192), "depths": (1, 1, 2, 1)}
-WINDOWS = {"directions": (("h", "h_flip", "w2", "w2_flip"),)}  # of every layer
+WINDOWS = {"directions": (("h", "h_flip", "w2", "w2_flip"),)}  # in every layer
 OPTIONS = {
     "vim_tiny": ISOTROPIC,
     "local_vim_tiny": ISOTROPIC | WINDOWS,

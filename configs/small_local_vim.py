@@ -4,7 +4,7 @@ Paper       ViMD (IEEE SPL 2025) and LocalMamba (https://arxiv.org/abs/2403.0933
 Command     python -m vimd_jax.train --config configs/small_local_vim.py --workdir workdir/small_local_vim \\
               --config.directory=DIR
 Data        a folder: DIR/train/<class>/*.jpg, DIR/test/<class>/*.jpg
-Network     as in configs/small.py, both without class token, so that the hidden states have one shape
+Network     as in configs/small.py, both without class token, so that their hidden states have the same shape
 Measured    docs/benchmarks.md
 """
 

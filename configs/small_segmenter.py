@@ -8,6 +8,8 @@ Networks    crops of 96 pixels; 4 layers of 64 channels, or 4 stages of 24 to 19
 Measured    docs/segmentation.md
 """
 
+from pathlib import Path
+
 from vimd_jax.config import default_config
 
 ISOTROPIC = {"embed_dim": 64, "depth": 4, "patch_size": 8, "stride": 8}
@@ -32,7 +34,7 @@ def get_config(model: str = "upernet_vim_tiny"):
     config.eval_batch_size = 8
     config.eval_every_epochs = 5
     config.dataset.name = "label_maps"
-    config.dataset.classes = "camvid_classes"
+    config.dataset.classes = str(Path(__file__).with_name("camvid_classes.txt"))
     config.dataset.ignored_values = "11"
     config.dataset.high_resolution = 96
     config.dataset.low_resolution = 24

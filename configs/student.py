@@ -6,7 +6,7 @@ Command     python -m vimd_jax.train --config configs/student.py --workdir workd
               --config.sr.init=SRResNet_x4-ImageNet-6dd5216c.pth.tar \\
               --config.student.init=vim_t_midclstok_ft_78p3acc.pth
 Data        a folder: DIR/train/<class>/*.jpg, DIR/test/<class>/*.jpg
-Network     SRResNet x4 (frozen), then Vim-tiny, stride 8, 224 pixels; the teacher is the same Vim on the true image
+Network     SRResNet x4 (frozen), then Vim-tiny, stride 8, 224 pixels; the teacher is the same Vim on the original image
 Recipes     configs/student.py is the paper's, configs/student.py:released the public script's; see recipes.py
 Measured    speed and memory: docs/benchmarks.md
 """

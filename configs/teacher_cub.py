@@ -4,7 +4,7 @@ Paper       Vision Mamba Distillation for Low-resolution Fine-grained Image Clas
 Command     python -m vimd_jax.train --config configs/teacher_cub.py --workdir workdir/teacher_cub \\
               --config.teacher.init=vim_t_midclstok_ft_78p3acc.pth
 Data        TFDS (`pip install 'vimd-jax[tfds]'`), or a folder: --config.dataset.directory=DIR
-Recipes     "paper", and "logged" (--config configs/teacher_cub.py:logged), which began from
+Recipes     "paper", and "logged" (--config configs/teacher_cub.py:logged), which starts from
             vim_t_midclstok_76p1acc.pth instead: see recipes.py
 Published   top-1 84.47 % at the best epoch, chosen on the test set (the authors' logs, run 5a13d94f: 300 epochs from
             the 76.1 % ImageNet weights with RandAugment, mixup, cutmix and random erasing)

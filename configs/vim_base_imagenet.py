@@ -5,7 +5,7 @@ Command     python -m vimd_jax.train --config configs/vim_base_imagenet.py \\
               --workdir workdir/vim_base --config.dataset.directory=DIR --config.dataset.num_workers=16
 Data        a folder: DIR/train/<synset>/*.JPEG, DIR/val/<synset>/*.JPEG; or prepared by TFDS, without `directory`
 Recipe      that of Vim-small, which is our choice; see imagenet.py
-Published   top-1 81.9 %, top-5 95.8 % (README of hustvl/Vim), by a script that is not published
+Published   top-1 81.9 %, top-5 95.8 % (README of hustvl/Vim), by an unpublished script
 Measured    not yet
 """
 

@@ -1,4 +1,4 @@
-"""Vim on ImageNet-1k: how a converted checkpoint scores.
+"""Vim on ImageNet-1k: evaluation of a converted checkpoint.
 
 Paper       Vision Mamba: Efficient Visual Representation Learning with Bidirectional State Space Model, ICML 2024
 Command     python -m weight_convert.convert --model vim_tiny --checkpoint vim_t_midclstok_76p1acc.pth \\
@@ -11,9 +11,9 @@ Published   top-1 / top-5: vim_tiny 76.1 / 93.0, vim_tiny_stride8 78.3 / 94.2, v
             vim_small_stride8 81.6 / 95.4, vim_base 81.9 / 95.8 (README of hustvl/Vim)
 Measured    not yet
 
-Labels with names: `python -m vimd_jax.predict --checkpoint weights/vim_tiny --crop 0.875 --classes
-configs/imagenet_classes.txt IMAGE`. They are the first WordNet lemma of each ILSVRC-2012 synset, in the order of the
-synset numbers.
+To label images with class names: `python -m vimd_jax.predict --checkpoint weights/vim_tiny --crop 0.875 --classes
+configs/imagenet_classes.txt IMAGE`. The names are the first WordNet lemma of each ILSVRC-2012 synset, in the order of
+the synset numbers.
 """
 
 from vimd_jax.config import default_config

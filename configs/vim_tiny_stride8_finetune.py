@@ -5,7 +5,7 @@ Command     python -m vimd_jax.train --config configs/vim_tiny_stride8_finetune.
               --config.classifier.init=workdir/vim_tiny --config.dataset.directory=DIR
 Start       the workdir of vim_tiny_imagenet.py, or vim_t_midclstok_76p1acc.pth; its positions are resized
 Data        as vim_tiny_imagenet.py
-Recipe      batch 1,024, 30 epochs at a learning rate that stays 1e-5: peak, start and end are the same; see imagenet.py
+Recipe      batch 1,024, 30 epochs at a constant learning rate of 1e-5 (start, peak and end); see imagenet.py
 Published   top-1 78.3 %, top-5 94.2 % (README of hustvl/Vim)
 Measured    not yet
 """

@@ -1,4 +1,4 @@
-"""Features of a trained network: the images of a folder that are most like a given one.
+"""Finds the images in a folder that are most similar to a given one, by features of a trained network.
 
 python examples/nearest_neighbours.py --checkpoint workdir/student --downsample IMAGE FOLDER
 """
@@ -17,7 +17,7 @@ def main(arguments: list[str] | None = None) -> list[tuple[Path, float]]:
     """Prints and returns the nearest images with their cosine similarity, the nearest first."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("image", type=Path)
-    parser.add_argument("folder", type=Path, help="where to search, with its folders")
+    parser.add_argument("folder", type=Path, help="folder to search, with its subfolders")
     parser.add_argument("--checkpoint", required=True, help="a workdir, or a converted or exported folder")
     parser.add_argument("--downsample", action="store_true", help="resize images of other sizes than a student reads")
     parser.add_argument("--neighbours", type=int, default=5)
@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> list[tuple[Path, float]]:
 
     @jax.jit
     def features(image):
-        """What the head reads, (1, channels)."""
+        """The input of the head, (1, channels)."""
         return trained.model.apply(trained.variables, image, return_features=True)[1]["pre_logits"]
 
     paths = find_images([options.folder])

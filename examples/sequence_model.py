@@ -1,8 +1,8 @@
-"""The selective scan alone, in a model of sequences: it learns to remember the last number that was marked.
+"""Uses the selective scan alone, in a sequence model that learns to remember the last marked number.
 
     python examples/sequence_model.py
 
-A sequence holds pairs (number, mark). A selective scan chooses what enters its state: Δ and B depend on the input.
+A sequence holds pairs (number, mark). The scan selects what enters its state, since Δ and B depend on the input.
 """
 
 import jax
@@ -16,7 +16,7 @@ LENGTH, CHANNELS, STATE = 48, 16, 4
 
 
 def batch(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sequences (size, LENGTH, 2) of a number and a mark, and the last marked number of each (size,)."""
+    """Sequences (size, LENGTH, 2) of a number and a mark, and each one's last marked number (size,)."""
     numbers = rng.normal(size=(size, LENGTH)).astype(np.float32)
     marks = rng.random((size, LENGTH)) < 0.1
     marks[:, 0] = True
@@ -25,7 +25,7 @@ def batch(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def init(key: jax.Array) -> dict[str, jax.Array]:
-    """Parameters: projections of the input, and the decay rates A = -exp(A_log)."""
+    """Initial parameters: projections of the input, and the decay rates A = -exp(A_log)."""
     shapes = {"u": (2, CHANNELS), "delta": (2, CHANNELS), "B": (2, STATE), "C": (2, STATE), "out": (CHANNELS, 1)}
     keys = jax.random.split(key, len(shapes))
     params = {name: jax.random.normal(key, shape) / 2 for key, (name, shape) in zip(keys, shapes.items())}
@@ -34,7 +34,7 @@ def init(key: jax.Array) -> dict[str, jax.Array]:
 
 
 def predict(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
-    """The model: (batch, LENGTH, 2) -> (batch,)."""
+    """Applies the model: (batch, LENGTH, 2) -> (batch,)."""
     B, C = (x @ params[name] + params[f"{name}_bias"] for name in ("B", "C"))
     y = selective_scan(
         x @ params["u"],

@@ -1,4 +1,4 @@
-"""A training loop of your own around `create_model`: a small Vim learns in which corner of an image a light square is.
+"""Trains a network of `create_model` in a plain JAX loop: a small Vim finds the corner that has a light square.
 
 python examples/training_loop.py
 """

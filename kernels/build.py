@@ -76,7 +76,7 @@ def _register(source: Path, handlers: tuple[str, ...], macros: tuple[str, ...] =
         path, library = _load(source, macros)
         for handler in handlers:
             jax.ffi.register_ffi_target(handler, jax.ffi.pycapsule(getattr(library, handler)), platform="cpu")
-    except Exception as error:  # there are many ways to lack a working compiler
+    except Exception as error:  # a missing or broken compiler shows in many ways
         return " ".join(str(error).split())
     loaded.append(path)
     return None
@@ -153,7 +153,7 @@ def _ingredients(source: Path, macros: tuple[str, ...]) -> list[str]:
 
 
 def _run(command: list[str]) -> str:
-    # A session of its own, so that what the compiler starts ends with it.
+    # In a new session, so that the processes the compiler starts can be stopped with it.
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace")
     process = subprocess.Popen(command, **pipes, start_new_session=True)
     try:

@@ -90,7 +90,10 @@ class Implementations(NamedTuple):
 
     def why_unavailable(self, name: str, inputs: Any, platform: str | None = None) -> str | None:
         """Returns one line that explains why an implementation cannot run these inputs, None if it can."""
-        module = importlib.import_module(f"{self.package}.{name}")
+        try:
+            module = importlib.import_module(f"{self.package}.{name}")
+        except ImportError as error:  # such as a part of JAX that is gone
+            return f"it cannot be imported: {error}"
         ask = getattr(module, "why_unavailable", None)
         return ask(platform or current_platform(), inputs) if ask else None
 

@@ -3,8 +3,8 @@
     python scripts/benchmark_compile.py
 
 The step is that of the paper's recipe: SRVM-Net and its teacher at the published size (56 to 224 pixels, stride 8), all
-loss terms, gradients, AdamW. It is compiled and not run. The memory is XLA's own plan (`memory_analysis`): of the
-whole step, and of the classifier's gradient, whose growth per layer is given in states, (batch, tokens, embed_dim)
+loss terms, gradients, AdamW. It is compiled but not run. Memory is XLA's estimate (`memory_analysis`) for the whole
+step and for the classifier's gradient; for the latter, growth per layer is given in states, (batch, tokens, embed_dim)
 float32.
 """
 

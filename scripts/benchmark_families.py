@@ -1,10 +1,11 @@
-"""Measures inference of every classifier beside Vim-tiny, and beside the time that its operations predict, as Markdown.
+"""Measures inference of every classifier against Vim-tiny, and against the time predicted from its operations.
 
     python scripts/benchmark_families.py [PATTERN …] [--repeats 7]
 
-One image of the size each network is meant for. The two networks of a line take turns, so that a busy machine slows
-both alike. "predicted" is Vim-tiny's time multiplied by the ratio of operations (see model_table.py): the last column
-says how much slower a network is than one that does its operations as fast as Vim-tiny. Weights are random.
+The input is one image of the network's own size, the output a Markdown table. The two networks of a line run
+alternately, so that a busy machine slows both equally. "predicted" is Vim-tiny's time multiplied by the ratio of
+operations (see model_table.py): the last column is the slowdown against a network that performs its operations as fast
+as Vim-tiny. Weights are random.
 """
 
 import argparse
@@ -40,7 +41,7 @@ def main() -> None:
 
 
 def compiled(name: str) -> tuple[Callable[[], jax.Array], int]:
-    """A network's inference on one image, and its number of operations."""
+    """A network's compiled inference on one image, and its number of operations."""
     model = create_model(name)
     images = jnp.full(input_images(model).shape, 0.5)
     variables = jax.jit(model.init)(jax.random.key(0), images)

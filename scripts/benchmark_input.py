@@ -1,15 +1,16 @@
-"""Measures the input pipeline: each of its steps on one core, and images per second by number of worker processes.
+"""Measures the input pipeline: each step on one core, and images per second by number of worker processes.
 
     python scripts/benchmark_input.py [--directory DIR] [--size 500 375] [--rounds 5] [--workers 0 1 2]
                                       [--gpu_images_per_second 1000]
 
-The first table takes images one by one through Pillow decoding alone, the views of a batch, and augmentation. "of
-decoding" is the speed beside that of decoding alone. "cores" is how many keep a GPU busy that trains at the given
-speed. The second table compares the pipeline, delivering batches of 224-pixel views, with as many processes that only
-decode with Pillow, and with as many that decode, crop, resize and flip with Pillow.
+The first table processes images one by one: Pillow decoding alone, the views of a batch, and augmentation. "of
+decoding" is the speed relative to decoding alone. "cores" is the number of cores that keep a GPU busy at the given
+training speed. The second table compares the pipeline, delivering batches of 224-pixel views, with the same number of
+processes that only decode with Pillow, and with the same number that decode, crop, resize and flip with Pillow.
 
-Rows take turns, `--rounds` times, and the median counts, so that the ratios hold on a machine that others use too.
-DIR holds train/<class>/*.jpg; without it, JPEGs are made of noise, with about as much detail as photographs.
+Rows are measured alternately, `--rounds` times, and the median is reported, so that ratios are reliable on a shared
+machine. DIR holds train/<class>/*.jpg; without it, JPEGs are generated from noise, with about as much detail as
+photographs.
 """
 
 import argparse
@@ -36,8 +37,8 @@ from vimd_jax.data.sources import load_source
 
 CROP = ConfigDict({"high_resolution": 224, "crop_scale": (0.08, 1.0), "flip": True})
 BATCH_SIZE = 32
-PARALLEL_IMAGES = 640  # a measurement of several processes
-PREPARED = 16  # more batches than a pipeline prepares ahead
+PARALLEL_IMAGES = 640  # in a measurement of several processes
+PREPARED = 16  # batches, more than a pipeline prepares ahead
 
 
 def main() -> None:
@@ -67,11 +68,11 @@ def main() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# One image after the other
+# One image at a time
 
 
 def time_steps(directory: Path, count: int, rounds: int, gpu_rate: float) -> list[dict]:
-    """Prints and returns the images per second of one core, with one more step of the pipeline in each row."""
+    """Prints and returns the images per second of one core, by steps of the pipeline."""
     paths = find_images([directory / "train"])
     chosen = np.linspace(0, len(paths) - 1, min(count, len(paths))).astype(int)
     files = [paths[i].read_bytes() for i in chosen]
@@ -117,7 +118,7 @@ def augmentation(**changes: object) -> ConfigDict:
 def view(
     file: bytes, i: int, augmentations: ConfigDict | None = None, reduced: bool = False, low: int = 0
 ) -> list[np.ndarray]:
-    """The training views of an encoded image, as the pipeline makes them; the second only if it has a size."""
+    """The training views of an encoded image, as the pipeline makes them; the low-resolution one only if `low` > 0."""
     drawing = Drawing(CROP, (0, 1, i))
     image = decode_image(io.BytesIO(file), "image", drawing.reduction if reduced else None)
     high = (drawing.view or drawing.draw(image.size)).apply(image)
@@ -137,7 +138,7 @@ def one_by_one(step: Callable, files: list[bytes]) -> float:
 
 
 def time_pipeline(directory: Path, rounds: int, worker_counts: list[int]) -> list[dict]:
-    """Prints and returns the images per second of the pipeline beside those of processes that only use Pillow."""
+    """Prints and returns the images per second of the pipeline, and its speed relative to that of Pillow alone."""
     config = default_config("classifier").dataset
     config.update({"directory": str(directory), "validation_fraction": 0.0})
     source = load_source(config, "train")
@@ -166,7 +167,7 @@ def time_pipeline(directory: Path, rounds: int, worker_counts: list[int]) -> lis
 
 
 class Pipeline:
-    """A running pipeline; calling it takes `PARALLEL_IMAGES` images and returns the seconds."""
+    """A running pipeline; a call consumes `PARALLEL_IMAGES` images and returns the seconds."""
 
     def __init__(self, source: object, config: ConfigDict, workers: int):
         config = config.copy_and_resolve_references()
@@ -178,7 +179,7 @@ class Pipeline:
         return self
 
     def __call__(self) -> float:
-        for _ in range(PREPARED):  # while other rows were measured
+        for _ in range(PREPARED):  # those prepared while other rows were measured
             next(self._batches)
         began = time.perf_counter()
         for _ in range(PARALLEL_IMAGES // BATCH_SIZE):
@@ -190,7 +191,7 @@ class Pipeline:
 
 
 def by_pool(pool: multiprocessing.pool.Pool, processes: int, work: Callable, paths: list[str]) -> float:
-    """Seconds for PARALLEL_IMAGES images by a pool of processes."""
+    """Seconds that a pool of processes takes for `PARALLEL_IMAGES` images."""
     chosen = [paths[i % len(paths)] for i in np.random.default_rng(0).permutation(PARALLEL_IMAGES)]
     shares = [chosen[i::processes] for i in range(processes)]
     began = time.perf_counter()
@@ -205,7 +206,7 @@ def decode_paths(paths: list[str]) -> None:
 
 
 def view_paths(paths: list[str]) -> None:
-    """Decodes, crops, resizes and flips by Pillow alone, with crops like those of training."""
+    """Decodes, crops, resizes and flips with Pillow alone, with the crops of training."""
     for i, path in enumerate(paths):
         with open(path, "rb") as file:
             image = Image.open(file)
@@ -215,7 +216,7 @@ def view_paths(paths: list[str]) -> None:
 
 
 def in_turn(rows: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:
-    """Calls every row once a round, after a warm-up, and returns the median result of each."""
+    """Calls every row once per round, after a warm-up round, and returns the median result of each."""
     results = {name: [] for name in rows}
     for number in range(rounds + 1):
         for name, row in rows.items():
@@ -226,7 +227,7 @@ def in_turn(rows: dict[str, Callable[[], float]], rounds: int) -> dict[str, floa
 
 
 def write_photographs(folder: Path, size: tuple[int, int], classes: int = 4, each: int = 50) -> None:
-    """JPEGs of noise at several scales, with about as much detail, and thus decoding cost, as photographs."""
+    """Writes JPEGs of noise at several scales, with about the detail, and so the decoding cost, of photographs."""
     rng = np.random.default_rng(0)
     for split in ("train", "test"):
         for label in range(classes):

@@ -3,11 +3,11 @@
     python scripts/benchmark_model.py [--implementations native sequential associative] [--batch 1] [--sizes 224 1248]
                                       [--repeats 5] [--json FILE]
 
-First table: inference of Vim-tiny at stride 8 (224 pixels) and of the whole student (56 pixels, enlarged to 224), and a
-training step of the student by the paper's recipe (teacher, all loss terms, gradients, AdamW), with each implementation
-of the scan. "scan" is the share of the time that is saved when the scan is replaced by a few sums and products. Second
-table: inference of Vim-tiny at growing image sizes beside an attention network with as many parameters. Memory is XLA's
-plan: arguments, results and temporaries. Weights are random.
+The first table has inference of Vim-tiny at stride 8 (224 pixels) and of the whole student (56 pixels, enlarged to
+224), and a training step of the student by the paper's recipe (teacher, all loss terms, gradients, AdamW), for each
+implementation of the scan. "scan" is the share of the time that is saved by replacing the scan with a few sums and
+products. The second table has inference of Vim-tiny at growing image sizes, and of an attention network of the same
+number of parameters. Memory is XLA's estimate: arguments, results and temporaries. Weights are random.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     names, usual = IMPLEMENTATIONS.names, dict.fromkeys([*IMPLEMENTATIONS.candidates(), "associative"])
     parser.add_argument("--implementations", nargs="*", default=list(usual), choices=names, metavar="NAME")
-    parser.add_argument("--batch", type=positive, default=1, help="images, per device where training")
+    parser.add_argument("--batch", type=positive, default=1, help="images; per device in training")
     parser.add_argument("--sizes", type=positive, nargs="*", default=[224, 384, 512, 768, 1024, 1248])
     parser.add_argument("--repeats", type=positive, default=5)
     parser.add_argument("--json", type=Path, help="also write everything here")
@@ -77,7 +77,7 @@ def columns(row: dict) -> str:
     return f"{1e3 * row['seconds']:>9.1f}{row['images'] / row['seconds']:>10.2f}{share}{row['memory'] / 1e6:>11.0f}"
 
 
-# --------------------------------------------------------------------------------------------------- what is measured
+# ------------------------------------------------------------------------------------------------------- measurements
 
 
 def vim(implementation: str | None, batch: int, repeats: int, **options: Any) -> dict:
@@ -87,7 +87,7 @@ def vim(implementation: str | None, batch: int, repeats: int, **options: Any) ->
 
 
 def student(implementation: str | None, batch: int, repeats: int, **options: Any) -> dict:
-    """Inference of the whole student, its classifier with these options."""
+    """Inference of the whole student, with these options of its classifier."""
     with kernels.use(scan=implementation):
         return inference(create_model("srvm_tiny", num_classes=CLASSES, **options), 56, batch, repeats)
 
@@ -102,7 +102,7 @@ def inference(model: nn.Module, size: int, batch: int, repeats: int) -> dict:
 
 
 def training_step(implementation: str | None, batch: int, repeats: int, **options: Any) -> dict:
-    """Median seconds and memory of one optimiser step on all local devices, both classifiers with these options."""
+    """Median seconds and memory of one training step on all local devices, with these options of both classifiers."""
     config = default_config("student")
     for section in (config.teacher, config.student):
         section.update(options)
@@ -119,7 +119,7 @@ def training_step(implementation: str | None, batch: int, repeats: int, **option
 
 
 def student_step(config: ConfigDict, batch: int) -> tuple:
-    """A student's training step as train.py runs it, and its arguments: state, frozen networks, a batch a device."""
+    """A student's training step as in train.py, and its arguments: state, frozen networks, a batch per device."""
     networks = build_networks(config, [str(i) for i in range(CLASSES)])
     count = batch * jax.local_device_count()
     images = {name: jnp.zeros((count, size, size, 3), jnp.uint8) for name, size in (("high", 224), ("low", 56))}
@@ -136,7 +136,7 @@ def student_step(config: ConfigDict, batch: int) -> tuple:
 
 
 def no_scan(u, delta, A, B, C, D, z, delta_bias, **options) -> jax.Array:
-    """Stands in for the scan: reads the same arrays, so that the operations that compute them stay in the program."""
+    """Replaces the scan: reads the same arrays, so that the operations that compute them stay in the program."""
     return ((D * u + delta + delta_bias + jnp.sum(B * C, -1, keepdims=True) + A.sum(1)) * z).astype(u.dtype)
 
 
@@ -149,7 +149,7 @@ def networks_of_size(size: int) -> dict[str, nn.Module]:
 
 
 class Attention(nn.Module):
-    """A plain vision transformer (Dosovitskiy et al., 2021) as wide as Vim-tiny and as large."""
+    """A plain vision transformer (Dosovitskiy et al., 2021) of Vim-tiny's width and number of parameters."""
 
     num_classes: int = 1000
     embed_dim: int = 192
@@ -170,7 +170,7 @@ class Attention(nn.Module):
 
 
 def median_seconds(function: Callable, repeats: int, *arguments: Any) -> float:
-    """Median seconds of `repeats` calls, after one to warm up."""
+    """Median seconds of `repeats` calls, after a warm-up call."""
     seconds = []
     for _ in range(repeats + 1):
         began = time.perf_counter()
@@ -180,7 +180,7 @@ def median_seconds(function: Callable, repeats: int, *arguments: Any) -> float:
 
 
 def planned(program: jax.stages.Compiled) -> int:
-    """Bytes of a program's arguments, results and temporaries; donated ones are counted once."""
+    """Bytes of a program's arguments, results and temporaries; donated arguments are counted once."""
     memory = program.memory_analysis()
     used = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
     return used - memory.alias_size_in_bytes

@@ -3,15 +3,16 @@
     python scripts/benchmark_scan.py [--shapes vim_tiny_stride8 ...] [--batch 1 8] [--implementations native ...]
                                      [--dtype float32] [--repeats 9] [--json FILE]
 
-Each line gives, for the forward pass and for forward and backward together: the median time; how many times faster that
-is than the slowest implementation of the same problem; the share of the floor in it; and the memory used beyond
-inputs and outputs, as XLA plans it, as a fraction of all states in float32. Implementations take turns, so that a busy
-machine slows all of them alike, and warm up in each. `--large` instead checks the fastest implementation on arrays of
-more than 2 GB each.
+Each line gives, for the forward pass and for forward and backward together: the median time; the speed-up over the
+slowest implementation of the same problem; the floor as a share of the time; and the memory used beyond inputs and
+outputs, by XLA's estimate, as a fraction of all states in float32. Implementations run alternately, so that a busy
+machine slows all of them equally, each after a warm-up. `--large` instead checks the fastest implementation on arrays
+of more than 2 GB each.
 
 The floor is the larger of two times, at rates measured first: to move each input and output once (twice the inputs for
-a backward pass), as fast as a plain program changes as many bytes in place, which may fit a cache; and to compute one
-exponential per state (two with a backward pass), with the device's exp2 or with nine multiply-adds, the faster of them.
+a backward pass), as fast as a plain program changes as many bytes in place, possibly in a cache; and to compute one
+exponential per state (two with a backward pass), with the device's exp2 or with nine multiply-adds, whichever is
+faster.
 """
 
 import argparse
@@ -37,7 +38,6 @@ def main() -> None:
     parser.add_argument("--implementations", nargs="+", default=list(names), choices=names)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--repeats", type=positive, default=9)
-    parser.add_argument("--max_states_gb", type=float, default=4, help="leave associative, which stores all, out above")
     parser.add_argument("--json", type=Path, help="also write everything here")
     parser.add_argument("--large", action="store_true", help="check arrays of 2 GB instead; takes 14 GB of memory")
     arguments = parser.parse_args()
@@ -56,13 +56,9 @@ def main() -> None:
     rows = []
     for name in arguments.shapes:
         for batch in arguments.batch:
-            states = batch * SHAPES[name].length * SHAPES[name].channels * SHAPES[name].state * 4
-            fitting = [i for i in implementations if i != "associative" or states <= arguments.max_states_gb * 2**30]
-            if fitting != implementations:
-                print(f"{name:<25}{batch:>5} associative: left out, see --max_states_gb")
             dtype = jnp.dtype(arguments.dtype)
             rates = {"bytes": measure_bytes(SHAPES[name], batch, dtype), "exponentials": exponentials}
-            for row in measure(SHAPES[name], batch, dtype, fitting, arguments.repeats, rates):
+            for row in measure(SHAPES[name], batch, dtype, implementations, arguments.repeats, rates):
                 print(f"{name:<25}{batch:>5} {format_row(row)}", flush=True)
                 rows.append({"shape": name, "batch": batch, "dtype": arguments.dtype, "rates": rates, **row})
     if arguments.json:
@@ -78,7 +74,7 @@ def positive(text: str) -> int:
 
 
 def available(names: list[str]) -> list[str]:
-    """The implementations that can run here; prints why the others cannot."""
+    """The implementations that can run here; prints for each other one why it cannot."""
     inputs = ScanInputs(**make_inputs(Shape(1, 1, 1), 1, jnp.float32))
     reasons = {name: IMPLEMENTATIONS.why_unavailable(name, inputs) for name in names}
     for name, reason in reasons.items():
@@ -101,7 +97,7 @@ def measure(shape: Shape, batch: int, dtype, implementations: list[str], repeats
     for _ in range(repeats):
         for key, program in compiled.items():
             settled = time.perf_counter() + 0.1
-            while time.perf_counter() < settled:  # after what came before, the first calls look for memory
+            while time.perf_counter() < settled:  # the first calls after another program allocate memory
                 jax.block_until_ready(program(inputs, weights))
             began = time.perf_counter()
             jax.block_until_ready(program(inputs, weights))
@@ -130,7 +126,7 @@ def measure(shape: Shape, batch: int, dtype, implementations: list[str], repeats
 
 
 def forward(inputs: dict, weights: jax.Array, implementation: str) -> jax.Array:
-    """Returns y; `weights` are not used."""
+    """Returns y; ignores `weights`."""
     return selective_scan(**inputs, delta_softplus=True, implementation=implementation)
 
 
@@ -162,7 +158,7 @@ def check_large() -> None:
     for x, expected in zip(jax.tree.leaves(whole), jax.tree.leaves(last)):
         assert jnp.allclose(x[-1:], expected, rtol=1e-5, atol=1e-5 * jnp.abs(expected).max())
     name = IMPLEMENTATIONS.choose(ScanInputs(**inputs | matrices, u=long))
-    print(f"{name}: {long.nbytes / 1e9:.1f} GB for each long array, forward and backward are right")
+    print(f"{name}: {long.nbytes / 1e9:.1f} GB for each long array, forward and backward passes are correct")
 
 
 def make_inputs(shape: Shape, batch: int, dtype) -> dict[str, jax.Array]:
@@ -182,7 +178,7 @@ def make_inputs(shape: Shape, batch: int, dtype) -> dict[str, jax.Array]:
 
 
 def measure_bytes(shape: Shape, batch: int, dtype) -> float:
-    """Bytes a second that a plain JAX program reads and writes in place, in all as many as u, delta, z and y have."""
+    """Bytes per second that a plain JAX program reads and writes in place, for as many as u, delta, z and y have."""
     x = jnp.ones((2, batch, shape.length, shape.channels), dtype)
     add_one = jax.jit(lambda x: x + 1, donate_argnums=0)
     seconds = []
@@ -194,7 +190,7 @@ def measure_bytes(shape: Shape, batch: int, dtype) -> float:
 
 
 def measure_exponentials() -> float:
-    """Exponentials a second of the fastest plain JAX program."""
+    """Exponentials per second of the fastest plain JAX program."""
     small, count = jnp.linspace(-1.0, 0.0, 1 << 18), 100
     repeated = jax.jit(lambda x: jax.lax.fori_loop(0, count, lambda i, y: jnp.exp2(y), x))
     exponentials = count * small.size / best_time(repeated, small)
@@ -204,7 +200,7 @@ def measure_exponentials() -> float:
 
 
 def best_time(function, *arguments) -> float:
-    """Seconds of the fastest of a few calls."""
+    """Seconds of the fastest of six calls."""
     seconds = []
     for _ in range(6):
         began = time.perf_counter()

@@ -1,10 +1,10 @@
-"""Runs a benchmark in this checkout and in one of another commit by turns, and prints how their times compare.
+"""Runs a benchmark alternately in this checkout and in one of another commit, and compares the times.
 
     git worktree add ../before COMMIT
     python scripts/compare_commits.py ../before [--rounds 5] -- scripts/benchmark_model.py --sizes
 
-Takes every benchmark that has `--json`. A line gives the median time in each checkout over all rounds, and the median
-of the ratios within a round, which holds on a machine whose speed drifts.
+Accepts any benchmark that has `--json`. A line gives the median time in each checkout over all rounds, and the median
+of the ratios within a round, which is reliable even if the machine's speed drifts.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def main() -> None:
         if not (checkout / script).is_file():
             parser.error(f"{checkout / script}: no such file")
     rounds = []
-    with tempfile.TemporaryDirectory() as programs:  # compiled in the first round, then kept
+    with tempfile.TemporaryDirectory() as programs:  # compiled in the first round, then reused
         for number in range(arguments.rounds):
             print(f"round {number + 1} of {arguments.rounds}", file=sys.stderr, flush=True)
             rounds.append([times(checkout, arguments.benchmark, programs) for checkout in (arguments.other, HERE)])

@@ -1,5 +1,5 @@
-"""Reads damaged and hostile checkpoints in a watched process: each must be read, or refused by the reader's own error
-in one line, in less than 2 s of processor time and with less than 200 MB beyond its size.
+"""Reads damaged and hostile checkpoints in a monitored process: each must be read, or refused by the reader's own error
+in one line, in less than 2 s of processor time and with less than 200 MB beyond the file's size.
 
     python scripts/fuzz_checkpoints.py [--files 10000] [--seed 0]     (Linux only: it reads a process's peak memory)
 """
@@ -34,11 +34,11 @@ import torch_writer  # noqa: E402
 from torch_writer import View  # noqa: E402
 
 MOST_SECONDS, MOST_MB = 2.0, 200.0
-PATIENCE = 30.0  # seconds until a process that does not answer is killed
+PATIENCE = 30.0  # seconds until an unresponsive process is killed
 
 
 def small_files(folder: Path) -> dict[str, bytes]:
-    """Small intact files, by suffix, which are then mutated."""
+    """Small intact files, by suffix, to be mutated."""
     storage = np.arange(24, dtype=np.float32)
     tensors = {"a": np.ones((2, 3), np.float16), "b": View((storage, 2, (3, 4), (4, 1))), "n": np.array(7)}
     state = {"state": {0: {"step": 3, "m": storage}}, "groups": [{"lr": 1e-3, "betas": (0.9, 0.999)}]}
@@ -49,7 +49,7 @@ def small_files(folder: Path) -> dict[str, bytes]:
 
 
 def mutated(data: bytes, chance: random.Random) -> bytes:
-    """A few bytes changed (to anything, by one bit, to an extreme), often near the ends; or a piece cut or doubled."""
+    """Changes a few bytes (randomly, by one bit, to an extreme), often near the ends; may cut or repeat a part."""
     data = bytearray(data)
     for _ in range(chance.choice([1, 1, 2, 4, 16])):
         near_end = len(data) - 1 - chance.randrange(min(len(data), 1500))
@@ -81,37 +81,37 @@ def mutations(folder: Path, count: int, chance: random.Random) -> Iterator[tuple
 
 
 def pth(pickled: bytes, entries: dict[str, bytes] | None = None) -> bytes:
-    """A .pth file around a pickle."""
+    """A .pth file with this pickle."""
     file = io.BytesIO()
     torch_writer.write_archive(file, (entries or {}) | {"data.pkl": pickled})
     return file.getvalue()
 
 
 def safetensors(header: bytes, length: int | None = None) -> bytes:
-    """A file that is only a header, which claims that length."""
+    """A file with only a header, which claims this length."""
     return struct.pack("<Q", len(header) if length is None else length) + header
 
 
 def archive(count: int, name: bytes = b"") -> bytes:
-    """A zip archive that is only a directory, of that many empty entries."""
+    """A zip archive with only a directory, of this many empty entries."""
     entry = struct.pack("<4s6H3I5H2I", b"PK\1\2", 20, 20, *[0] * 7, len(name), *[0] * 6) + name
     end = struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, min(count, 65535), min(count, 65535), len(entry) * count, 0, 0)
     return entry * count + end
 
 
 def text(value: str | bytes) -> bytes:
-    """A string as a pickle pushes it."""
+    """A pickle's instruction that pushes a string."""
     value = value.encode() if isinstance(value, str) else value
     return b"X" + struct.pack("<I", len(value)) + value
 
 
 def model(pickled: bytes) -> bytes:
-    """The file {"model": {"x": what is pickled}}."""
+    """The file {"model": {"x": the pickled object}}."""
     return pth(b"\x80\x04}" + text("model") + b"}" + text("x") + pickled + b"ss.")
 
 
 def tensors(count: int, shape: Sequence[int], strides: Sequence[int]) -> bytes:
-    """A file of that many tensors, all on one storage of 1,000 numbers."""
+    """A file of this many tensors, which share one storage of 1,000 numbers."""
     file, storage = io.BytesIO(), np.zeros(1000, np.float32)
     torch_writer.save(file, {str(i): View((storage, 0, shape, strides)) for i in range(count)})
     return file.getvalue()
@@ -182,7 +182,7 @@ def _compressed(megabytes: int) -> bytes:
     return file.getvalue()
 
 
-# Fields of the description of a small network, in which its reader would build or trust too much.
+# Fields of the description of a small network that could make its reader build or trust too much.
 HOSTILE_DESCRIPTIONS: dict[str, dict[str, Any]] = {
     "nested 100,000 deep": {"provenance": "[" * 100_000 + "]" * 100_000},
     "nested 900 deep": {"provenance": {"x": functools.reduce(lambda inner, _: [inner], range(900), [])}},
@@ -225,7 +225,7 @@ HOSTILE_NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def hostile_folders(folder: Path) -> Iterator[str]:
-    """Writes one folder after the other in that place, its checksum right, and yields what it is."""
+    """Writes one hostile folder after the other, each with a valid checksum, and yields its name."""
     from vimd_jax.checkpoints.description import digest
 
     whole, text = small_network(folder / "whole"), "description_checksum"
@@ -233,7 +233,7 @@ def hostile_folders(folder: Path) -> Iterator[str]:
     networks = {what: {"architecture": name, "options": options} for what, (name, options) in HOSTILE_NETWORKS.items()}
     for what, fields in (HOSTILE_DESCRIPTIONS | networks).items():
         content = whole | fields
-        if isinstance(fields.get("provenance"), str):  # what json.dumps would not write
+        if isinstance(fields.get("provenance"), str):  # text that json.dumps would not write
             written = json.dumps(content | {text: ""}).replace(json.dumps(fields["provenance"]), fields["provenance"])
         else:
             written = json.dumps(content | {text: digest(content)})
@@ -245,7 +245,7 @@ def hostile_folders(folder: Path) -> Iterator[str]:
 
 
 def small_network(folder: Path) -> dict[str, Any]:
-    """Writes a whole network and returns its description, without the checksum of that."""
+    """Writes a complete network and returns its description, without the description's checksum."""
     import jax
 
     from vimd_jax.checkpoints.format import read_description, save_model
@@ -262,12 +262,12 @@ def small_network(folder: Path) -> dict[str, Any]:
 
 
 def serve(connection: Connection) -> None:
-    """Reads the files named on a pipe; answers with the outcome of each, the seconds, and the peak memory in MB."""
+    """Reads the files named on a pipe; answers with each one's outcome, seconds, and peak memory in MB."""
     from vimd_jax import load_model
     from vimd_jax.errors import CheckpointError, printable
     from weight_convert import load_torch_checkpoint
 
-    with tempfile.TemporaryDirectory() as folder:  # what is imported and compiled once is none of a file's doing
+    with tempfile.TemporaryDirectory() as folder:  # imports and compiles first, so that no file is charged for it
         small_network(Path(folder) / "x")
         load_model(Path(folder) / "x")
     for path in iter(connection.recv, None):
@@ -293,13 +293,13 @@ def _megabytes(field: str) -> float:
 
 
 class Watched:
-    """A process that reads files; it is started again whenever a file ended it."""
+    """A process that reads files, and is restarted after a file has ended it."""
 
     def __init__(self):
         self._process = None
 
     def read(self, path: Path) -> tuple[str, float, float]:
-        """Returns the outcome of a file, the seconds, and the peak memory in MB."""
+        """Returns a file's outcome, seconds, and peak memory in MB."""
         if self._process is None:
             context = multiprocessing.get_context("spawn")
             self._connection, there = context.Pipe()
@@ -324,7 +324,7 @@ class Watched:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns the number of files that were not read or refused as they should."""
+    """Runs the command and returns the number of files that were neither read nor refused as required."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--files", type=int, default=10_000, help="mutated files of each kind")
     parser.add_argument("--seed", type=int, default=0)

@@ -1,9 +1,9 @@
-"""What scripts/gpu_report.py measures, case by case, in the process that it starts: see there.
+"""The measurements of scripts/gpu_report.py, case by case, in the process that it starts.
 
     python scripts/gpu_cases.py --start N [--sections NAME ...] [--data DIR] [--rehearse]
 
 Prints one line of JSON with the names of all cases, then one for each case from number N on, with its rows or its
-error. The process ends with the first error, since after a fault of the GPU nothing more can run in it.
+error. The process exits at the first error, since nothing can run in it after a GPU fault.
 """
 
 import argparse
@@ -42,7 +42,7 @@ from vimd_jax.training.workdirs import stages
 
 PACKAGES = ("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "flax", "triton", "jax-triton")
 RECORDED = ("c01_scan_L65_grouped", "c01_scan_L65_constB", "c01_scan_L730_bigdt")
-# The plans of today, and what else to try, one change at a time. Each takes some 5 to 20 s to compile.
+# The present plans, and changes to try one at a time. Each takes some 5 to 20 s to compile.
 PLANS = {"forward": dict(registers=8, block=32), "backward": dict(registers=4, block=64)}
 KNOBS = {
     ("forward", 64): dict(block=(64, 16, 128), registers=(4,), WINDOW=(8, 4)),
@@ -58,7 +58,7 @@ class Case(NamedTuple):
 
     section: str
     name: str
-    seconds: float  # that it may take
+    seconds: float  # the time limit
     rows: Callable[[], list[dict[str, Any]]]
 
 
@@ -94,7 +94,7 @@ def work(cases: list[Case], start: int) -> int:
 
 
 def cases(data: Path | None) -> list[Case]:
-    """What the report is about, then the most important first."""
+    """Lists the cases: the machine first, then the most important ones."""
     names, dtypes = ("pallas", "triton", "sequential", "associative"), ("float32", "bfloat16")
     shape, classifiers, step = "vim_tiny_stride8", ("Vim-tiny", "attention"), "student, training step"
     inference = itertools.product([("student", 1), ("student", 64), ("Vim-tiny stride 8", 64)], dtypes)
@@ -132,22 +132,22 @@ def rehearsal(data: Path | None) -> list[Case]:
 
 
 def make_case(section: str, seconds: float, function: Callable, *arguments: Any, **others: Any) -> Case:
-    """Named after its arguments, but for the others."""
+    """A case named after its positional arguments."""
     name = ", ".join(words(x) if isinstance(x, dict) else str(x) for x in arguments)
     return Case(section, name or "versions", seconds, functools.partial(function, *arguments, **others))
 
 
 def changes(kernel: str, batch: int) -> list[dict]:
-    """None first."""
+    """The changes to try on a kernel, no change first."""
     return [{}, *({name: value} for name, values in KNOBS[kernel, batch].items() for value in values)]
 
 
 def words(change: dict) -> str:
-    """A change of a kernel."""
+    """Describes a change of a kernel."""
     return " ".join(f"{name}={value}" for name, value in change.items()) or "as it is"
 
 
-# ------------------------------------------------------------------------------------------------------ what it runs on
+# ---------------------------------------------------------------------------------------------------------- the machine
 
 
 def device(rehearse: bool = False) -> list[dict]:
@@ -175,10 +175,10 @@ def device(rehearse: bool = False) -> list[dict]:
 
 
 def numerics(problem: str, implementation: str) -> list[dict]:
-    """Largest errors over largest values, of results and gradients; whether two runs agree to the bit.
+    """Largest errors of results and gradients, relative to the largest values, and whether two runs agree to the bit.
 
-    In float32 beside recorded results; or in float32 and bfloat16 beside "sequential" on the CPU, which computes in
-    float32 with the same, rounded inputs.
+    Compares float32 with recorded results; or float32 and bfloat16 with "sequential" on the CPU, which computes in
+    float32 from the same, rounded inputs.
     """
     cpu, inputs, flags, expected = jax.devices("cpu")[0], *problem_of(problem)
     if reason := IMPLEMENTATIONS.why_unavailable(implementation, canonical(ScanInputs(**inputs))):
@@ -197,8 +197,8 @@ def numerics(problem: str, implementation: str) -> list[dict]:
             return compiled(*exact, "sequential")
 
     dy = expected.pop("dy") if expected else np.random.default_rng(1).normal(size=inputs["u"].shape).astype(np.float32)
-    halves = [name for name in ("u", "delta", "z", "B", "C") if name in inputs]
-    rounded = inputs | {name: jnp.asarray(inputs[name], jnp.bfloat16) for name in halves}
+    low_precision = [name for name in ("u", "delta", "z", "B", "C") if name in inputs]
+    rounded = inputs | {name: jnp.asarray(inputs[name], jnp.bfloat16) for name in low_precision}
     d_last_state = np.full((len(dy), *inputs["A"].shape), 0.0 if expected else 0.1, np.float32)
     row = {"problem": problem, "implementation": implementation}
     for dtype, given in [("float32", inputs), ("bfloat16", rounded)][: 1 if expected else 2]:
@@ -215,7 +215,7 @@ def numerics(problem: str, implementation: str) -> list[dict]:
 
 
 def problem_of(name: str) -> tuple[dict, dict, dict]:
-    """Inputs, flags, and what was recorded of results and gradients, if anything was."""
+    """Inputs, flags, and the recorded results and gradients, if there are any."""
     if name in RECORDED:
         inputs, results, gradients = golden.scan_case(name)
         return inputs, {"delta_softplus": golden.meta(name)["constructor"]["delta_softplus"]}, results | gradients
@@ -228,7 +228,7 @@ def problem_of(name: str) -> tuple[dict, dict, dict]:
 
 
 def scan(shape: str, batch: int, dtype: str, implementation: str, rehearse: bool = False) -> list[dict]:
-    """As scripts/benchmark_scan.py, each implementation by itself."""
+    """Runs scripts/benchmark_scan.py for each implementation alone."""
     sizes, kind = SHAPES[shape], jnp.dtype(dtype)
     inputs = benchmark_scan.make_inputs(sizes, batch, kind)
     if reason := IMPLEMENTATIONS.why_unavailable(implementation, canonical(ScanInputs(**inputs))):
@@ -247,9 +247,9 @@ def scan(shape: str, batch: int, dtype: str, implementation: str, rehearse: bool
 
 
 def knob(kernel: str, batch: int, change: dict, rehearse: bool = False) -> list[dict]:
-    """Milliseconds of a Pallas kernel with one thing changed.
+    """Milliseconds of a Pallas kernel with one change.
 
-    It is one of many calls in one program, each waiting for the last: what reaching the device takes is not in it.
+    They are the mean of many dependent calls in one program, without the latency of reaching the device.
     """
     shape, calls = (Shape(7, 4, 2), 2) if rehearse else (SHAPES["vim_tiny_stride8"], 30)
     inputs, function = benchmark_scan.make_inputs(shape, batch, jnp.bfloat16), knob_function(kernel, rehearse)
@@ -268,7 +268,7 @@ def knob(kernel: str, batch: int, change: dict, rehearse: bool = False) -> list[
 
 
 def knob_function(kernel: str, interpret: bool = False) -> Callable[[dict], Any]:
-    """A kernel as a function of a scan's inputs; the backward one gets saved states that are zero, to compile less."""
+    """A kernel as a function of a scan's inputs; the backward kernel gets zeros as saved states, to compile less."""
     options = ScanOptions(True, False, interpret)
 
     def forward(inputs: dict) -> dict:
@@ -285,7 +285,7 @@ def knob_function(kernel: str, interpret: bool = False) -> Callable[[dict], Any]
 
 @contextlib.contextmanager
 def changed(kernel: str, change: dict) -> Iterator[None]:
-    """A context in which a kernel has another plan, or the module other constants."""
+    """A context in which a kernel's plan or the module's constants are changed."""
     plan = {name: change.get(name, value) for name, value in PLANS[kernel].items()}
     constants = {name: value for name, value in change.items() if name not in plan}
     plans = {f"{kernel}_plan": functools.partial(pallas.Plan.create, **plan)}
@@ -304,7 +304,7 @@ def network(name: str, batch: int, dtype: str, implementation: str, rehearse: bo
 
 
 def pixels(name: str, size: int, batch: int, rehearse: bool = False) -> list[dict]:
-    """Inference of Vim-tiny, or of an attention network as large, on large images."""
+    """Inference of Vim-tiny, or of an attention network of the same size, on large images."""
     model = benchmark_model.networks_of_size(size)[name]
     if rehearse:
         model = model.clone(depth=1)
@@ -318,7 +318,7 @@ def figures(row: dict) -> dict:
 
 
 def distillation(dtype: str, data: Path | None, rehearse: bool = False) -> list[dict]:
-    """SR network, teacher and student of configs/small.py on photographs, or of the quickstart: a few epochs."""
+    """Trains SR network, teacher and student for a few epochs: configs/small.py on photographs, or the quickstart."""
     config, rows = (small if data else quickstart).get_config(), []
     if data:
         config.directory = str(data.absolute())
@@ -338,7 +338,7 @@ def distillation(dtype: str, data: Path | None, rehearse: bool = False) -> list[
 
 
 def shorten(stage: Any, dtype: str, rehearse: bool = False) -> None:
-    """Leaves a few epochs of a stage."""
+    """Shortens a stage to a few epochs."""
     stage.batch_size, stage.log_every_steps, stage.schedule.warmup_epochs = 32, 10, 1
     stage.schedule.num_epochs = stage.eval_every_epochs = 2 if stage.stage == "sr" else 4
     stage.dataset.num_workers = 0 if rehearse else min(4, os.cpu_count())

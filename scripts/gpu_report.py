@@ -1,22 +1,22 @@
-"""Measures a GPU in one command of at most nine minutes: whether results are right, how fast everything is.
+"""Measures correctness and speed on a GPU, in one command of at most nine minutes.
 
     python scripts/gpu_report.py [--minutes 9] [--data DIR] [--output benchmarks] [--sections NAME ...] [--rehearse]
 
-Writes benchmarks/<device>.json and, as a table, benchmarks/<device>.md, again after each case. The sections, most
-important first:
+Writes benchmarks/<device>.json and, as tables, benchmarks/<device>.md, and updates them after each case. The sections,
+most important first:
 
     numerics      scan against recorded results or the CPU: forward, gradients, bfloat16, two runs bit by bit
     scan          scripts/benchmark_scan.py at the shape of Vim-tiny, stride 8
     networks      scripts/benchmark_model.py: training step and inference of the student, inference of Vim-tiny
-    pixels        Vim-tiny beside an attention network, at 1248 pixels and at 224
+    pixels        Vim-tiny and an attention network, at 1248 pixels and at 224
     knobs         the Pallas kernels with other blocks, registers, windows and chunks
     distillation  SR network, teacher and student for a few epochs, in float32 and bfloat16; on the photographs of
                   --data, train/<class>/*.jpg and test/<class>/*.jpg (some thousands), else on synthetic birds
 
-All cases run in one process beside this one, scripts/gpu_cases.py, each within a time limit. Where one fails, crashes
-or hangs, the report says so, and a new process goes on with the next; when the minutes are over, it names what is left
-out (most of the time is compilation). `--sections` runs some, into the same file: give another `--output` to keep both.
-`--rehearse` tries everything out in tiny sizes, on a CPU too.
+All cases run in a second process, scripts/gpu_cases.py, each within a time limit. If one fails, crashes or hangs, the
+report says so, and a new process continues with the next; when the time is up, it names the cases left out (most of the
+time is compilation). `--sections` runs some sections, into the same file: give another `--output` to keep both.
+`--rehearse` tests everything at tiny sizes, also on a CPU.
 """
 
 import argparse
@@ -45,7 +45,7 @@ LARGE = dict(section="pixels", pixels=1248, batch=1)
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=9, help="for everything")
+    parser.add_argument("--minutes", type=float, default=9, help="time for all sections together")
     parser.add_argument("--data", type=Path, help="folder of photographs, for the distillation")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks", help="folder of the report")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="NAME")
@@ -75,12 +75,12 @@ def main() -> int:
 
 
 def collect(command: list[str], deadline: float, save: Callable[[list[dict]], None]) -> list[dict]:
-    """Runs all cases of a command that works as scripts/gpu_cases.py.
+    """Runs all cases of a command that works like scripts/gpu_cases.py.
 
     Args:
-      command: what starts it, but for `--start N`.
-      deadline: by `time.monotonic`; then everything ends.
-      save: is called after each case with the results so far.
+      command: the command, without `--start N`.
+      deadline: the end of all cases, by `time.monotonic`.
+      save: called after each case with the results so far.
 
     Returns:
       For each case its "section", "case", "seconds", and "rows" or "error".
@@ -94,7 +94,7 @@ def collect(command: list[str], deadline: float, save: Callable[[list[dict]], No
             break
         with running([*command, "--start", str(len(results))]) as next_answer:
             listed = next_answer(min(START_SECONDS, left))
-            if isinstance(listed, dict):  # it did not come to the list
+            if isinstance(listed, dict):  # it ended before listing its cases
                 results.append((describe(cases[len(results)]) if cases else {"section": "start"}) | listed)
                 save(results)
                 if not cases:
@@ -112,13 +112,13 @@ def collect(command: list[str], deadline: float, save: Callable[[list[dict]], No
 
 
 def describe(case: list) -> dict:
-    """The beginning of a result."""
+    """The fields of a result that identify its case."""
     return {"section": case[0], "case": case[1]}
 
 
 @contextlib.contextmanager
 def running(command: list[str]) -> Iterator[Callable[[float], Any]]:
-    """A context with a process, killed at its end, and a function that waits so many seconds for its next answer."""
+    """A context with a process, killed at its end; yields a function that waits some seconds for its next answer."""
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9"} | os.environ | {"PYTHONPATH": paths}
     with tempfile.TemporaryFile("w+", errors="replace") as log:
@@ -129,7 +129,7 @@ def running(command: list[str]) -> Iterator[Callable[[float], Any]]:
 
         def read() -> None:
             for line in process.stdout:
-                if line[:1] in "[{":  # and not what a library prints
+                if line[:1] in "[{":  # an answer, not output of a library
                     lines.put(line)
             lines.put(None)
 
@@ -192,18 +192,18 @@ def markdown(results: list[dict], sections: list[str] = SECTIONS) -> str:
 
 
 def table(rows: list[dict]) -> str:
-    """Rows with the same columns."""
+    """Formats rows that have the same columns as Markdown."""
     lines = [list(rows[0]), ["---"] * len(rows[0]), *([cell(x) for x in row.values()] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def cell(value: Any) -> str:
-    """A value in four digits."""
+    """Formats a value, numbers with four digits."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def find(results: list[dict], column: str, **wanted: Any) -> float | None:
-    """The value of a column in the one row that has these values; None if that was not measured."""
+    """The value of a column in the first row with these values; None if it was not measured."""
     for result in results:
         for row in result.get("rows", []):
             row = {"section": result["section"]} | row
@@ -213,7 +213,7 @@ def find(results: list[dict], column: str, **wanted: Any) -> float | None:
 
 
 def targets(results: list[dict]) -> list[dict]:
-    """What the kernels should reach, and what was measured of it."""
+    """Compares the kernels' targets with the measurements."""
 
     def value(column: str, given: dict, **wanted: Any) -> float | None:
         return find(results, column, **given, **wanted)
@@ -245,7 +245,7 @@ def targets(results: list[dict]) -> list[dict]:
 
 
 def fastest_knobs(rows: list[dict]) -> Iterator[str]:
-    """For each kernel and batch the fastest change, beside the kernel as it is."""
+    """Yields for each kernel and batch the fastest change, compared with the unchanged kernel."""
     for present in rows:
         if present["change"] == "as it is":
             same = [row for row in rows if all(row[name] == present[name] for name in ("kernel", "batch"))]

@@ -1,18 +1,18 @@
-"""Reads from the machine code of the GPU kernels what they can reach at best, on a machine without a GPU.
+"""Bounds the speed of the GPU kernels from their machine code, without a GPU.
 
     python scripts/gpu_static.py [--shape vim_tiny_stride8] [--batch 64 1] [--dtype bfloat16]
                                  [--architectures 80 90] [--implementations pallas triton]
                                  [--kernels forward backward]
 
-Each kernel of a scan and its gradient is lowered for CUDA, compiled ahead of time by Triton's compiler, disassembled.
-That takes the package `triton`, whose wheel brings ptxas, nvdisasm and cuobjdump, and nothing else of CUDA. XLA has a
-copy of Triton of its own, of another version, so a real run may differ a little.
+Each kernel of a scan and its gradient is lowered for CUDA, compiled ahead of time by Triton's compiler and
+disassembled. This needs the package `triton`, whose wheel includes ptxas, nvdisasm and cuobjdump, and nothing else of
+CUDA. XLA has its own copy of Triton, of another version, so a real run may differ slightly.
 
-The table counts what one state update costs: the instructions of the loop over time as often as it runs and all others
+The table gives the cost of one state update: the instructions of the loop over time as often as it runs and all others
 once, over all threads, divided by batch × length × channels × state. Both sides of a branch count. The bounds are the
-times that a GPU of the architecture needs at least to issue all instructions, to compute all exponentials and
-reciprocals (MUFU), and to move each array that a kernel reads or writes once. They leave out latency and processors
-that wait for others: no kernel is as fast as its bounds, and nothing is run here.
+minimal times that a GPU of the architecture needs to issue all instructions, to compute all exponentials and
+reciprocals (MUFU), and to move each array that a kernel reads or writes once. They ignore latency and idle processors,
+so no kernel reaches its bounds. Nothing is run here.
 """
 
 import argparse
@@ -39,20 +39,27 @@ from kernels.scan.shapes import SHAPES, Shape
 
 OPTIONS = ScanOptions(delta_softplus=True)
 COLUMNS = (
-    *("blocks", "registers", "spilled bytes", "shared bytes"),
-    *("instructions", "MUFU", "shuffles", "shared memory", "bytes"),
+    "blocks",
+    "registers",
+    "spilled bytes",
+    "shared bytes",
+    "instructions",
+    "MUFU",
+    "shuffles",
+    "shared memory",
+    "bytes",
 )
 SHARED = ("LDS", "LDSM", "STS", "STSM")  # instructions that load from shared memory or store there
 
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """Peak rates by the vendor's data sheet."""
+    """Peak rates from the vendor's data sheet."""
 
     name: str
     processors: int
-    clock: float  # cycles a second
-    bandwidth: float  # bytes a second
+    clock: float  # cycles per second
+    bandwidth: float  # bytes per second
 
     # Each cycle, a streaming multiprocessor issues four instructions of 32 threads and computes 16 MUFU results.
     instructions = property(lambda self: self.processors * self.clock * 4 * 32)
@@ -64,13 +71,13 @@ DEVICES = {80: Device("A100", 108, 1.41e9, 2.04e12), 90: Device("H200", 132, 1.9
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """A kernel before its machine code."""
+    """A kernel before compilation to machine code."""
 
     name: str
     source: Any  # for `triton.compile`: a file of Triton's intermediate language, or a function with its arguments
     grid: tuple[int, ...]
     warps: int
-    bytes: int  # of the arrays it reads and writes
+    bytes: int  # of the arrays that it reads and writes
     trips: float  # of the loop over time, in each program
 
 
@@ -101,7 +108,7 @@ def main() -> None:
 
 
 def why_unavailable() -> str | None:
-    """What is missing, in one line."""
+    """The reason, in one line, why this script cannot run here; None if it can."""
     if importlib.util.find_spec("triton") is None:
         return "Triton's compiler is needed: pip install triton"
     missing = [name for name in ("nvdisasm", "cuobjdump") if not tool(name).exists()]
@@ -109,7 +116,7 @@ def why_unavailable() -> str | None:
 
 
 def tool(name: str) -> Path:
-    """A program that comes with Triton."""
+    """The path of a program that comes with Triton."""
     return Path(importlib.util.find_spec("triton").origin).parent / "backends" / "nvidia" / "bin" / name
 
 
@@ -123,7 +130,7 @@ def specs(shape: Shape, batch: int, dtype: str) -> ScanInputs:
 
 
 def pallas_kernels(inputs: ScanInputs, passes: list[str], folder: Path) -> list[Kernel]:
-    """The kernels as Pallas lowers them; with small batches, also those that summarize chunks of time."""
+    """The kernels as Pallas lowers them; with small batches, also those that summarise chunks of time."""
     inputs = jax.eval_shape(functools.partial(pallas.pad, options=OPTIONS), inputs)
     forward = functools.partial(pallas.forward, options=OPTIONS)
     results = jax.eval_shape(functools.partial(forward, save_states=True), inputs)
@@ -230,9 +237,9 @@ def measure(kernel: Kernel, architecture: int, updates: int, folder: Path) -> li
 
 
 def count(assembly: str, trips: float) -> Counter:
-    """How often a thread executes each instruction, by the first part of its name, "all" of them and the `SHARED`.
+    """Counts a thread's executed instructions, by the first part of the name, and in total ("all") and for `SHARED`.
 
-    The loop over time is the longest; no kernel has another inside it.
+    The loop over time is the longest loop; no kernel has a loop inside it.
     """
     instructions, labels, loops = [], {}, []
     for line in assembly.splitlines():

@@ -2,16 +2,16 @@
 
     python scripts/model_table.py [PATTERN …] [--into docs/networks.md]
 
-Parameters and operations are counted from the code, by tracing each network at its own image size: nothing is computed.
-Results, checkpoints and published costs are the authors'; the table names the sources.
+Parameters and operations are counted by tracing each network at its own image size, without running it. Results,
+checkpoints and published costs are the authors'; the table names the sources.
 
-Operations are counted as VMamba does, the same for all networks: a multiply-add of a matrix product or convolution is
-one, a normalised number five, and a selective scan takes 9 LDN + LD, and LD more if it applies the gate, for L tokens,
-D channels and N states. Activations, sums, pooling and the gathers of scan orders are free.
+Operations are counted by VMamba's rule for all networks: a multiply-add of a matrix product or convolution is one, a
+normalised number five, and a selective scan takes 9 LDN + LD, and LD more if it applies the gate, for L tokens, D
+channels and N states. Activations, sums, pooling and the gathers of scan orders are free.
 
-LocalMamba's authors count differently, and the figures quoted for Vim and LocalVim are theirs. They take 5 LDN + 2 LD
-for a scan, and what each scan direction has of its own (short convolution, projections to steps and matrices) for one
-direction only. A column of its own holds the count by that rule.
+LocalMamba's authors use another rule, by which the published figures of Vim and LocalVim are counted: 5 LDN + 2 LD for
+a scan, and the layers of each scan direction (short convolution, projections to step sizes and matrices) for one
+direction only. A separate column holds the count by that rule.
 """
 
 import argparse
@@ -65,12 +65,12 @@ class Operations(NamedTuple):
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Trainable numbers."""
+    """The number of trainable parameters."""
     return sum(math.prod(leaf.shape) for path, leaf in variable_shapes(model).items() if path.startswith("params/"))
 
 
 def count_operations(model: nn.Module) -> Operations:
-    """The operations on an image of the network's own size."""
+    """The operations for one image of the network's own size."""
     images = input_images(model)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
     with _tallies():
@@ -79,15 +79,15 @@ def count_operations(model: nn.Module) -> Operations:
     return Operations(**{name: counts[name] for name in Operations._fields})
 
 
-# An identity that stands in a traced program for operations that its other lines do not show; its parameters say how
-# many. Being a line, it is counted as often as the layer that it is in.
+# An identity in a traced program that represents operations not visible in other equations; its parameters hold their
+# numbers. Like any equation, it counts as often as the layer that contains it.
 _tally = Primitive("tally")
 _tally.def_abstract_eval(lambda x, **operations: x)
 
 
 @contextmanager
 def _tallies() -> Iterator[None]:
-    """While networks are traced: tallies for selective scans, which are left out, depthwise convolutions and norms."""
+    """A context in which traced networks get tallies: for depthwise convolutions, for norms, and instead of scans."""
 
     def scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, **options):
         skips = (D is not None) + (z is not None)
@@ -124,7 +124,7 @@ def _count(program: Any) -> Counter:
             kernel = line.invars[1].aval
             outputs = kernel.shape[parameters["dimension_numbers"].rhs_spec[0]]
             counts["products"] += line.outvars[0].aval.size * kernel.size // outputs
-        elif parameters.get("branches_platforms"):  # of the forms for several platforms, the general one
+        elif parameters.get("branches_platforms"):  # of branches for several platforms, the general one
             counts.update(_count(parameters["branches"][parameters["branches_platforms"].index(None)].jaxpr))
         else:
             times = parameters["length"] if kind == "scan" else 1
@@ -134,7 +134,7 @@ def _count(program: Any) -> Counter:
 
 
 def _parts(values: Any) -> Iterator[Any]:
-    """The programs among a line's parameters: bodies of loops and functions, which are counted as if they run."""
+    """The programs among an equation's parameters: bodies of loops and functions, all counted as running."""
     for value in values:
         if hasattr(value, "eqns"):
             yield value
@@ -163,13 +163,20 @@ RULES = {"Vim": by_rule_of_local_mamba, "LocalVim": by_rule_of_local_mamba}  # b
 
 BEGIN, END = "<!-- model table -->", "<!-- end of model table -->"
 COLUMNS = (
-    *("network", "paper", "parameters", "image", "operations, 10⁹", "by LocalMamba's rule", "published"),
-    *("top-1, %", "checkpoint"),
+    "network",
+    "paper",
+    "parameters",
+    "image",
+    "operations, 10⁹",
+    "by LocalMamba's rule",
+    "published",
+    "top-1, %",
+    "checkpoint",
 )
 
 
 def row(name: str) -> list[str]:
-    """A network's cells."""
+    """The cells of a network."""
     model = create_model(name)
     published = PUBLISHED.get(name, Published("", 0))
     family = FAMILIES.get(published.family)
@@ -191,7 +198,7 @@ def row(name: str) -> list[str]:
 
 
 def listed(patterns: list[str]) -> list[str]:
-    """The classifiers that match, families together; without the networks of a search."""
+    """The classifiers that match, grouped by family, without the networks of a search."""
     names = [name for name in CLASSIFIERS if not name.endswith("_search")]
     return [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
 
@@ -209,7 +216,7 @@ def table(patterns: list[str]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("patterns", nargs="*", default=["*"], metavar="PATTERN", help="names, such as 'vim_*'")
-    parser.add_argument("--into", type=Path, metavar="FILE", help=f"replace what is between {BEGIN} and {END} there")
+    parser.add_argument("--into", type=Path, metavar="FILE", help=f"replace the text between {BEGIN} and {END} there")
     arguments = parser.parse_args()
     if not listed(arguments.patterns):
         parser.error(f"no classifier matches {' '.join(arguments.patterns)}; there are {', '.join(listed(['*']))}")

@@ -3,9 +3,9 @@
     python scripts/stress_resume.py --kills 30
     python scripts/stress_resume.py --kills 10 --processes 2
 
-Every kill is SIGKILL, followed by the same command; of several processes one is killed, and the others must end within
-a minute, with one line that says why. At the end the parameters and the metrics must be those of an uninterrupted run,
-to the bit, with no line twice and none lost. Exit status 1 if they are not.
+Every kill is a SIGKILL, followed by the same command. With several processes one is killed, and the others must exit
+within a minute, with one line that says why. At the end, parameters and metrics must equal those of an uninterrupted
+run to the bit, with no line repeated or lost; otherwise the exit status is 1.
 """
 
 import argparse
@@ -32,7 +32,7 @@ TIMES = ("images_per_second", "input_wait")  # metrics that depend on the clock
 
 
 def start(workdir: Path, processes: int) -> list[subprocess.Popen]:
-    """Starts the processes of one run, whose commands differ in their number only."""
+    """Starts the processes of one run, whose commands differ only in the process number."""
     command = [sys.executable, "-m", "vimd_jax.train", "--config=tests/tiny.py:teacher", f"--workdir={workdir}"]
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -54,7 +54,7 @@ def finish(run: list[subprocess.Popen], seconds: float) -> list[str]:
     """Waits for the processes and returns their output.
 
     Raises:
-      subprocess.TimeoutExpired: one has not ended in time.
+      subprocess.TimeoutExpired: a process has not exited in time.
     """
     return [process.communicate(timeout=seconds)[1] for process in run]
 
@@ -70,7 +70,7 @@ def outcome(workdir: Path) -> tuple[list[np.ndarray], list[dict]]:
 
 
 def kill_once(workdir: Path, processes: int, longest: float) -> bool:
-    """Starts the run and kills one process at a random moment; False if the run came to its end before that."""
+    """Starts the run and kills one process at a random moment; returns False if the run ended before that."""
     run, victim = start(workdir, processes), random.randrange(processes)
     time.sleep(random.uniform(0, longest))
     if run[victim].poll() is not None:
@@ -84,7 +84,7 @@ def kill_once(workdir: Path, processes: int, longest: float) -> bool:
     clear = all("another process of this run has ended" in text for text in survivors)
     print(f"killed process {victim}" + (f"; the other ended {waited:.0f} s later" if survivors else ""), flush=True)
     if waited > 60 or not clear:
-        sys.exit("\n".join(["error: a process that was left behind did not end in time with a clear line", *survivors]))
+        sys.exit("\n".join(["error: a surviving process did not exit in time with a clear message", *survivors]))
     return True
 
 
@@ -93,7 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--seed", type=int, default=0, help="of the random moments")
     arguments = parser.parse_args()
     random.seed(arguments.seed)
     with tempfile.TemporaryDirectory() as folder:

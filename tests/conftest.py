@@ -1,4 +1,4 @@
-"""How tests compile: quickly where numbers do not depend on it, and each program once, whichever process needs it."""
+"""Settings of compilation in tests: fast where results do not depend on it, each program once for all processes."""
 
 import os
 import tempfile
@@ -15,7 +15,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 
 @pytest.fixture(autouse=True)
 def compile_quickly(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Here and in programs that a test starts; but kernels and recorded numbers are tested as users compile them."""
+    """Fast compilation here and in programs that a test starts, but not for kernels and recorded numbers."""
     import jax
 
     as_users_do = "recorded" in request.node.name or "kernels" in request.path.parts
@@ -24,8 +24,8 @@ def compile_quickly(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.fixture(autouse=True, scope="module")
-def programs_given_up() -> Iterator[None]:
-    """JAX keeps what it compiles. A process that runs all tests would have more memory mappings than Linux allows."""
+def clear_caches() -> Iterator[None]:
+    """Clears JAX's caches: a process that runs all tests would have more memory mappings than Linux allows."""
     yield
     import jax
 

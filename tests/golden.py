@@ -1,4 +1,4 @@
-"""The recorded vectors in tests/golden/: what the original PyTorch code computed (see tests/golden/README.md)."""
+"""Reads tests/golden/, recorded results of the original PyTorch code (see tests/golden/README.md)."""
 
 import json
 from pathlib import Path
@@ -10,14 +10,14 @@ FOLDER = Path(__file__).parent / "golden"
 
 
 def cases(pattern: str) -> list[str]:
-    """Names of the recorded cases that match a glob pattern; never empty, so that no test over them passes unseen."""
+    """Names of the recorded cases that match a glob pattern; never empty, so that no test is skipped unnoticed."""
     names = sorted(path.name for path in FOLDER.glob(pattern) if path.is_dir())
     assert names, f"no golden case matches {pattern}"
     return names
 
 
 def tensors(case: str, file: str = "io") -> dict[str, np.ndarray]:
-    """The arrays of one case: file is "io", "weights", "teacher_weights" or "sr_weights"."""
+    """The arrays of one case; `file` is "io", "weights", "teacher_weights" or "sr_weights"."""
     return load_file(FOLDER / case / f"{file}.safetensors")
 
 
@@ -41,7 +41,7 @@ def scan_case(case: str) -> tuple[dict, dict, dict]:
 
 
 def relative_error(actual, expected) -> float:
-    """Largest absolute difference over the largest expected magnitude."""
+    """The largest absolute difference, relative to the largest expected magnitude."""
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     assert actual.shape == expected.shape, (actual.shape, expected.shape)
     return float(np.abs(actual - expected).max() / max(np.abs(expected).max(), 1e-30))

@@ -1,4 +1,4 @@
-"""The networks of the recorded cases, built from the original classes' constructor arguments; and quick weights."""
+"""The networks of the recorded cases, from the original classes' constructor arguments; and weights for tests."""
 
 import re
 from typing import Any
@@ -21,7 +21,7 @@ from weight_convert import convert_state_dict, export_state_dict
 
 
 def vim(constructor: dict, **overrides) -> Vim:
-    """The Vim that the original `VisionMamba(**constructor)` is."""
+    """The Vim that corresponds to the original `VisionMamba(**constructor)`."""
     size = constructor["img_size"]
     class_token = "middle" if constructor["use_middle_cls_token"] else "head"
     if constructor.get("use_double_cls_token"):
@@ -47,7 +47,7 @@ def vim(constructor: dict, **overrides) -> Vim:
 
 
 def v2m(constructor: dict, **overrides) -> V2M:
-    """The V2M that the original `VisionMamba(**constructor, bimamba_type="2d")` is; it never uses a class token."""
+    """The V2M of the original `VisionMamba(**constructor, bimamba_type="2d")`, which never uses a class token."""
     options = {name: constructor[name] for name in ("num_classes", "patch_size", "stride", "embed_dim", "depth")}
     options |= {"image_size": constructor["img_size"], "routing": "published"}
     options["merge"] = "mean" if constructor["if_devide_out"] else "sum"
@@ -55,7 +55,7 @@ def v2m(constructor: dict, **overrides) -> V2M:
 
 
 def local_vim(constructor: dict, **overrides) -> LocalVim:
-    """The LocalVim that the original `VisionMamba(**constructor)` of LocalMamba is."""
+    """The LocalVim that corresponds to LocalMamba's `VisionMamba(**constructor)`."""
     class_token = "middle" if constructor.get("use_middle_cls_token") else "head"
     options = {
         "num_classes": constructor["num_classes"],
@@ -71,7 +71,7 @@ def local_vim(constructor: dict, **overrides) -> LocalVim:
 
 
 def local_vmamba(constructor: dict, **overrides) -> LocalVMamba:
-    """The LocalVMamba that the original `VSSM(**constructor)` of LocalMamba is."""
+    """The LocalVMamba that corresponds to LocalMamba's `VSSM(**constructor)`."""
     depths, dims, directions = constructor["depths"], constructor["dims"], constructor["directions"]
     options = {
         "num_classes": constructor["num_classes"],
@@ -83,7 +83,7 @@ def local_vmamba(constructor: dict, **overrides) -> LocalVMamba:
 
 
 def vmamba(constructor: dict) -> VMamba:
-    """The VMamba that the original `VSSM(**constructor)` is."""
+    """The VMamba that corresponds to the original `VSSM(**constructor)`."""
     return VMamba(
         num_classes=constructor["num_classes"],
         dims=tuple(constructor["dims"]),
@@ -93,7 +93,7 @@ def vmamba(constructor: dict) -> VMamba:
 
 
 def efficient_vmamba(constructor: dict) -> EfficientVMamba:
-    """The EfficientVMamba that the original `EfficientVSSM(**constructor)` is; that one does not read d_state."""
+    """The EfficientVMamba of the original `EfficientVSSM(**constructor)`, which ignores d_state."""
     dims = constructor["dims"]
     return EfficientVMamba(
         num_classes=constructor["num_classes"],
@@ -105,7 +105,7 @@ def efficient_vmamba(constructor: dict) -> EfficientVMamba:
 
 
 def first_block(tensors: dict[str, np.ndarray], model: Hierarchical, prefix: str = "") -> Any:
-    """Variables of the first block of a network with stages, from tensors that were recorded for it or a part of it."""
+    """Variables of the first block of a network with stages, from recorded tensors of it or a part of it."""
     names = {f"layers.0.blocks.0.{prefix}{name}": tensor for name, tensor in tensors.items()}
     whole = export_state_dict(random_variables(model, np.zeros((1, 32, 32, 3), np.float32)), model)
     variables = convert_state_dict(whole | names, model)
@@ -113,19 +113,19 @@ def first_block(tensors: dict[str, np.ndarray], model: Hierarchical, prefix: str
 
 
 def srresnet(constructor: dict) -> SRResNet:
-    """The SRResNet that the original `SRResNet(**constructor)` is."""
+    """The SRResNet that corresponds to the original `SRResNet(**constructor)`."""
     return SRResNet(
         scale=constructor["upscale_factor"], channels=constructor["channels"], num_blocks=constructor["num_rcb"]
     )
 
 
 def nhwc(images: np.ndarray) -> np.ndarray:
-    """Recorded images, (batch, channels, height, width), in this project's layout."""
+    """Transposes recorded images (batch, channels, height, width) to this project's layout."""
     return np.moveaxis(images, 1, -1)
 
 
 def random_variables(model: nn.Module, images: Any, seed: int = 0) -> Any:
-    """Variables of the right shapes, drawn by NumPy: compiling `model.init` would take longer than most tests."""
+    """Random variables of the right shapes, from NumPy: compiling `model.init` takes longer than most tests."""
     rng = np.random.default_rng(seed)
 
     def draw(path, leaf):
@@ -136,8 +136,8 @@ def random_variables(model: nn.Module, images: Any, seed: int = 0) -> Any:
 
 
 def weights_by_rule(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-    """Parameters under PyTorch's names by the rule for which figures of the originals are known: waves around what each
-    kind of parameter starts from, their phases in the names' alphabetical order. Statistics of batch norms too."""
+    """Parameters under PyTorch's names, set by the rule for which figures of the originals are known: waves around the
+    initial value of each kind of parameter, with phases by alphabetical order of names. Includes batch statistics."""
     parameters = sorted(name for name in shapes if ".running_" not in name)
     weights = {name: _weight_by_rule(rank, name, shapes[name]) for rank, name in enumerate(parameters)}
     for name in set(shapes) - set(parameters):
@@ -165,12 +165,12 @@ def _weight_by_rule(rank: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def images_by_rule(shape: tuple[int, ...]) -> np.ndarray:
-    """The images, in the originals' layout, that go with `weights_by_rule`."""
+    """The images for `weights_by_rule`, in the originals' layout."""
     return np.sin(0.05 * np.arange(np.prod(shape), dtype=np.float64)).reshape(shape).astype(np.float32)
 
 
 def segmenter(constructor: dict, **overrides) -> Segmenter:
-    """The segmenter that mmsegmentation's `EncoderDecoder(**constructor)` is; of a backbone alone with a small head."""
+    """The segmenter of mmsegmentation's `EncoderDecoder(**constructor)`; a backbone alone gets a small head."""
     backbone, head = constructor.get("backbone", constructor), constructor.get("decode_head", {})
     auxiliary = constructor.get("auxiliary_head", {})
     name, options = _segmenter_backbone(backbone)

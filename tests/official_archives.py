@@ -13,7 +13,7 @@ from PIL import Image
 
 
 class Miniature(NamedTuple):
-    """Archives by file name, the number of images of each split, of classes, and one file that must be there."""
+    """Archives by file name, the numbers of images of each split and of classes, and one file that must exist."""
 
     write: Callable[[Path], list[Path]]
     sizes: Mapping[str, int]

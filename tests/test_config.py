@@ -21,7 +21,7 @@ def test_every_option_of_every_classifier_can_be_set(name):
 
 @pytest.fixture
 def from_command_line(monkeypatch):
-    """What a program gets that starts with a config and these arguments."""
+    """The config of a program that starts with these arguments."""
 
     def read(config, *arguments):
         monkeypatch.setattr(sys, "argv", ["program", *arguments])

@@ -1,4 +1,4 @@
-"""The documents: what they link to and name is there, and the README is short."""
+"""The documents: links and names in them exist, and the README is short."""
 
 import re
 import textwrap
@@ -17,7 +17,7 @@ PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
 
 
 def anchors(page: Path) -> set[str]:
-    """What `#...` may name in a page, as GitHub derives it from headings."""
+    """The anchors `#...` of a page, as GitHub derives them from headings."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(), flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 

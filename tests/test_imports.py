@@ -17,6 +17,7 @@ ALLOWED = {
         "weight_convert",
         "vimd_jax.models",
         "vimd_jax.checkpoints",
+        "vimd_jax.arguments",
         "vimd_jax.errors",
         "vimd_jax.files",
     ],
@@ -24,18 +25,26 @@ ALLOWED = {
     "vimd_jax.losses": [],
     "vimd_jax.data": ["vimd_jax.data", "vimd_jax.errors", "vimd_jax.files", "vimd_jax.log"],
     "vimd_jax.checkpoints": [
-        *("vimd_jax.models", "vimd_jax.checkpoints", "vimd_jax.data.images", "vimd_jax.data.preparation"),
-        *("vimd_jax.errors", "vimd_jax.files"),
+        "vimd_jax.models",
+        "vimd_jax.checkpoints",
+        "vimd_jax.data.images",
+        "vimd_jax.data.preparation",
+        "vimd_jax.errors",
+        "vimd_jax.files",
     ],
     "vimd_jax.settings": [],
     "vimd_jax.tasks": [
-        *("vimd_jax.models", "vimd_jax.losses", "vimd_jax.settings", "vimd_jax.tasks"),
-        *("vimd_jax.data.geometry", "vimd_jax.data.sources"),
+        "vimd_jax.models",
+        "vimd_jax.losses",
+        "vimd_jax.settings",
+        "vimd_jax.tasks",
+        "vimd_jax.data.geometry",
+        "vimd_jax.data.sources",
     ],
     "vimd_jax.config": ["kernels", "vimd_jax.models", "vimd_jax.settings", "vimd_jax.tasks"],
-    "vimd_jax.training": ["kernels", "vimd_jax"],
+    "vimd_jax.training": ["kernels", "vimd_jax", "weight_convert.hub"],
 }
-PROGRAMS = ("vimd_jax.train", "vimd_jax.evaluate", "vimd_jax.predict")
+PROGRAMS = ("vimd_jax.train", "vimd_jax.evaluate", "vimd_jax.predict", "vimd_jax.export")
 
 
 def modules() -> dict[str, Path]:

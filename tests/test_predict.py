@@ -85,3 +85,9 @@ def test_a_pipe_is_no_image(checkpoint, tmp_path, monkeypatch, capfd):
     assert status == 1 and "x.png: not a regular file" in err
     _, err, status = run(monkeypatch, capfd, tmp_path / "x.png", tmp_path / "x.png", "--model=vim_tiny")
     assert status == 1 and "x.png: not a regular file" in err
+
+
+def test_deep_images_with_a_small_range_are_said(checkpoint, tmp_path, monkeypatch, capfd):
+    Image.fromarray(np.full((32, 32), 4095, np.uint16)).save(tmp_path / "x.png")
+    _, err, status = run(monkeypatch, capfd, checkpoint, tmp_path)
+    assert status == 0 and err.startswith("warning: 16-bit images with values from 4095 to 4095, a small part")

@@ -9,14 +9,19 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import golden
 import golden_models
 import jax
+import matplotlib
 import numpy as np
 import pytest
 import tiny
+from PIL import Image
 from tiny import tiny_config
 
 from vimd_jax import evaluate, predict, train
@@ -30,8 +35,8 @@ from vimd_jax.data.sources import load_source
 from vimd_jax.errors import DatasetError, Stopped, TrainingError, UnreadableImage
 from vimd_jax.load import load_model
 from vimd_jax.models import create_model
-from vimd_jax.training import workdirs
-from vimd_jax.training.metrics import read_metrics
+from vimd_jax.training import plots, roles, workdirs
+from vimd_jax.training.metrics import MetricWriter, read_metrics
 
 ROOT = Path(__file__).parent.parent
 
@@ -39,6 +44,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A folder with finished runs "sr", "teacher" and "student"."""
+    jax.config.update("jax_disable_most_optimizations", True)  # made before conftest does so, compared to the bit after
     folder = tmp_path_factory.mktemp("runs")
     train.train(tiny_config("sr"), folder / "sr")
     train.train(tiny_config("teacher"), folder / "teacher")
@@ -349,7 +355,7 @@ def test_a_student_and_teacher_of_stages_with_batch_norms(tmp_path):
         ({"teacher__init": "/nowhere"}, "/nowhere"),
         ({"selection": "vote"}, "vote"),
         ({"scan_implementation": "fast"}, "config.scan_implementation is 'fast': it must be empty or native or"),
-        ({"scan_implementation": "triton"}, "'triton' cannot run here"),
+        ({"scan_implementation": "triton"}, "config.scan_implementation: 'triton' cannot run here"),
         (
             {"teacher__init_key": "model_ema"},
             "init_key is 'model_ema', but only a PyTorch file has keys",
@@ -511,14 +517,200 @@ def test_predict_looks_at_images_as_the_run_did(trained, tmp_path):
     np.testing.assert_array_equal(classifier.prepare(tmp_path / "x.png"), expected)
 
 
-def test_evaluate_refuses_another_network_and_other_classes(trained):
+def test_evaluate_refuses_another_network_and_other_classes(trained, tmp_path):
     workdir = trained / "teacher"
     with pytest.raises(ValueError, match="merge is 'mean' there, 'sum' in the model"):
         evaluate.evaluate_run(tiny_config("teacher", teacher__merge="sum"), workdir, "test")
     with pytest.raises(ValueError, match="4 classes in the checkpoint, 3 wanted"):
         evaluate.evaluate_run(tiny_config("teacher", dataset__synthetic_classes=3), workdir, "test")
-    with pytest.raises(ValueError, match="trained on other classes: 'barred wing'"):
-        evaluate.check_class_names(workdir, ("owl", "crow", "robin", "wren"))
+    with pytest.raises(ValueError, match="is for other classes than the data: 'barred wing"):
+        evaluate.evaluate_run(tiny_config("teacher", **folder_of(tmp_path, "abcd")), workdir, "test")
+
+
+def folder_of(root: Path, classes: Iterable[str]) -> dict[str, str]:
+    """Settings of a dataset of class folders, made under `root` with a few grey images."""
+    for split, count in {"train": 12, "test": 2}.items():
+        for shade, name in enumerate(classes):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                Image.new("L", (40, 40), 40 * shade + i).save(root / split / name / f"{i:02d}.png")
+    return {"dataset__name": "folder", "dataset__directory": str(root)}
+
+
+def test_pictures_and_tables_never_stop_a_run(tmp_path, monkeypatch, caplog, capsys):
+    """And are drawn, with names of any characters, whatever the user's settings are."""
+    config = tiny_config("teacher", **folder_of(tmp_path / "data", ["bill $5", "bill $10", "\\frac", "a_b^c"]))
+    with matplotlib.rc_context({"text.usetex": True}):
+        train.train(config, tmp_path / "run")
+    pictures = [tmp_path / "run" / name for name in ("curves.png", "panel.png")]
+    assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures)
+    assert not any("could not be written" in line for line in caplog.messages)
+    for picture in pictures:
+        picture.unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(plots, "_figure", None)
+        train.train(config, tmp_path / "run")
+        evaluate.evaluate_run(config, tmp_path / "run", "test")
+    failed = [line for line in caplog.messages if "could not be written" in line]
+    assert [line.split(" ")[0].split("/")[-1] for line in failed] == ["curves.png", "panel.png", "test_confusion.png"]
+    train.train(config, tmp_path / "run")
+    assert all(picture.exists() for picture in pictures)
+
+
+def test_pictures_appear_during_a_run(tmp_path, monkeypatch):
+    seen = []
+    real = train.save_pictures
+
+    def looking(*args):
+        real(*args)
+        seen.append({path.name for path in tmp_path.glob("*.png")})
+
+    monkeypatch.setattr(train, "save_pictures", looking)
+    train.train(tiny_config("teacher"), tmp_path)
+    assert seen == [{"curves.png", "panel.png"}] * 3  # two epochs and the end
+
+
+def test_evaluate_prints_before_it_draws(trained, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "write_tables", lambda *_: print("tables"))
+    monkeypatch.setattr(evaluate, "is_given", lambda field: False)
+    monkeypatch.setattr(evaluate, "flags", SimpleNamespace(FLAGS=SimpleNamespace(split="test", checkpoint=None)))
+    evaluate.main(workdirs.read_config(trained / "teacher"), trained / "teacher")
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["teacher", "tables"]
+
+
+def test_evaluate_looks_at_images_as_the_checkpoint_says(trained, tmp_path, monkeypatch, caplog):
+    save_model(tmp_path / "half", dataclasses.replace(load_model(trained / "teacher"), crop=0.5))
+    crops = []
+    real = evaluate.passes
+    monkeypatch.setattr(
+        evaluate, "passes", lambda s, config, t: crops.append(config.dataset.eval_crop) or real(s, config, t)
+    )
+    config = tiny_config("teacher")
+    evaluate.evaluate_run(config, tmp_path, "test", tmp_path / "half")
+    evaluate.measure(config, tmp_path, "test", tmp_path / "half", keep_crop=True)
+    assert crops == [0.5, 1.0]
+    assert any("names a crop of 0.5, which is taken; the config has 1" in line for line in caplog.messages)
+
+
+def test_classes_in_another_order_are_matched_by_name(trained, tmp_path, caplog):
+    teacher = load_model(trained / "teacher")
+    names = teacher.class_names[::-1]
+    head = {name: leaf[..., ::-1] for name, leaf in teacher.variables["params"]["head"].items()}
+    variables = {"params": {**teacher.variables["params"], "head": head}}
+    save_model(tmp_path / "turned", dataclasses.replace(teacher, variables=variables, class_names=names))
+    config = tiny_config("teacher")
+    expected = evaluate.evaluate_run(config, tmp_path, "test", trained / "teacher")
+    assert evaluate.evaluate_run(config, tmp_path, "test", tmp_path / "turned") == expected
+    assert any("matched by name" in line for line in caplog.messages)
+
+    save_model(tmp_path / "other", dataclasses.replace(teacher, class_names=("oak", "elm", "fir", "yew")))
+    with pytest.raises(ValueError, match="other is for other classes than the data: 'elm' is not among them"):
+        evaluate.evaluate_run(config, tmp_path, "test", tmp_path / "other")
+
+    student = student_config(trained, teacher__init=str(tmp_path / "turned"), student__init=str(tmp_path / "other"))
+    networks = roles.build_networks(student, teacher.class_names)
+    started, frozen = roles.initial_variables(student, networks, tmp_path / "run")
+    assert np.array_equal(frozen["teacher"]["params"]["head"]["kernel"], teacher.variables["params"]["head"]["kernel"])
+    assert not np.array_equal(started["params"]["head"]["kernel"], teacher.variables["params"]["head"]["kernel"])
+    assert any("The head is initialised anew" in line for line in caplog.messages)
+    student.teacher.init = str(tmp_path / "other")
+    with pytest.raises(ValueError, match="other is for other classes"):
+        roles.initial_variables(student, networks, tmp_path / "run")
+
+
+def test_frozen_networks_are_what_they_hold_not_where_they_lie(trained, tmp_path, monkeypatch):
+    shutil.copytree(trained / "sr", tmp_path / "sr")
+    shutil.copytree(trained / "teacher", tmp_path / "teacher")
+    config = student_config(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(train, "train_batches", _sigterm_after(2, train.train_batches))
+        train.train(config, tmp_path / "run")
+    (tmp_path / "teacher").rename(tmp_path / "scratch")
+    config.teacher.init = str(tmp_path / "scratch")
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(train, "train_batches", _sigterm_after(4, train.train_batches))
+        train.train(config, tmp_path / "run")
+    other = load_model(trained / "teacher")
+    other.variables["params"]["head"]["bias"] += 1
+    save_model(tmp_path / "scratch" / "best", other)
+    with pytest.raises(ValueError, match="config.teacher.init: .*scratch holds another network than the one that"):
+        train.train(config, tmp_path / "run")
+
+
+def test_more_epochs_start_from_a_finished_run(trained, tmp_path, caplog):
+    train.train(tiny_config("teacher"), trained / "teacher")
+    assert any(f"--config.continue_from={trained}/teacher" in line for line in caplog.messages)
+    config = tiny_config("teacher", continue_from=str(trained / "teacher"))
+    with pytest.raises(ValueError, match="is at step 6, and this run ends at 6: raise config.schedule.num_epochs"):
+        train.train(config, tmp_path / "run")
+    config.schedule.num_epochs = 3
+    train.train(config, tmp_path / "run")
+    assert [x["step"] for x in read_metrics(tmp_path / "run") if x["split"] == "train"] == [7, 8, 9]
+    assert int(final_state(tmp_path / "run")["opt_state"][0]["count"]) == 9
+
+
+def test_an_average_of_mostly_initial_weights_is_named(tmp_path, caplog):
+    fast = {"schedule__learning_rate": 1e-2, "schedule__num_epochs": 8, "eval_every_epochs": 8}
+    train.train(tiny_config("sr", ema_decay=0.9999, **fast), tmp_path / "slow")
+    warnings = [line for line in caplog.messages if "The averaged network" in line]
+    assert len(warnings) == 1 and "has psnr " in warnings[0] and "100 % of the average are still" in warnings[0]
+    caplog.clear()
+    train.train(tiny_config("sr", ema_decay=0.9999, ema_warmup=True, **fast), tmp_path / "warm")
+    assert not any("The averaged network" in line for line in caplog.messages)
+
+
+def test_an_sr_network_worse_than_bicubic_is_named(trained, tmp_path, caplog):
+    train.train(tiny_config("sr"), tmp_path / "sr")
+    train.train(student_config(trained), tmp_path / "student")
+    warnings = [line for line in caplog.messages if "worse than bicubic interpolation, PSNR" in line]
+    assert [line.split(":")[0] for line in warnings] == ["test, network of step 6", "config.sr.init"]
+
+
+def test_training_works_in_a_thread(tmp_path):
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(train.train, tiny_config("teacher"), tmp_path).result()
+    assert (tmp_path / "best").is_dir()
+
+
+def test_signals_are_given_back(tmp_path):
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+    with StopRequest():
+        assert signal.getsignal(signal.SIGUSR1) != before[2]
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_before_there_is_anything_to_save_ends_at_once(number):
+    """Even while the main thread is in a compilation, here in a lock, where handlers of Python do not run."""
+    code = (
+        "import time, vimd_jax.command as c\n"
+        "stop = c.StopRequest(); c.show_log(); print('ready', flush=True)\n"
+        "import ctypes; ctypes.CDLL(None).sleep(50) or ctypes.CDLL(None).sleep(50)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == 128 + number and "before there was anything to save" in said
+
+
+def test_importing_a_program_defines_no_flags():
+    code = (
+        "import vimd_jax.train, vimd_jax.evaluate; from absl import flags\n"
+        "assert not {'config', 'workdir', 'checkpoint', 'split', 'process_id'} & set(flags.FLAGS)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    """Here a device that is always full stands for the file."""
+    with MetricWriter(tmp_path, 4, 0, 0) as writer:
+        (tmp_path / "metrics.jsonl").unlink()
+        (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+        with pytest.raises(TrainingError, match="metrics.jsonl cannot be written .No space left on device.: make room"):
+            writer.write(1, "train", {"loss": 1.0})
 
 
 def test_every_stage_of_a_config_is_checked_before_the_first_begins(tmp_path):

@@ -1,4 +1,4 @@
-"""Writes files as torch.save does, from NumPy arrays, so that tests can make any file without PyTorch."""
+"""Writes files like torch.save, from NumPy arrays, so that tests can create any file without PyTorch."""
 
 import argparse
 import struct
@@ -48,7 +48,7 @@ def save(path: Path, content: Any) -> None:
 
 
 def write_archive(path: Path, entries: dict[str, Any], compression: int = zipfile.ZIP_STORED) -> None:
-    """The zip archive around a checkpoint."""
+    """Writes the zip archive of a checkpoint."""
     with zipfile.ZipFile(path, "w", compression) as archive:
         for name, data in ({"byteorder": b"little", "version": b"3\n"} | entries).items():
             with archive.open(f"archive/{name}", "w", force_zip64=True) as entry:
@@ -96,7 +96,7 @@ def _encode(value: Any, storages: dict[int, tuple[str, np.ndarray]]) -> bytes:
 
 
 class _Persistent(tuple):
-    """What torch.save refers to by a persistent id."""
+    """A storage, which torch.save refers to by a persistent id."""
 
 
 def _tensor_call(array: np.ndarray, offset: int, shape: Any, strides: Any, storages: dict) -> Call:

@@ -1,20 +1,26 @@
 """Flags of the programs that read a config, and an orderly end on SIGTERM and Ctrl-C."""
 
 import logging
+import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
-from vimd_jax import log
+from vimd_jax import log as logs
 from vimd_jax.configs import find_config
 from vimd_jax.errors import Stopped
 from vimd_jax.training import parallel
+
+log = logging.getLogger(__name__)
 
 
 class _ConfigParser(ConfigFileFlagParser):
@@ -29,20 +35,31 @@ class _ConfigParser(ConfigFileFlagParser):
             raise ValueError(f"{text} is no config, but what configs share: it has no get_config") from None
 
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "A config file, or the name of one of configs/.")
-flags.FLAGS["config"].parser = _ConfigParser("config")
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; made if it is not there.")
+def run(main: Callable[[ConfigDict, Path], None], define_flags: Callable[[], None]) -> None:
+    """Runs a program; a flag or a field that is not right ends it with one line.
 
-
-def run(main: Callable[[list[str]], None]) -> None:
-    """Runs a program that needs both flags; a flag or a field that is not right ends it with one line."""
+    Args:
+      main: takes the values of --config and --workdir.
+      define_flags: defines the others. Importing a program defines none.
+    """
+    others = set(flags.FLAGS)
+    config = config_flags.DEFINE_config_file("config", None, "A config file, or the name of one of configs/.")
+    flags.FLAGS["config"].parser = _ConfigParser("config")
+    workdir = flags.DEFINE_string("workdir", None, "Folder of the run; made if it is not there.")
+    define_flags()
     flags.mark_flags_as_required(["config", "workdir"])
     flags.register_validator("workdir", lambda text: text != "", "name a folder")
     # The text of --help, also where the command vimd-train or vimd-evaluate is the main module.
     sys.modules["__main__"].__doc__ = sys.modules[main.__module__].__doc__
-    for flag in (CONFIG, WORKDIR, *flags.FLAGS.get_flags_for_module(main.__module__)):
-        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[flag.name])
-    app.run(main, flags_parser=_parse)
+    for name in set(flags.FLAGS) - others:
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
+    app.run(lambda _: main(config.value, Path(workdir.value).expanduser()), flags_parser=_parse)
+
+
+def is_given(field: str) -> bool:
+    """Whether the command line sets a field of the config, or of one of its stages."""
+    given = config_flags.get_override_values(flags.FLAGS["config"])
+    return any(f".{name}".endswith(f".{field}") for name in given)
 
 
 def _parse(arguments: list[str]) -> list[str]:
@@ -64,20 +81,56 @@ def show_log() -> None:
     details = absl_logging.get_verbosity() >= absl_logging.DEBUG
     if not details:
         absl_logging.set_verbosity(absl_logging.FATAL)
-    log.show_log(details)
+    logs.show_log(details)
 
 
 class StopRequest:
-    """Remembers SIGTERM and Ctrl-C, so that a run can save and leave. A second Ctrl-C ends it at once."""
+    """Remembers SIGTERM, SIGUSR1 and Ctrl-C, so that a run can save and leave. A second Ctrl-C ends it at once.
+
+    While there is nothing to save, the first signal ends the process at once too, even in the middle of a compilation,
+    during which Python's own handlers of signals wait. Used as a context, it gives the signals back at its end. Only
+    the main thread can take them; elsewhere nothing is ever asked.
+
+    Attributes:
+      must_save: whether there is something to save.
+    """
 
     def __init__(self):
+        self.must_save = False
         self._signal = 0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._remember)
+        self._before: dict[int, Any] = {}
+        if threading.current_thread() is not threading.main_thread():
+            return
+        reading, self._writing = os.pipe()
+        os.set_blocking(self._writing, False)
+        threading.Thread(target=self._watch, args=(reading,), daemon=True).start()
+        self._fd_before = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
+        for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+            if number := getattr(signal, name, None):
+                self._before[number] = signal.signal(number, self._remember)
+
+    def __enter__(self) -> "StopRequest":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._before:
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(self._fd_before)
+            os.close(self._writing)
+
+    def _watch(self, reading: int) -> None:
+        """Ends the process if one of the signals arrives while there is nothing to save."""
+        while received := os.read(reading, 1):
+            if received[0] in self._before and not self.must_save:
+                log.info("Asked to stop before there was anything to save.")
+                parallel.leave(128 + received[0])
+        os.close(reading)
 
     def _remember(self, number: int, _: object) -> None:
         self._signal = number
-        logging.getLogger("vimd_jax.command").info("Asked to stop; stopping after the current step or batch.")
+        if self.must_save:
+            log.info("Asked to stop; stopping after the current step or batch.")
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def check(self, step: int = 0) -> None:

@@ -81,6 +81,15 @@ _SETTINGS = {
     "ema_decay": Setting(
         0.0, BELOW_1, "above 0 keeps an exponential moving average of all variables, evaluates and saves it"
     ),
+    "ema_warmup": Setting(
+        False, ANY, "the average of step t, from 1, has the decay min(ema_decay, (1 + t) / (10 + t))"
+    ),
+    "continue_from": Setting(
+        "",
+        ANY,
+        "workdir of a finished run: begin with its last state, optimizer and step included, to train for more epochs",
+        changeable=True,
+    ),
     "selection": Setting(
         "validation", one_of("validation", "test"), 'split that picks the best network; "test" is the published habit'
     ),
@@ -97,13 +106,20 @@ _SETTINGS = {
     "dataset.name": Setting(
         "folder",
         ANY,
-        "folder, label_maps, synthetic, cub, cars, dogs, pets, flowers, mit67, action, aircraft or imagenet",
+        "folder, list, label_maps, hugging_face, synthetic, cub, cars, dogs, pets, flowers, mit67, action, aircraft or "
+        "imagenet; or module:function, a source of your own",
     ),
     "dataset.directory": Setting(
         "",
         ANY,
-        "contains train|val|test/<class>/*.jpg; empty: read through TFDS, if TFDS has the dataset",
+        "contains train|val|test/<class>/*.jpg, or is what the format asks for; empty: read through TFDS, if TFDS has "
+        "the dataset",
         changeable=True,
+    ),
+    "dataset.value_range": Setting(
+        (),
+        Rule("empty or two numbers, the smaller first", lambda x: len(x) == 0 or (len(x) == 2 and x[0] < x[1])),
+        "values of grey images of more than 8 bits that become black and white, as (0, 4095); empty: those of 16 bits",
     ),
     "dataset.num_classes": Setting(0, at_least(0), "0: as many as the data has; otherwise checked"),
     "dataset.high_resolution": Setting(224, at_least(1), "pixels, what a classifier sees and a teacher teaches"),
@@ -133,6 +149,11 @@ _SETTINGS = {
     "dataset.eval_crop": Setting(1.0, SHARE, "share of the image's short side that the evaluation view keeps"),
     "dataset.repeats": Setting(
         1, at_least(1), "times each image is drawn in a row; 3 is the published repeated augmentation"
+    ),
+    "dataset.sampling": Setting(
+        "uniform",
+        one_of("uniform", "balanced"),
+        'every training image once an epoch, or "balanced": images of every class equally often',
     ),
     "dataset.on_error": Setting(
         "stop", one_of("stop", "skip"), 'an unreadable image: "stop", or "skip" and count', changeable=True
@@ -228,7 +249,7 @@ def _network(role: str) -> ConfigDict:
     }
     section = ConfigDict({option: config_dict.placeholder(_flag_type(kind)) for option, kind in sorted(kinds.items())})
     section.name = task.network  # of a restorer also "bicubic": no network
-    section.init = ""  # a workdir, a converted checkpoint, or a .pth / .safetensors file; empty: from scratch
+    section.init = ""  # a workdir, a converted checkpoint, a .pth / .safetensors file or hf://…; empty: from scratch
     section.init_key = ""  # of a PyTorch file, as "model_ema"; empty: where the weights usually are
     section.init_position_mode = "correct"  # how positions are resized for another grid; or "reference", as published
     return section

@@ -1,6 +1,7 @@
 """The log of every program, and errors as one line."""
 
 import contextlib
+import functools
 import logging
 import sys
 from collections.abc import Iterator
@@ -26,6 +27,12 @@ def show_log(details: bool = False) -> None:
         logger.propagate = False
 
 
+@functools.cache
+def warn_once(message: str) -> None:
+    """Logs a warning, if it has not been logged yet."""
+    log.warning(message)
+
+
 @contextlib.contextmanager
 def readable_errors() -> Iterator[None]:
     """Turns an error of the request into one line on stderr and exit status 1; the debug log has the traceback."""
@@ -35,3 +42,13 @@ def readable_errors() -> Iterator[None]:
         log.debug("The error came from:", exc_info=True)
         print(f"error: {printable(' '.join(str(error).split()), None)}", file=sys.stderr)
         sys.exit(1)
+
+
+@contextlib.contextmanager
+def extra(name: str) -> Iterator[None]:
+    """A context for an extra, as a picture or a table: if it fails, a warning says so and the work goes on."""
+    try:
+        yield
+    except Exception as error:  # libraries that draw have no common type
+        log.debug("The error came from:", exc_info=True)
+        log.warning("%s could not be written (%s); all else goes on.", name, " ".join(str(error).split()))

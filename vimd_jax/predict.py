@@ -16,12 +16,12 @@ from pathlib import Path
 
 import numpy as np
 
+from vimd_jax.arguments import parse_option
 from vimd_jax.checkpoints.trained_model import TrainedModel
-from vimd_jax.data.images import find_images
+from vimd_jax.data.images import find_images, narrow_range
 from vimd_jax.errors import DatasetError, printable
 from vimd_jax.load import load_model
 from vimd_jax.log import readable_errors, show_log
-from vimd_jax.models.network import parse_option
 
 
 def label(
@@ -130,9 +130,13 @@ def main() -> None:
             arguments.checkpoint, arguments.model, options=dict(arguments.option), class_names=names
         )
         if not classifier.class_names:
-            raise ValueError(f"{arguments.checkpoint} holds an SR network, which labels nothing: name a classifier.")
+            raise ValueError(
+                f"{arguments.checkpoint} holds a network without classes, which labels nothing: name a classifier."
+            )
         if arguments.crop:
             classifier = dataclasses.replace(classifier, crop=arguments.crop)
+        if not classifier.value_range and (text := narrow_range(paths[:: max(1, len(paths) // 8)])):
+            print(f"warning: {text}", file=sys.stderr)
         labelled = label(classifier, paths, arguments.batch_size, arguments.downsample)
         count = write((named(classifier, *image, arguments.top) for image in labelled), arguments.format)
         if count < len(paths):

@@ -1,4 +1,4 @@
-"""PyTorch checkpoints to Flax variables and back, without PyTorch."""
+"""Converts PyTorch checkpoints to Flax variables and back, without PyTorch."""
 
 from vimd_jax.checkpoints.adapt import resize_position_embedding
 from vimd_jax.errors import CheckpointError

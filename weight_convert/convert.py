@@ -1,11 +1,11 @@
-"""PyTorch checkpoint to a directory that training, evaluation and prediction load.
+"""Converts a PyTorch checkpoint to a directory that training, evaluation and prediction load.
 
     python -m weight_convert.convert --model vim_tiny_stride8 --checkpoint vim_t_midclstok_ft_78p3acc.pth --output DIR
     python -m weight_convert.convert --model srresnet_x4 --checkpoint SRResNet_x4-ImageNet-6dd5216c.pth.tar --output DIR
     python -m weight_convert.convert --model srvm_tiny --checkpoint best_checkpoint.pth --output DIR \\
         --sr_checkpoint SRResNet_x4-ImageNet-6dd5216c.pth.tar
 
-Every tensor of the file is used once and every variable of the model is filled once, or nothing is written.
+Every tensor of the file must be used once and every variable of the model filled once; otherwise nothing is written.
 """
 
 import argparse
@@ -19,11 +19,12 @@ from pathlib import Path
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
+from vimd_jax.arguments import parse_option
 from vimd_jax.checkpoints.adapt import MODES, adapted_leaves
 from vimd_jax.checkpoints.format import save_model
 from vimd_jax.errors import printable
 from vimd_jax.models import create_model, describe, list_models
-from vimd_jax.models.network import Network, parse_option, variable_shapes
+from vimd_jax.models.network import Network, variable_shapes
 from weight_convert.hub import resolve
 from weight_convert.load import as_trained_model, assumptions, model_for, provenance_of
 from weight_convert.mapping import Entry, fill, flat_state_dict, plan, step_counters, unwrapped
@@ -32,9 +33,11 @@ from weight_convert.torch_file import load_torch_checkpoint
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Runs the command and returns its exit status."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal lacks must not end a conversion
+        sys.stdout.reconfigure(
+            errors="backslashreplace"
+        )  # characters that the terminal lacks must not end a conversion
     flags = _parser().parse_args(arguments)
     try:
         _convert(flags)
@@ -56,11 +59,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint", required=True, help=".pth, .pth.tar or .safetensors, or its name (see hub.py)")
     parser.add_argument("--sr_checkpoint", help="srvm_* only: the SR network; --checkpoint is the classifier")
     parser.add_argument("--output", type=Path, help="directory to write; must not exist")
-    parser.add_argument("--num_classes", type=int, help="as in the checkpoint by default; otherwise the head is new")
-    parser.add_argument("--image_size", type=_size, help="pixels, S or HEIGHTxWIDTH; resizes the position embedding")
-    parser.add_argument("--source_size", type=_size, help="what the checkpoint was trained at, unless square")
     parser.add_argument(
-        "--option", action="append", type=parse_option, default=[], metavar="NAME=VALUE", help="of the model"
+        "--num_classes", type=int, help="default: as in the checkpoint; another number makes a new head, 0 none"
+    )
+    parser.add_argument("--image_size", type=_size, help="pixels, S or HEIGHTxWIDTH; resizes the position embedding")
+    parser.add_argument(
+        "--source_size", type=_size, help="image size that the checkpoint was trained at, unless square"
+    )
+    parser.add_argument(
+        "--option", action="append", type=parse_option, default=[], metavar="NAME=VALUE", help="an option of the model"
     )
     parser.add_argument("--key", help='entry of the file, e.g. model_ema; default: "model" or "state_dict"')
     parser.add_argument("--position_mode", choices=MODES, default="correct", help="reference: resize as published")
@@ -77,7 +84,7 @@ def _size(text: str) -> int | tuple[int, int]:
 
 def _convert(flags: argparse.Namespace) -> None:
     if flags.output is None and not flags.dry_run:
-        raise ValueError("name the directory to write with --output, or only check with --dry_run")
+        raise ValueError("give the directory to write with --output, or only check with --dry_run")
     if flags.output is not None and flags.output.exists():
         raise ValueError(f"--output {flags.output} exists: name another directory or remove it")
     if flags.model not in list_models():
@@ -93,7 +100,7 @@ def _convert(flags: argparse.Namespace) -> None:
     state_dict, prefixes = unwrapped(state_dict, model, {entry.source for entry in entries})
     leaves = fill(state_dict, model, flexible=True, source=str(flags.checkpoint))
     if "num_classes" not in options and leaves.keys() != variable_shapes(model).keys():
-        raise ValueError(f"{flags.checkpoint} has no head: --num_classes N starts one anew")
+        raise ValueError(f"{flags.checkpoint} has no head: add --num_classes N for a new one, or 0 for none")
     origin = _network_at(flags.source_size, model, flags.model)
     leaves, changes = adapted_leaves(
         leaves, model, origin=origin, mode=flags.position_mode, source=str(flags.checkpoint)
@@ -102,13 +109,13 @@ def _convert(flags: argparse.Namespace) -> None:
     notes += [": ".join(change) for change in changes]
     assumed = assumptions(model, options)
     if broken := [path for path, leaf in leaves.items() if not np.isfinite(leaf).all()]:
-        notes.append(f"warning: {len(broken)} variables hold numbers that are not finite, first {broken[0]}")
+        notes.append(f"warning: {len(broken)} variables contain NaN or infinite values, the first is {broken[0]}")
     named, known = {name_in_table(name, model): x for name, x in state_dict.items()}, set(step_counters(entries))
     counters = {name: int(x) for name, x in named.items() if name in known and x.ndim == 0 and x.dtype.kind in "iu"}
     parameters = sum(leaf.size for path, leaf in leaves.items() if path.startswith("params/"))
 
     _print_table(entries, model)
-    print(f"{len(state_dict)} tensors read, each used once ({len(counters)} batch counters only noted)")
+    print(f"{len(state_dict)} tensors read, each used once ({len(counters)} batch counters only recorded)")
     for note in notes + [f"assumed (not recorded in the file): {note}" for note in assumed]:
         print(note)
     print(f"{parameters:,} parameters")
@@ -127,7 +134,7 @@ def _convert(flags: argparse.Namespace) -> None:
 
 
 def _load(flags: argparse.Namespace, model: Network) -> dict[str, np.ndarray]:
-    """The state dict, for SRVM-Net with the tensors of both parts under their names."""
+    """The state dict; for SRVM-Net, with the tensors of both parts, prefixed by the part's name."""
     state_dict = load_torch_checkpoint(flags.checkpoint, key=flags.key)
     is_classifier_alone = "classifier" in model.parts and "" in tensors_by_part(state_dict, model.parts)
     if flags.sr_checkpoint and not is_classifier_alone:
@@ -142,14 +149,14 @@ def _load(flags: argparse.Namespace, model: Network) -> dict[str, np.ndarray]:
 
 
 def _network_at(size: int | tuple[int, int] | None, model: Network, architecture: str) -> Network | None:
-    """The network as it was for images of a size; None if no size is given."""
+    """The network with this image size; None if no size is given."""
     if size is None:
         return None
     return create_model(architecture, **describe(model)["options"] | {"image_size": size})
 
 
 def _print_table(entries: list[Entry], model: Network) -> None:
-    """One row for each variable: the PyTorch names that fill it, its path and its shape."""
+    """Prints a row for each variable: the PyTorch names that fill it, its path and its shape."""
     shapes = variable_shapes(model)
     sources: dict[str, list[str]] = {}
     for entry in entries:

@@ -1,4 +1,4 @@
-"""A trained or converted checkpoint back to PyTorch: names and layouts of the original classes, as .safetensors.
+"""Exports a trained or converted checkpoint to PyTorch: names and layouts of the original classes, as .safetensors.
 
     python -m weight_convert.export --checkpoint DIR --output X.safetensors
 
@@ -21,25 +21,30 @@ from weight_convert.mapping import export_state_dict, plan, step_counters
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Runs the command and returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m weight_convert.export", description=__doc__.split("\n")[0])
     parser.add_argument("--checkpoint", required=True, type=Path, help="workdir of a run, or converted checkpoint")
     parser.add_argument("--output", required=True, type=Path, help=".safetensors file to write")
     parser.add_argument(
-        "--part", help="of a network of several: this one alone, under its own names, e.g. classifier of srvm_*"
+        "--part", help="export only this part of a composite, under its own names, e.g. classifier of srvm_*"
     )
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal lacks must not end an export
+        sys.stdout.reconfigure(errors="backslashreplace")  # characters that the terminal lacks must not end an export
     flags = parser.parse_args(arguments)
     try:
-        _export(flags.checkpoint, flags.output, flags.part)
+        export_part(flags.checkpoint, flags.output, flags.part)
     except (ValueError, OSError) as error:
         print(f"error: {printable(error, None)}", file=sys.stderr)
         return 1
     return 0
 
 
-def _export(checkpoint: Path, output: Path, part: str | None) -> None:
+def export_part(checkpoint: Path, output: Path, part: str | None = None) -> None:
+    """Writes a network, or one part of it, as the .safetensors file `output`.
+
+    Raises:
+      ValueError, OSError: the output exists already, or the checkpoint has no such part or cannot be read.
+    """
     if output.suffix != ".safetensors":
         raise ValueError(f"--output {output} must end in .safetensors")
     if output.exists():

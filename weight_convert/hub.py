@@ -2,10 +2,10 @@
 
     hf://owner/repository/file[@revision]     downloaded once, then read from the Hub's cache (HF_HOME, HF_HUB_OFFLINE)
     pretrained:vim_tiny_stride8               the file in `vimd_jax.models.published`
-    pretrained                                the same, of the architecture at hand
-    https://…                                 a release file, which is downloaded by hand and saved under its name
+    pretrained                                the same, for the architecture at hand
+    https://…                                 a release file, to be downloaded by hand and saved under its name
 
-Everything else is a path.
+Any other name is a path.
 """
 
 import os
@@ -21,12 +21,12 @@ _HUB_FILE = re.compile(r"hf://([\w.-]+/[\w.-]+)/([^@]+)(?:@(.+))?")
 
 
 def is_name(name: str | os.PathLike) -> bool:
-    """Whether this names weights that `resolve` finds elsewhere; otherwise it is a path."""
+    """True for a name that `resolve` looks up, False for a path."""
     return str(name) == "pretrained" or str(name).startswith(_SCHEMES)
 
 
 def architecture_of(name: str | os.PathLike) -> str | None:
-    """The architecture in `pretrained:<architecture>`; None if the name tells none.
+    """The architecture in `pretrained:<architecture>`; None for any other name.
 
     Raises:
       CheckpointError: no weights of that architecture are published.
@@ -36,15 +36,15 @@ def architecture_of(name: str | os.PathLike) -> str | None:
 
 
 def resolve(name: str | os.PathLike, architecture: str | None = None) -> Path:
-    """The local file or folder of a name, downloaded from the Hugging Face Hub if need be.
+    """The local file or folder of a name, downloaded from the Hugging Face Hub if necessary.
 
     Args:
-      name: see the module; a path is returned as it is, whether or not it exists.
+      name: see the module; a path is returned unchanged, whether or not it exists.
       architecture: the network that "pretrained" stands for.
 
     Raises:
-      CheckpointError: nothing is published under the name, it cannot be downloaded, or it has to be by hand; the
-        message says from where and to where.
+      CheckpointError: nothing is published under the name, it cannot be downloaded, or it has to be downloaded by
+        hand; the message says from where and to where.
     """
     text = os.fspath(name)
     if not is_name(text):
@@ -60,11 +60,11 @@ def resolve(name: str | os.PathLike, architecture: str | None = None) -> Path:
 
 
 def _with_file(architecture: str) -> str:
-    """The same name, if weights are published for it."""
+    """Returns the name if weights are published for it; raises CheckpointError otherwise."""
     if architecture in PUBLISHED and PUBLISHED[architecture].file:
         return architecture
     known = ", ".join(name for name, published in PUBLISHED.items() if published.file)
-    raise CheckpointError(f"pretrained: no weights are published for {architecture!r}; there are some for {known}")
+    raise CheckpointError(f"pretrained: no weights are published for {architecture!r}; there are weights for {known}")
 
 
 def _from_hub(name: str, size: str) -> Path:
@@ -93,14 +93,14 @@ def _from_hub(name: str, size: str) -> Path:
         reason = f"it is not in the cache, and {cause}, {by_hand}"
     except errors.EntryNotFoundError:
         reason = f"{repository} has no file {file!r}" + (f" in revision {revision!r}" if revision else "")
-    except Exception as error:  # a connection that breaks has no common type
+    except Exception as error:  # connection errors have no common type
         cause = str(error).splitlines()[0] if str(error) else type(error).__name__
         reason = f"it cannot be downloaded ({cause!r}); try again, {by_hand}"
     raise CheckpointError(f"{name}: {reason}")
 
 
 def _saved(address: str, size: str) -> Path:
-    """The file of an address in the folder for downloads; raises CheckpointError with what to do if it is not there."""
+    """The downloaded file of an address; raises CheckpointError with instructions if it is missing."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     path = cache / "vimd_jax" / "weights" / (unquote(Path(urlsplit(address).path).name) or "weights")
     if path.is_file():

@@ -1,4 +1,4 @@
-"""A PyTorch file as a network of this library, or as the variables of one."""
+"""Loads PyTorch files as networks of this library, or as variables of one."""
 
 import hashlib
 import logging
@@ -19,11 +19,11 @@ from weight_convert.torch_file import load_torch_checkpoint
 log = logging.getLogger(__name__)
 
 _CLASSES = (".head.weight", ".conv_seg.weight")  # ends of the names of tensors with a row for each class
-_MOST_NUMBERS = 2**31  # 20 times Vim-base
+_MOST_NUMBERS = 2**31  # of parameters, 20 times those of Vim-base
 
 
 def load_torch_model(path: Path, architecture: str, options: dict[str, Any], key: str | None = None) -> TrainedModel:
-    """A PyTorch file as it is: the network has as many classes as the file's head, unless `options` say otherwise.
+    """Loads a PyTorch file; the network has as many classes as the file's head, unless `options` set num_classes.
 
     Raises:
       ValueError: the file cannot be read (`CheckpointError`) or does not fit the network.
@@ -40,7 +40,7 @@ def load_torch_model(path: Path, architecture: str, options: dict[str, Any], key
 def as_trained_model(
     model: Network, options: dict[str, Any], variables: dict[str, Any], provenance: dict[str, Any]
 ) -> TrainedModel:
-    """With numbered classes, and for a student the low resolution of the images that it enlarges."""
+    """Adds numbered class names, and for a student the resolution of the images that it reads."""
     names = tuple(f"class {i}" for i in range(model.num_classes))
     low_resolution = 0
     if model.image_size and "scale" in model.option_types({}):
@@ -50,7 +50,7 @@ def as_trained_model(
 
 
 def provenance_of(files: list[Path], key: str | None) -> dict[str, Any]:
-    """Where a converted network comes from."""
+    """Provenance of a converted network: version of this library, names and checksums of the files, key."""
     return {
         "library": f"vimd_jax {version('vimd-jax')}",
         "sources": [{"file": file.name, "sha256": file_sha256(file)} for file in files],
@@ -61,15 +61,15 @@ def provenance_of(files: list[Path], key: str | None) -> dict[str, Any]:
 def torch_variables(
     path: Path, model: Network, flexible: bool = False, *, key: str | None = None
 ) -> dict[str, np.ndarray]:
-    """Path → array of every variable of `model` from a PyTorch file of it, or of a composite that has such a part.
+    """Path → array for every variable of `model`, from a PyTorch file of it or of a composite with such a part.
 
-    If `flexible`, the head and the positions keep the shapes they come with, see `fill`.
+    If `flexible`, the head and the positions keep the shapes of the file, see `fill`.
     """
     return fill(tensors_for(load_torch_checkpoint(path, key=key), model, str(path)), model, flexible, str(path))
 
 
 def model_for(state_dict: dict[str, Any], architecture: str, options: dict[str, Any]) -> Network:
-    """The network of that name and options, with as many classes as the head has where the options do not say.
+    """The network of this name and options, with as many classes as the file's head where num_classes is not given.
 
     Raises:
       ValueError: no such network, option or value, or a network too large for any memory.
@@ -77,31 +77,35 @@ def model_for(state_dict: dict[str, Any], architecture: str, options: dict[str, 
     model = create_model(architecture, **options)
     head = next((x for name, x in state_dict.items() if f".{name}".endswith(_CLASSES) and x.ndim), None)
     if head is not None and model.num_classes and "num_classes" not in options:
+        if not head.shape[0]:
+            raise ValueError(f"the head of the file has no classes: its shape is {head.shape}")
         model = create_model(architecture, **options | {"num_classes": head.shape[0]})
     try:
         numbers = sum(math.prod(leaf.shape) for leaf in variable_shapes(model).values())
     except OverflowError:
         numbers = math.inf
     if numbers > _MOST_NUMBERS:
-        raise ValueError(f"a network of more than {_MOST_NUMBERS:,} numbers: check image_size, num_classes and sizes")
+        raise ValueError(
+            f"a network of more than {_MOST_NUMBERS:,} numbers: check image_size, num_classes and other sizes"
+        )
     return model
 
 
-# Options that decide what a network computes, and not which tensors it has.
+# Options that change what a network computes, but not its tensors.
 _UNRECORDED = ("class_token", "directions", "input_normalization", "merge", "pool", "routing", "vertical_reverse")
 
 
 def assumptions(model: Network, options: dict[str, Any]) -> list[str]:
-    """The values taken for options that no PyTorch file of such a network records, unless they are among `options`."""
+    """Notes on options that PyTorch files of such a network do not record and that `options` do not set."""
     if model.parts:
         return [note for inner in model.parts.values() for note in assumptions(inner, options)]
     values = {
         name: getattr(model, name) for name in _UNRECORDED if name in options_of(type(model)).keys() - options.keys()
     }
     recorded = {
-        "class_token": model.class_token in ("double", None),  # which have tensors of their own
-        "directions": values.get("directions") is None,  # all, with a weight each
-        "pool": model.class_token is not None,  # not read then
+        "class_token": model.class_token in ("double", None),  # these have their own tensors
+        "directions": values.get("directions") is None,  # all directions, each with a weight
+        "pool": model.class_token is not None,  # with a class token, it is not used
     }
     notes = {name: f"is {value!r}" for name, value in values.items() if not recorded.get(name)}
     if "directions" in notes:

@@ -1,7 +1,7 @@
-"""PyTorch tensors to Flax variables and back, by the tables of tables.py.
+"""Converts PyTorch tensors to Flax variables and back, by the tables of tables.py.
 
-Every difference of layout between the two frameworks is a transposition or a division into other axes, and layers that
-PyTorch numbers may be stacked on leading axes.
+Layouts in the two frameworks differ by a transposition or a reshape, and layers that PyTorch numbers may be stacked on
+leading axes.
 """
 
 import logging
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 class Entry(NamedTuple):
-    """One PyTorch tensor, the shape it has there, and its place: the leaf `target`, or its slice at `index`."""
+    """A PyTorch tensor, its shape there, and its destination: the leaf `target`, or the slice of it at `index`."""
 
     source: str
     shape: tuple[int, ...]
@@ -43,7 +43,7 @@ class Entry(NamedTuple):
 
 
 def plan(model: Network) -> list[Entry]:
-    """Every PyTorch tensor that `model` needs, with its place among the variables.
+    """Every PyTorch tensor that `model` needs, with its destination among the variables.
 
     Raises:
       ValueError: no table describes this kind of model, or the table leaves one of its variables without a source.
@@ -52,18 +52,18 @@ def plan(model: Network) -> list[Entry]:
     entries = expand(table(model), shapes)
     if uncovered := sorted(set(shapes) - {entry.target for entry in entries}):
         raise ValueError(
-            f"no PyTorch name is known for {_listed(uncovered)} of {type(model).__name__}, with the options it has"
+            f"no PyTorch name is known for {_listed(uncovered)} of {type(model).__name__} with these options"
         )
     return entries
 
 
 def expand(rules: Iterable[Rule], shapes: dict[str, tuple[int, ...]]) -> list[Entry]:
-    """The entries of table rows for variables of these shapes, by path."""
+    """The entries of table rows, given the shapes of the variables by path."""
     return [entry for rule in rules for entry in _expand(rule, shapes)]
 
 
 def _expand(rule: Rule, shapes: dict[str, tuple[int, ...]]) -> Iterator[Entry]:
-    """The entries of one table row; none where this model, by its options, lacks the variable."""
+    """The entries of one table row; none if the model, with its options, lacks the variable."""
     pattern = re.compile(re.sub(r"\\{(\w+)\\}", r"(?P<\1>\\d+)", re.escape(rule.target)))
     for target, shape in shapes.items():
         if not (match := pattern.fullmatch(target)):
@@ -90,27 +90,27 @@ def _with_first_axes(shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
 
 
 def step_counters(entries: list[Entry]) -> list[str]:
-    """PyTorch's `num_batches_tracked` of every batch norm: read by nothing at its fixed momentum, so Flax has none."""
+    """Names of every batch norm's `num_batches_tracked`, which PyTorch ignores at a fixed momentum and Flax lacks."""
     ending = "running_mean"
     return [e.source.removesuffix(ending) + "num_batches_tracked" for e in entries if e.source.endswith(ending)]
 
 
 def convert_state_dict(state_dict: dict[str, Any], model: Network) -> dict[str, Any]:
-    """PyTorch weights as the variables of `model`, strictly: every tensor is used once, every variable is filled once.
+    """Converts PyTorch weights to the variables of `model`; every tensor is used once, every variable filled once.
 
     Args:
       state_dict: PyTorch name → array, of the original classes (`VisionMamba`, `SRResNet`). For SRVM-Net its
-        parts: `{"sr": {...}, "classifier": {...}}`, or one flat dict with these prefixes. Names may have a prefix in
-        common, as wrappers of PyTorch leave it, or be older ones. `num_batches_tracked` is ignored, rotary tables are
-        compared with ours.
+        parts: `{"sr": {...}, "classifier": {...}}`, or one flat dict with these prefixes. Names may share a prefix, as
+        PyTorch's wrappers add one, or be those of older releases. `num_batches_tracked` is ignored; rotary tables must
+        equal ours.
       model: a network of vimd_jax.models; its options decide the expected names and shapes.
 
     Returns:
-      `{"params": ..., "batch_stats": ...}` as `model.init` would (`batch_stats` where the model has them), float32
-      whatever floating-point dtype the tensors have.
+      `{"params": ..., "batch_stats": ...}` as from `model.init` (`batch_stats` if the model has them), in float32
+      whatever the floating-point dtype of the tensors.
 
     Raises:
-      ValueError: missing or unexpected names, wrong shapes, dtypes or rotary tables; one message lists them all.
+      ValueError: names are missing or unexpected, or shapes, dtypes or rotary tables wrong; the message lists all.
     """
     leaves = fill(state_dict, model)
     return unflatten_dict({path: jnp.asarray(leaf) for path, leaf in leaves.items()}, sep="/")
@@ -122,10 +122,10 @@ def flat_state_dict(state_dict: dict[str, Any]) -> dict[str, Any]:
 
 
 def unwrapped(state_dict: dict[str, Any], model: Network, sources: set[str]) -> tuple[dict[str, Any], list[str]]:
-    """The tensors without the prefix that wrappers put before the network's names, and the prefixes left out.
+    """The tensors without the prefixes that wrappers put before the network's names, and the list of these prefixes.
 
-    Such are `module.` (DataParallel, averages of weights), `_orig_mod.` (compile) and `model.` (Lightning); each part
-    of a composite may have its own. `sources` are the names in the table of the model.
+    Examples are `module.` (DataParallel, averages of weights), `_orig_mod.` (compile) and `model.` (Lightning); each
+    part of a composite may have its own. `sources` are the names in the table of the model.
     """
     if model.parts:
         joined, left_out = {}, []
@@ -146,7 +146,7 @@ def unwrapped(state_dict: dict[str, Any], model: Network, sources: set[str]) -> 
 
 
 def _prefixes(state_dict: dict[str, Any], model: Network, sources: set[str]) -> list[str]:
-    """The prefixes behind which most names are in the table of the model; more than one if as many are behind each."""
+    """The prefixes whose removal turns most names into names of the model's table; several in case of a tie."""
     prefixes = Counter()
     for name in state_dict:
         pieces = name.split(".", 4)
@@ -156,7 +156,7 @@ def _prefixes(state_dict: dict[str, Any], model: Network, sources: set[str]) -> 
 
 
 def tensors_for(state_dict: dict[str, Any], model: Network, source: str) -> dict[str, Any]:
-    """The tensors of a network's own file, or those of such a part in the file of a composite.
+    """The tensors of a network, from its own file or from that of a composite with such a part.
 
     Raises:
       ValueError: the file has several such parts.
@@ -173,9 +173,9 @@ def tensors_for(state_dict: dict[str, Any], model: Network, source: str) -> dict
 def fill(
     state_dict: dict[str, Any], model: Network, flexible: bool = False, source: str = "the state dict"
 ) -> dict[str, np.ndarray]:
-    """`convert_state_dict` to path → array; if `flexible`, classes and positions may be as many as they are.
+    """`convert_state_dict` to path → array; if `flexible`, with any number of classes and positions.
 
-    Then the head may also be missing, or be there though the model has none. Errors name the `source`.
+    Then the head may also be missing, or be present although the model has none. Errors name the `source`.
     """
     entries = plan(model)
     state_dict, prefixes = unwrapped(flat_state_dict(state_dict), model, {entry.source for entry in entries})
@@ -190,7 +190,7 @@ def fill(
     leaves: dict[str, np.ndarray] = {}
     for entry in entries:
         if entry.source not in state_dict:
-            continue  # a head
+            continue  # a missing head
         tensor = np.asarray(state_dict[entry.source])
         stacked, own = np.split(shapes[entry.target].shape, [len(entry.index)])
         tensor = tensor if entry.axes is None else tensor.transpose(entry.axes)
@@ -202,12 +202,12 @@ def fill(
 
 
 def _as_in_table(state_dict: dict[str, Any], entries: list[Entry], model: Network) -> dict[str, np.ndarray]:
-    """The tensors under the names of the table; those of linear layers that came as 1×1 convolutions in its shapes."""
+    """The tensors under the table's names, and in its shapes where a linear layer is stored as a 1×1 convolution."""
     shapes, renamed = {entry.source: entry.shape for entry in entries}, {}
     for name, tensor in state_dict.items():
         known = name_in_table(name, model)
         if known in renamed or (known != name and known in state_dict):
-            known = name  # two tensors for one variable: this one stays unexpected
+            known = name  # two tensors for one variable: this one is reported as unexpected
         tensor = np.asarray(tensor)
         if known in shapes and tensor.shape in _equivalent_shapes(shapes[known], known != name):
             tensor = tensor.reshape(shapes[known])
@@ -216,7 +216,7 @@ def _as_in_table(state_dict: dict[str, Any], entries: list[Entry], model: Networ
 
 
 def _equivalent_shapes(shape: tuple[int, ...], renamed: bool) -> list[tuple[int, ...]]:
-    """Shapes in which the same numbers come: of a linear layer as 1×1 convolution, of one for all directions."""
+    """Other shapes of the same numbers: of a linear layer as a 1×1 convolution, or of all directions in one layer."""
     shapes = [(*shape, 1, 1)] if len(shape) == 2 else []
     shapes += [shape[:2]] if shape[2:] == (1, 1) else []
     return shapes + ([(shape[0] * shape[1], shape[2])] if renamed and len(shape) == 3 else [])
@@ -225,7 +225,7 @@ def _equivalent_shapes(shape: tuple[int, ...], renamed: bool) -> list[tuple[int,
 def _differences(
     state_dict: dict[str, np.ndarray], entries: list[Entry], model: Network, flexible: bool
 ) -> dict[str, list[str]]:
-    """By kind, what keeps the weights from fitting; nothing if they do."""
+    """The names of tensors that do not fit, by kind of problem; empty if all fit."""
     expected, tables = {entry.source for entry in entries}, computed_tensors(model)
     found = [(entry, state_dict[entry.source]) for entry in entries if entry.source in state_dict]
     rows = {name.removesuffix("weight"): tensor.shape[:1] for name, tensor in state_dict.items()}
@@ -268,7 +268,7 @@ def _differs_adaptably(entry: Entry, shape: tuple[int, ...]) -> bool:
 
 
 def _in_words(problems: dict[str, list[str]], state_dict: dict[str, np.ndarray], model: Network) -> str:
-    """The problems, each in a few words, and a hint at what would fit."""
+    """Describes the problems, and hints at a network that the weights would fit."""
     of_names_or_shapes = problems.keys() & {"missing", "unexpected", "wrong shape"}
     hints = _hints(state_dict, problems.get("missing", []), model) if of_names_or_shapes else []
     most = 3 if hints else 20
@@ -276,7 +276,7 @@ def _in_words(problems: dict[str, list[str]], state_dict: dict[str, np.ndarray],
 
 
 def _hints(state_dict: dict[str, np.ndarray], missing: list[str], model: Network) -> list[str]:
-    """The architecture whose tensors these are, or else its kind, or options of `model` that they imply."""
+    """Hints at the architecture or family that the tensors belong to, or the options of `model` that they imply."""
     if missing and all(name.startswith("sr.") for name in missing):
         return ["this is the classifier alone: give the SR network's file too (convert: --sr_checkpoint FILE)"]
     if model.parts:
@@ -299,16 +299,16 @@ def _hints(state_dict: dict[str, np.ndarray], missing: list[str], model: Network
 
 
 def _has_tensors_of(model: Network, state_dict: dict[str, np.ndarray]) -> bool:
-    """Whether the tensors are those of a network whose names they have, but for classes and positions."""
+    """True if the tensors, whose names are those of the network, fit it in all but classes and positions."""
     recorded = recorded_options(_shapes(state_dict, model), type(model))
     if any(as_recorded(model, option) != value for option, value in recorded.items()):
-        return False  # saves the table
+        return False  # without building the table
     entries = plan(model)
     return not _differences(_as_in_table(state_dict, entries, model), entries, model, flexible=True)
 
 
 def _has_names_of(model: Network, state_dict: dict[str, Any]) -> bool:
-    """Whether every tensor has a name of the network's table, whatever the numbers in it."""
+    """True if every tensor has a name of the network's table, with any numbers in it."""
     return (
         bool(state_dict)
         and not model.parts
@@ -323,7 +323,7 @@ def _patterns(model: Network) -> set[str]:
 
 
 def _pattern(name: str) -> str:
-    """A name in which one number stands for all."""
+    """The name with all numbers replaced by 0."""
     return re.sub(r"\d+", "0", name)
 
 
@@ -337,7 +337,7 @@ def _release(architecture: str) -> str:
 
 
 def _same_table(table: Any, expected: np.ndarray, other_grid: bool) -> bool:
-    """Whether a rotary table is ours, as exactly as its numbers can say."""
+    """True if a rotary table equals ours, to the precision of its dtype."""
     if table.shape != expected.shape:
         return other_grid
     exact = jnp.finfo(table.dtype).eps if jnp.issubdtype(table.dtype, jnp.floating) else 0
@@ -350,14 +350,14 @@ def _listed(names: list[str], most: int = 20) -> str:
 
 
 def export_state_dict(variables: dict[str, Any], model: Network) -> dict[str, np.ndarray]:
-    """The variables under PyTorch's names and layouts: the inverse of `convert_state_dict`.
+    """Converts variables to PyTorch's names and layouts, the inverse of `convert_state_dict`.
 
     Args:
       variables: as `model.init` returns them.
       model: the module they belong to.
 
     Returns:
-      PyTorch name → float32 array, rotary tables included; `num_batches_tracked` is 0, since Flax does not count.
+      PyTorch name → float32 array, with rotary tables; `num_batches_tracked` is 0, since Flax does not count.
     """
     leaves = {path: np.asarray(leaf) for path, leaf in flatten_dict(variables, sep="/").items()}
     entries = plan(model)

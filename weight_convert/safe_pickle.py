@@ -1,7 +1,7 @@
-"""Reads a pickle as data: a small machine that builds containers, numbers and strings and runs nothing.
+"""Reads a pickle as data, by a small interpreter that builds containers, numbers and strings and runs no code.
 
 Python's unpickler imports and calls what the pickle names. This one looks names up in a table given by the caller; any
-other name becomes an `Inert`, an object that only remembers it. Time and memory are bounded.
+other name becomes an `Inert`, an object that only stores the name. Time and memory are bounded.
 """
 
 import pickletools
@@ -14,14 +14,14 @@ from vimd_jax.errors import PickleError, printable
 
 @dataclass(frozen=True)
 class Constructor:
-    """A function that a pickle may call, under the name that the pickle has for it."""
+    """A function that a pickle may call."""
 
     build: Callable[..., Any]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Inert:
-    """A stand-in for an object that is not read; calls, arguments, items and attributes leave no trace on it."""
+    """A stand-in for an object that is not read; calls, items and attributes have no effect on it."""
 
     module: str
     attribute: str
@@ -37,11 +37,11 @@ _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_SET": _SE
 _TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _CALLS = {"REDUCE": 2, "NEWOBJ": 2, "NEWOBJ_EX": 3}
 _MAX_INSTRUCTIONS = 300_000  # Vim-tiny with its optimizer state and average: 69,000
-_MAX_BITS = 1024  # of an integer: a short pickle can use a long one a million times
+_MAX_BITS = 1024  # of an integer, since a short pickle can use a long integer a million times
 _MAX_ARGUMENTS = 16  # of a constructor
-_MAX_KEY = 1_000  # characters, of names too: equal keys are compared to their ends, as often as the pickle likes
+_MAX_KEY = 1_000  # characters of a key or name, since a pickle can have equal keys compared in full very often
 
-# No object is made of these. Here they would be as inert as any name, but who opens the file otherwise should know.
+# No data needs these. They would be as inert as any name here, but users who open the file elsewhere should be warned.
 _BUILTINS = ("builtins", "__builtin__")  # from pickle protocol 3 on, and before
 _COMMANDS = {"os", "posix", "nt", "sys", "subprocess", "pty", "shutil", "socket", "runpy", "importlib", "ctypes"}
 _COMMANDS |= {
@@ -54,14 +54,14 @@ def interpret(pickle: bytes, names: dict[str, Any], persistent: Callable[[Any], 
 
     Args:
       pickle: protocol 2 to 5, as `pickle.dumps` writes.
-      names: "module name" → what stands for it: a `Constructor`, or a constant. The state that a pickle attaches to a
-        built object (attributes, metadata of an `OrderedDict`) is left out. Sets are inert, and so are keys of a dict
-        other than plain values.
+      names: "module name" → the `Constructor` or constant to use. The state that a pickle attaches to a built object
+        (attributes, metadata of an `OrderedDict`) is left out. Sets are inert, and so are dict keys other than plain
+        values.
       persistent: turns a persistent id into an object.
 
     Raises:
-      PickleError: a name that runs commands, an instruction that data does not need, or more of them than data needs.
-      Exception: anything, where the pickle is damaged.
+      PickleError: a name that runs commands, an instruction that data does not need, or too many instructions.
+      Exception: of any kind, if the pickle is damaged.
     """
     stack: list[Any] = []
     marks: list[int] = []
@@ -150,7 +150,7 @@ def _look_up(names: dict[str, Any], module: str, attribute: str) -> Any:
 
 
 def construct(constructor: Any, arguments: Any) -> Any:
-    """The result of a call of `constructor`."""
+    """Calls `constructor`; an `Inert` returns itself."""
     if isinstance(constructor, Inert):
         return constructor
     if not isinstance(constructor, Constructor) or type(arguments) is not tuple or len(arguments) > _MAX_ARGUMENTS:
@@ -173,7 +173,7 @@ def _update(target: Any, items: list[Any]) -> None:
 
 
 def _key(key: Any) -> Any:
-    """A key that takes no longer to find than others: many large integers have one hash, and tuples nest."""
+    """The key, or an `Inert` for one that could make a dict slow: large integers share hashes, and tuples nest."""
     plain = key is None or type(key) in (bool, float)
     plain = plain or (type(key) is int and key.bit_length() < 60)
     plain = plain or (type(key) in (str, bytes) and len(key) <= _MAX_KEY)

@@ -1,9 +1,9 @@
-"""One table per network: which PyTorch tensor fills which Flax variable.
+"""Tables of the PyTorch tensors that fill the Flax variables, one for each network.
 
-A row is a PyTorch name, a Flax path and the transposition between them. Placeholders such as `{i}` stand for numbers:
-one that the path lacks counts along a leading axis of the variable (layers stacked by `nn.scan`, in the order of the
-name's placeholders), one that both have counts variables; `{i+1}` is one more. Rows whose variable a network does not
-have, by its options, are skipped.
+A row is a PyTorch name, a Flax path and the transposition between them. Placeholders such as `{i}` stand for numbers.
+One in the name alone is an index along a leading axis of the variable (layers stacked by `nn.scan`, in the order of the
+name's placeholders); one in both is a part of the variable's path; `{i+1}` is one more. Rows are skipped if a network,
+with its options, lacks the variable.
 """
 
 import re
@@ -19,14 +19,14 @@ from vimd_jax.models.positions import rotary_angles
 
 
 class Rule(NamedTuple):
-    """One table row.
+    """A row of a table.
 
     Attributes:
       source: PyTorch's name.
       target: the path of the Flax variable.
-      axes: the transposition from PyTorch's axes to Flax's; None: the same order. Where Flax has fewer, the first are
-        of length 1 and left out: the weights of a 1×1 convolution are those of a linear layer.
-      shape: PyTorch's shape from Flax's where numbers in the same order are divided into axes otherwise.
+      axes: the transposition from PyTorch's axes to Flax's; None: the same order. Where Flax has fewer axes, the first
+        of PyTorch's have length 1 and are dropped: a 1×1 convolution is a linear layer.
+      shape: a function from Flax's shape to PyTorch's, where the same numbers in the same order have other axes.
     """
 
     source: str
@@ -46,7 +46,7 @@ _STACKED_MIXER = "params/layers/mixer"
 
 
 def _direction(name: str, a_log: str, suffix: str) -> tuple[Rule, ...]:
-    """The rows of one of a mixer's two scans; PyTorch marks the second by a suffix."""
+    """The rows of one of a mixer's two scans; the second has a suffix in PyTorch."""
     target = f"{_STACKED_MIXER}/{name}"
     return (
         Rule(f"{_MIXER}.conv1d{suffix}.weight", f"{target}/conv/kernel", _CONV1D),
@@ -158,7 +158,7 @@ SRRESNET = (
 _BLOCK, _STAGE = "layers.{s}.blocks.{b}", "params/stage_{s}"
 
 
-_STAGES = (  # what networks with stages have in common
+_STAGES = (  # common to networks with stages
     *_conv("patch_embed.0", "patch_embed"),
     *_layer_norm("patch_embed.2", "patch_norm"),
     *_layer_norm(f"{_BLOCK}.norm", "stage_{s}/norm"),
@@ -185,7 +185,7 @@ _STAGES = (  # what networks with stages have in common
 
 
 def _merging(source: str, stage: int | str) -> tuple[Rule, ...]:
-    """The rows of the patch merging behind a stage."""
+    """The rows of the patch merging after a stage."""
     return (
         *_layer_norm(f"{source}.norm", f"downsample_{stage}/norm"),
         Rule(f"{source}.reduction.weight", f"params/downsample_{stage}/reduction/kernel", _LINEAR),
@@ -215,7 +215,7 @@ LOCAL_VMAMBA = (
 )
 
 
-_CONVOLVING = "layers.{s}.{b+1}"  # such a stage is a row of modules: an axes swap, its blocks, and more
+_CONVOLVING = "layers.{s}.{b+1}"  # a stage of convolutions is a list of modules: an axes swap, its blocks, and more
 
 _EFFICIENT_STAGES = (
     *_STAGES,
@@ -241,7 +241,7 @@ _EFFICIENT_STAGES = (
 def _efficient_vmamba(model: EfficientVMamba) -> tuple[Rule, ...]:
     rules = _EFFICIENT_STAGES
     for stage, depth in enumerate(model.depths[:-1]):
-        place = "downsample" if stage < SCANNING_STAGES else depth + 2  # behind the blocks and an axes swap
+        place = "downsample" if stage < SCANNING_STAGES else depth + 2  # after the blocks and an axes swap
         source, target = f"layers.{stage}.{place}", f"downsample_{stage}"
         if model.downsample == "merge":
             rules += _merging(source, stage)
@@ -251,7 +251,7 @@ def _efficient_vmamba(model: EfficientVMamba) -> tuple[Rule, ...]:
 
 
 def _conv_norm(source: str, target: str) -> tuple[Rule, ...]:
-    """The rows of a convolution without bias and the batch norm behind it, as mmsegmentation calls them."""
+    """The rows of a convolution without bias and the batch norm after it, under mmsegmentation's names."""
     kernel = Rule(f"{source}.conv.weight", f"params/{target}/kernel", _CONV2D)
     return kernel, *_batch_norm(f"{source}.bn", f"{target}_norm")
 
@@ -272,7 +272,7 @@ FCN = (*_conv_norm("convs.{i}", "conv_{i}"), *_conv_norm("conv_cat", "joint"), *
 
 
 def _inside(part: str, rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
-    """The rows of a network that is one part of a larger one."""
+    """The rows of a part of a composite."""
 
     def target(path: str) -> str:
         collection, rest = path.split("/", 1)
@@ -294,7 +294,7 @@ TABLES = {  # by class
     "EfficientVMamba": _efficient_vmamba,  # a function of the model: its depths are in the names
 }
 
-# Names of other times and files, by class: patterns, and what stands for them in the tables.
+# Names in older or differently organised code, by class: patterns, and their replacements in the tables.
 _FIRST_NAMES = (
     (r"^patch_embed\.proj\.", "patch_embed.0."),
     (r"^patch_embed\.norm\.", "patch_embed.2."),
@@ -302,7 +302,7 @@ _FIRST_NAMES = (
     (r"\.self_attention\.", ".op."),
     (r"^(norm|head)\.", r"classifier.\1."),
 )
-_ONE_FILE_NAMES = (  # of VMamba's version in one file
+_ONE_FILE_NAMES = (  # of VMamba's single-file version
     (r"\.op\.(x_proj|dt_projs)\.weight$", r".op.\1_weight"),
     (r"\.downsample\.1\.", ".downsample.norm."),
     (r"\.downsample\.2\.", ".downsample.reduction."),
@@ -313,7 +313,7 @@ RENAMES = {
     "EfficientVMamba": _FIRST_NAMES,
 }
 
-# Where the files of a class come from, for those whose authors published two kinds under like names.
+# Origin of the files of a class, for authors who published two kinds of files under similar names.
 RELEASES = {
     "VMamba": "VMamba's first release (#v0cls)",
     "VMamba2": "VMamba's second release (#v2cls: vssm_*_0229, vssm_*_0230 and vssm1_*)",
@@ -321,7 +321,7 @@ RELEASES = {
 
 
 def table(model: Network) -> tuple[Rule, ...]:
-    """The rows of a network, of a composite those of its parts; ValueError if no table describes it."""
+    """The rows of a network, or of all parts of a composite; ValueError if no table describes it."""
     if model.parts:
         return tuple(rule for name, inner in model.parts.items() for rule in _inside(name, table(inner)))
     kind = type(model).__name__
@@ -332,7 +332,7 @@ def table(model: Network) -> tuple[Rule, ...]:
 
 
 def name_in_table(name: str, model: Network) -> str:
-    """The table's name of a tensor: its last one, where the original code has changed it."""
+    """The name of a tensor in the table, which has the latest names of the original code."""
     part, _, rest = name.partition(".")
     if part in model.parts:
         return f"{part}.{name_in_table(rest, model.parts[part])}"
@@ -342,7 +342,7 @@ def name_in_table(name: str, model: Network) -> str:
 
 
 def computed_tensors(model: Network) -> dict[str, np.ndarray]:
-    """PyTorch's buffers that are computed here: the rotary tables."""
+    """PyTorch buffers that are computed here, not stored: the rotary tables."""
     if getattr(model, "rope", False):
         angles = rotary_angles(model.grid, None, model.embed_dim)
         return {"rope.freqs_cos": np.cos(angles), "rope.freqs_sin": np.sin(angles)}
@@ -351,9 +351,9 @@ def computed_tensors(model: Network) -> dict[str, np.ndarray]:
 
 
 def tensors_by_part(state_dict: dict[str, Any], parts: Collection[str]) -> dict[str, dict[str, Any]]:
-    """The tensors of a composite by part, without what precedes the part's name; under "" all others.
+    """The tensors of a composite by part, with names that follow the part's name; all others under "".
 
-    VMamba calls its head a classifier, so that only a file in which most names contain a part is one of a composite.
+    VMamba calls its head "classifier", so a file counts as that of a composite only if most names contain a part.
     """
     pattern = re.compile(rf"(?:\w+\.){{0,3}}?({'|'.join(parts)})\.(.+)")
     found = {name: pattern.match(name) for name in state_dict}
@@ -370,9 +370,9 @@ _STATES = ("mixer.A_log", "mixer.A_log_0", "blocks.0.op.A_logs")
 
 
 def recorded_options(shapes: dict[str, tuple[int, ...]], kind: type[Network]) -> dict[str, Any]:
-    """Those options of a class of networks that names and shapes of a file record, in the form of `as_recorded`.
+    """The options of a class of networks that a file's names and shapes imply, in the form of `as_recorded`.
 
-    Not recorded is, for example, whether a class token stands in the middle or at the head.
+    They do not tell, for example, a class token in the middle from one at the head.
     """
 
     def count(pattern: str) -> int:
@@ -403,17 +403,17 @@ def recorded_options(shapes: dict[str, tuple[int, ...]], kind: type[Network]) ->
         "downsample": "conv" if "layers.0.downsample.1.weight" in shapes else "merge",
         "directions": None if any(name.endswith("multi_scan.weights") for name in shapes) else "fixed",
     }
-    if "rope.freqs_cos" in shapes:  # a file may also leave its rotary tables out
+    if "rope.freqs_cos" in shapes:  # files may also lack the rotary tables
         there["rope"] = True
     recorded = {name: value for name, value in counted.items() if value} | there
     return {name: value for name, value in recorded.items() if name in options_of(kind)}
 
 
 def as_recorded(model: Network, option: str) -> Any:
-    """An option's value as far as the tensors of the network record it."""
+    """An option's value, as far as the network's tensors imply it."""
     value = getattr(model, option)
     if option == "dims" and isinstance(value, tuple):
         return value[0]
     if option == "directions" and value is not None:
-        return "fixed"  # but not which
+        return "fixed"  # but not which directions
     return "middle" if (option, value) == ("class_token", "head") else value

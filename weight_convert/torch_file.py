@@ -2,7 +2,7 @@
 
 A `.pth` file is an uncompressed zip archive: `data.pkl`, a pickle that describes the objects, and an entry for every
 storage, the raw numbers behind the tensors. The pickle is read as data (`safe_pickle`), with the names in the tables
-below; a storage is read when a tensor that was asked for needs it. Whatever the file, time is bounded, and memory by a
+below; a storage is read when a requested tensor needs it. For any file, time is bounded, and memory is bounded by a
 small multiple of its size.
 """
 
@@ -27,7 +27,7 @@ from weight_convert.safe_pickle import Constructor, Inert, construct, interpret
 
 log = logging.getLogger(__name__)
 
-# Far beyond any real checkpoint (Vim-base with its optimizer state: 2,000 tensors); a hostile file stops here.
+# Far beyond any real checkpoint (Vim-base with its optimizer state: 2,000 tensors), as limits for hostile files.
 _MAX_PICKLE_BYTES = 8 * 2**20
 _MAX_DIRECTORY_BYTES = 2 * 2**20  # of a zip archive
 _MAX_HEADER_BYTES = 2 * 2**20  # of a .safetensors file
@@ -36,19 +36,22 @@ _MAX_DEPTH = 16
 _MAX_TENSORS = 20_000
 _MAX_NAME_LENGTH = 500
 _MAX_RANK = 64
-_MAX_VIEWS = 4  # times the file's size: what all tensors together may measure, since several can share a storage
+_MAX_VIEWS = 4  # size of all tensors together over that of the file, since several can share a storage
 
-_LEGACY = (b"l\xfc\x9cF\xf9 j\xa8P\x19.", b"119547037146038801333356L")  # the number that came first before 1.6
+_LEGACY = (
+    b"l\xfc\x9cF\xf9 j\xa8P\x19.",
+    b"119547037146038801333356L",
+)  # the magic number at the beginning, before version 1.6
 _RESAVE = (
     'if you trust its source, re-save it once where PyTorch is installed: python -c "import torch; '
     "x = torch.load('OLD.pth', map_location='cpu', weights_only=False); x = x.get('model', x.get('state_dict', x)); "
     "torch.save({k: torch.as_tensor(v) for k, v in x.items() if torch.is_tensor(v) or getattr(v, 'ndim', 0)}, "
     "'NEW.pth')\""
 )
-_OTHERS = {  # what else is found under the name of a checkpoint, by its first bytes
+_OTHERS = {  # other contents that occur under the name of a checkpoint, by their first bytes
     b"version https://git-lfs": "a pointer of Git LFS instead of the file; fetch the file with: git lfs pull",
     b"\x1f\x8b": "compressed with gzip; unpack it first: gunzip",
-    b"{": "a text in JSON; if it is the index of a checkpoint in parts, join these into one file",
+    b"{": "a JSON file; if it is the index of a checkpoint in parts, join the parts into one file",
     b"<": "a web page instead of the file; download the file itself",
 }
 _REBUILDS = re.compile(r"_rebuild|_reconstruct$|_frombuffer$")  # functions that make tensors and NumPy arrays
@@ -59,23 +62,23 @@ def load_torch_checkpoint(path: str | Path, *, key: str | None = None) -> dict[s
 
     Args:
       path: `.pth`, `.pt`, `.pth.tar` in PyTorch's zip format (1.6 and later), or `.safetensors`.
-      key: which entry of the checkpoint, e.g. "model_ema". None takes "model" or "state_dict" where the file has one,
-        the file itself, its "sr" and "classifier" together, or its only state dict, whatever the name. A
+      key: the entry of the checkpoint to read, e.g. "model_ema". None takes "model" or "state_dict" if the file has
+        one, else the file itself, its "sr" and "classifier" together, or its only state dict, under any name. A
         `.safetensors` file has no entries.
 
     Returns:
       Name → read-only array in the stored dtype (bfloat16 as `ml_dtypes.bfloat16`). Containers inside the state dict
-      are flattened, their names joined by dots; what is not a tensor is left out. Tensors that shared memory still do.
+      are flattened, their names joined by dots; anything but tensors is left out. Tensors that share memory still do.
 
     Raises:
-      CheckpointError: not such a file, damaged, in the legacy format, without `key`, with tensors of a kind that is not
-        read, or larger in any respect than checkpoints are.
+      CheckpointError: the file is not a checkpoint, is damaged, is in the legacy format, lacks `key`, has tensors of an
+        unsupported kind, or exceeds the size of any real checkpoint in some respect.
     """
     path = Path(path)
     with _errors_naming(path):
         with open_regular(path) as file:
             start = file.read(512)
-        if start[8:9] == b"{":  # behind the length of a JSON header
+        if start[8:9] == b"{":  # after the length of a JSON header
             return _load_safetensors(path, int.from_bytes(start[:8], "little"), key)
         _check_format(start)
         with _File(path) as file, zipfile.ZipFile(file) as archive:
@@ -91,7 +94,7 @@ def _errors_naming(path: Path) -> Iterator[None]:
         yield
     except (CheckpointError, PickleError) as error:
         raise CheckpointError(f"{path}: {printable(error, 2_000)}") from error.__cause__
-    except Exception as error:  # a damaged file can break any step of decoding in any way
+    except Exception as error:  # a damaged file can make any step of decoding fail in any way
         if isinstance(error, OSError) and error.filename:  # it could not be opened
             raise CheckpointError(f"{path}: {error.strerror}") from error
         reason = printable(f"{type(error).__name__}: {error}")
@@ -135,7 +138,7 @@ def _check_names(names: list[str]) -> None:
 
 
 class _File(io.FileIO):
-    """A file in which zipfile looks for the directory: at its end, at the place and of the length that it says."""
+    """A file that limits reads while zipfile looks for the archive's directory, whose length the file itself states."""
 
     longest_read: int | None = _MAX_DIRECTORY_BYTES
 
@@ -154,7 +157,7 @@ class _Storage:
 
 @dataclass(frozen=True)
 class _Tensor:
-    """Where a tensor's elements lie in its storage; offset and strides count elements."""
+    """The layout of a tensor in its storage; offset and strides count elements."""
 
     storage: _Storage
     dtype: np.dtype
@@ -164,12 +167,12 @@ class _Tensor:
 
 
 class _Archive:
-    """The zip archive around a checkpoint; hands out tensors and reads each storage once."""
+    """The zip archive of a checkpoint; returns tensors and reads each storage once."""
 
     def __init__(self, archive: zipfile.ZipFile, file_size: int):
         self._archive = archive
         self._file_size = file_size
-        self._left = max(_MAX_VIEWS * file_size, 2**20)  # bytes that tensors may still measure
+        self._left = max(_MAX_VIEWS * file_size, 2**20)  # bytes that further tensors may have
         entries = archive.infolist()
         roots = [entry.filename.removesuffix("data.pkl") for entry in entries if entry.filename.endswith("data.pkl")]
         if len({entry.filename for entry in entries}) < len(entries) or len(roots) != 1:
@@ -191,7 +194,7 @@ class _Archive:
         return self._archive.read(entry)
 
     def tensor(self, name: str, tensor: _Tensor) -> np.ndarray:
-        """A read-only view on the tensor's storage."""
+        """A read-only view of the tensor's storage."""
         storage = tensor.storage
         if storage.key not in self._storages:
             self._storages[storage.key] = self.read(f"data/{storage.key}", self._file_size)
@@ -221,7 +224,7 @@ def _view(data: bytes, tensor: _Tensor, most_bytes: int) -> np.ndarray:
 
 
 def _select(checkpoint: Any, key: str | None) -> dict:
-    """The state dict among what the file holds."""
+    """The state dict in the content of a file."""
 
     def kind(value: Any) -> str:
         return str(value) if isinstance(value, Inert) else type(value).__name__
@@ -262,7 +265,7 @@ def _holds_tensors(container: dict) -> bool:
 
 
 def _named_tensors(state_dict: dict) -> list[tuple[str, _Tensor]]:
-    """The tensors in a nest of containers, in order, names joined by dots."""
+    """The tensors in nested containers, in order, with names joined by dots."""
     found: list[tuple[str, _Tensor]] = []
     inert: list[tuple[str, Inert]] = []
     visited = 0
@@ -316,15 +319,14 @@ def _tensor_v3(
     if views:
         return Inert("torch._utils", "_rebuild_tensor_v2 with a conjugated or negated view")
     if not isinstance(storage, _Storage) or not isinstance(dtype, np.dtype):
-        return Inert(
-            "torch._utils", "_rebuild_tensor_v2"
-        )  # of a storage that is not read, such as of quantized numbers
+        # Its storage is not read, for example because it holds quantized numbers.
+        return Inert("torch._utils", "_rebuild_tensor_v2")
     return _Tensor(storage, dtype, offset, shape, strides)
 
 
 _STORAGES = {"Float": "f4", "Double": "f8", "Half": "f2", "Long": "i8", "Int": "i4", "Short": "i2", "Char": "i1"}
 _STORAGES |= {"Byte": "u1", "Bool": "?", "ComplexFloat": "c8", "ComplexDouble": "c16", "BFloat16": ml_dtypes.bfloat16}
-# Younger dtypes have untyped storages; their tensors name the dtype.
+# Newer dtypes have untyped storages; their tensors name the dtype.
 _DTYPES = {name: getattr(ml_dtypes, name) for name in ("float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu")}
 _DTYPES |= {name: getattr(ml_dtypes, name) for name in ("float8_e4m3fnuz", "float8_e5m2fnuz")}
 _DTYPES |= {name: name for name in ("uint16", "uint32", "uint64")}
@@ -335,7 +337,7 @@ _CONSTRUCTORS = {
     "torch Size": lambda dimensions: dimensions,
     "torch._utils _rebuild_tensor_v2": _tensor_v2,
     "torch._utils _rebuild_tensor_v3": _tensor_v3,
-    # A parameter, or a tensor with attributes: what it is around.
+    # Wrappers of a tensor: parameters, and tensors with attributes.
     "torch._utils _rebuild_parameter": lambda tensor, *_: tensor,
     "torch._utils _rebuild_parameter_with_state": lambda tensor, *_: tensor,
     "torch._tensor _rebuild_from_type_v2": lambda rebuild, _type, arguments, *_: construct(rebuild, arguments),

@@ -2,8 +2,9 @@
 
     native       C++ through `jax.ffi`: CPU, where it was compiled
     pallas       Pallas kernels lowered through Triton: GPU
-    triton       the same in Triton's own language, through jax_triton: GPU, never chosen by itself
+    triton       the same in Triton's own language, through jax_triton: GPU, where Pallas' Triton backend is gone
     sequential   a loop over time with a hand-written gradient: any backend
+    chunked      few steps of wide operations: any backend, for programs that another runtime executes
     associative  `lax.associative_scan` in chunks of time: any backend, also forward mode and second derivatives
 
 `reference` is the same in float64 NumPy, for tests. Each implementation is a module beside this one with
@@ -28,8 +29,8 @@ IMPLEMENTATIONS = OPERATIONS["scan"] = Implementations(
     operation="scan",
     title="selective scan",
     package="kernels.scan",
-    names=("native", "pallas", "triton", "sequential", "associative"),
-    fastest_first={"cpu": ("native", "sequential"), "gpu": ("pallas", "associative")},
+    names=("native", "pallas", "triton", "sequential", "chunked", "associative"),
+    fastest_first={"cpu": ("native", "sequential"), "gpu": ("pallas", "triton", "associative")},
 )
 
 
@@ -74,8 +75,8 @@ def selective_scan(
       initial_state: the state before the first step (which is at the last position if `reverse`),
         (batch, channels, state); zero if None.
       return_last_state: also return the state after the final step, (batch, channels, state) float32.
-      implementation: "native", "pallas", "triton", "sequential" or "associative"; None takes the one named by
-        `kernels.use`, else the fastest that can run where JAX runs: on the devices of the current mesh, else on the
+      implementation: "native", "pallas", "triton", "sequential", "chunked" or "associative"; None takes the one named
+        by `kernels.use`, else the fastest that can run where JAX runs: on the devices of the current mesh, else on the
         default device. `jax.sharding.use_abstract_mesh` with an abstract GPU lowers for a GPU without having one.
 
     Returns:

@@ -1,8 +1,8 @@
 """The gradient of implementations that compute their own, and how their two passes run on several devices.
 
-Sequences are independent, and so are channels, but XLA cannot see that in a custom call or in a loop over sequences:
-by itself it would gather every array on every device. Here it is told. Each device computes the sequences and channels
-that it holds; only gradients that are sums over others (of A, D and delta_bias over sequences, of B and C over the
+Sequences are independent, and so are channels, but XLA cannot see that in a custom call or in a loop over sequences
+and would gather every array on every device. With the rules below, each device computes the sequences and channels that
+it holds; only gradients that are sums over others (of A, D and delta_bias over sequences, of B and C over the
 channels that share them) are added up over devices.
 
 A layout names the axes of an array, a letter each: b(atch), c(hannels), g(roups of channels), and "." for an axis that
@@ -114,7 +114,7 @@ def _partitioned(function: Callable, arguments: Any, results: Any, group_size: i
     mapped = custom_vmap(partitioned)
 
     @mapped.def_vmap
-    def _(axis_size: int, in_batched, *arrays):  # `custom_partitioning` has no rule of its own
+    def _(axis_size: int, in_batched, *arrays):  # `custom_partitioning` has no rule for this
         in_axes = jax.tree.map(lambda batched: 0 if batched else None, tuple(in_batched))
         outputs = jax.vmap(alone, in_axes, axis_size=axis_size)(*arrays)
         return outputs, jax.tree.map(lambda _: True, outputs)

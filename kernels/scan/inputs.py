@@ -1,4 +1,4 @@
-"""The arguments of a selective scan: what is valid, and the one form in which implementations take them."""
+"""The arguments of a selective scan: their checks, and the one form in which implementations take them."""
 
 import math
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ HALVES = {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)}
 
 
 class ScanInputs(NamedTuple):
-    """The arrays of a scan, or what stands for each of them (a shape, a reference, a gradient); None for an absent one.
+    """The arrays of a scan, or a shape, a reference or a gradient for each of them; None for an absent one.
 
     The comments describe the canonical form. All but u, delta and z are float32.
     """
@@ -37,7 +37,7 @@ class ScanInputs(NamedTuple):
 
 
 class ScanOptions(NamedTuple):
-    """What is known when a scan is traced."""
+    """Settings of a scan that are fixed when it is traced."""
 
     delta_softplus: bool = False
     reverse: bool = False
@@ -74,7 +74,7 @@ def check(inputs: ScanInputs) -> None:
 
 
 def canonical(inputs: ScanInputs) -> ScanInputs:
-    """Valid inputs in the form that implementations take."""
+    """Brings valid inputs to the form that implementations take."""
     dtypes = {x.dtype for x in (inputs.u, inputs.delta, inputs.z) if x is not None}
     kept = ("u", "delta", "z") if len(dtypes) == 1 and dtypes <= HALVES else ()  # float32 holds every mixture exactly
     arrays = {n: x if x is None or n in kept else x.astype(jnp.float32) for n, x in inputs._asdict().items()}

@@ -22,7 +22,7 @@ _float32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
 
 
 def why_unavailable(platform: str, inputs: ScanInputs) -> str | None:
-    """One line that says why it cannot run, None if it can. The first call may compile, for some seconds."""
+    """Returns one line that explains why it cannot run, None if it can. The first call may compile for some seconds."""
     if platform != "cpu":
         return f"it is for CPUs, and JAX runs on {platform} here"
     return build.register(SOURCE, (FORWARD, BACKWARD), CHUNK=CHUNK)

@@ -12,9 +12,9 @@ only the recurrence itself takes the steps one by one. The forward pass loads ah
 z, by a step for B and C. A store stands between such a load and what is computed from it, because the assembler moves
 loads down to their first use, but not past a store.
 
-What threads have to tell each other goes through arrays that are split along an axis of lanes: the compiler brings that
-axis into registers, if there are more than two lanes through shared memory, where one instruction stores or loads up to
-four values. An exchange between lanes takes one for each value, and two to choose what to keep and what to send.
+Threads exchange values through arrays that are split along an axis of lanes: the compiler brings that axis into
+registers, if there are more than two lanes through shared memory, where one instruction stores or loads up to four
+values. An exchange between lanes takes one for each value, and two to choose what to keep and what to send.
 
 The forward pass saves the state between windows. The backward pass visits the windows from the last to the first,
 recomputes the states of a window into registers and runs the adjoint recurrence over it. Sums over channels (gradients
@@ -56,7 +56,7 @@ LOG1P = (
 
 
 def why_unavailable(platform: str, inputs: ScanInputs) -> str | None:
-    """One line that says why the kernels cannot run, None if they can."""
+    """Returns one line that explains why the kernels cannot run, None if they can."""
     if platform != "gpu":
         return f"it needs a GPU, and JAX runs on {platform} here"
     # Pallas computes 64-bit offsets into arrays that need them, but counts along an axis in 32 bits.
@@ -147,7 +147,7 @@ class Plan:
         return call(*arguments)[0]
 
     def summarize(self, options: ScanOptions, inputs: ScanInputs, d_output=None) -> "Summary | None":
-        """What each chunk does to the state, or with `d_output` to its gradient; None if there is one chunk."""
+        """Finds what each chunk does to the state, or with `d_output` to its gradient; None if there is one chunk."""
         if self.chunks == 1:
             return None
         chunks, channels = (self.batch, self.chunks), self.channels * self.groups
@@ -157,7 +157,7 @@ class Plan:
 
 
 class Summary(NamedTuple):
-    """What chunks do to the state before them, or to its gradient after them: h ← exp(A total_delta) h + end."""
+    """The effect of chunks on the state before them, or on its gradient after them: h ← exp(A total_delta) h + end."""
 
     end: Any  # (batch, chunks, channels, state)
     total_delta: Any  # (batch, chunks, channels)
@@ -235,7 +235,7 @@ def pad(inputs: ScanInputs, options: ScanOptions) -> ScanInputs:
 
 
 def _spec(x, **axes: int) -> pl.BlockSpec:
-    """What a program sees of an array: its own index along the axes of `batch`, `group`, `block`, all along others."""
+    """Gives a program its own index along the axes of `batch`, `group` and `block`, and all of the others."""
     programs = {axis: ("block", "chunk", "group", "batch").index(name) for name, axis in axes.items()}
     shape = [None if axis in programs else size for axis, size in enumerate(x.shape)]
     return pl.BlockSpec(shape, lambda *ids: tuple(ids[programs[i]] if i in programs else 0 for i in range(len(shape))))
@@ -318,7 +318,7 @@ def _forward_kernel(plan: Plan, options: ScanOptions, inputs: ScanInputs, summar
 
 
 class Sums(NamedTuple):
-    """What the backward kernel carries from a window to the one before it: the state's gradient and sums over time."""
+    """Carried by the backward kernel from a window to the one before it: the state's gradient and sums over time."""
 
     dh: jax.Array
     dA: jax.Array
@@ -451,7 +451,7 @@ class Tile(NamedTuple):
 
 
 class Elements(NamedTuple):
-    """What the elements of an array in memory's order are: one or more, as many as a thread has registers, of each."""
+    """Indices of an array's elements in memory's order: one or more, as many as a thread has registers, of each."""
 
     register: jax.Array
     state_lane: jax.Array
@@ -516,7 +516,7 @@ class Program:
         return lax.fori_loop(first, end, body, start(carry, jnp.asarray(first, jnp.int32), whole))[0]
 
     def is_chunk(self, chunk: int) -> jax.Array | None:
-        """Whether the program's chunk is this one; None if there is one chunk."""
+        """Tells whether the program's chunk is this one; None if there is one chunk."""
         return self.chunk == chunk if self.plan.chunks > 1 else None
 
     def skip_chunk(self, summary: Summary, chunk, h) -> jax.Array:
@@ -582,17 +582,17 @@ class Program:
         return self._load_row(self.inputs.C, step, exists) if self.constant_C is None else self.constant_C
 
     def rows(self, *tiles) -> list[list]:
-        """What tiles, as many as a power of two, hold for each step, to broadcast over the state."""
+        """Splits tiles, as many as a power of two, into rows for each step, to broadcast over the state."""
         return [_unstack(x) for x in _split(_stack(tiles), 2)]
 
     def sum_states(self, *rows: list) -> list:
-        """The opposite of `rows`: from lists over the steps, the sums over the state lanes, each list's as a tile."""
+        """Inverts `rows`: from lists over the steps, the sums over the state lanes, each list's as a tile."""
         total = _sum(_split(_stack([x for steps in zip(*rows) for x in steps]), 2))
         total = jnp.moveaxis(total.reshape(*total.shape[:-1], self.steps, len(rows)), 4, 2)
         return _unstack(total.reshape(*self.zero_tile.shape, len(rows)))
 
     def inside(self, first) -> jax.Array:
-        """Which steps of the tile that begins at `first` exist."""
+        """Tells which steps of the tile that begins at `first` exist."""
         return self.state_lane < self.plan.length - first
 
     def load(self, reference, first, whole: bool) -> jax.Array | None:
@@ -600,7 +600,7 @@ class Program:
         return None if reference is None else self._load_elements(*self._tile_access(reference, first, whole))
 
     def store(self, reference, tile, first, whole: bool) -> None:
-        """The opposite of `load`."""
+        """Stores the tile of (length, channels) that begins at a step, where it exists."""
         self._store_elements(*self._tile_access(reference, first, whole), tile)
 
     def load_states(self, reference, *index, condition=None) -> jax.Array:
@@ -706,7 +706,7 @@ def _stack(arrays) -> jax.Array:
 
 
 def _unstack(x) -> list[jax.Array]:
-    """The opposite of `_stack`."""
+    """Inverts `_stack`."""
     return [part.reshape(x.shape[:-1]) for part in _split(x, x.ndim - 1)]
 
 
@@ -720,7 +720,7 @@ def _load(access, mask):
 
 
 def _both(first, second):
-    """Both conditions, of which one that always holds may be None."""
+    """Combines two conditions; None is one that always holds."""
     return first if second is None else second if first is None else first & second
 
 

@@ -4,7 +4,7 @@ One sequence (of one group of channels) after the other, one step after the othe
 stays in the first-level cache and every step is a handful of small vector operations, which XLA's CPU backend runs
 several times faster than the same loop over a whole batch. The forward pass keeps the state before every `CHUNK` steps;
 the backward pass walks the chunks in the opposite order, recomputes the states of one at a time and runs the adjoint
-recurrence through it. Every array is read and written where it lies, a row at a time: nothing is transposed, padded or
+recurrence through it. Long arrays are read and written in place, a row at a time: they are not transposed, padded or
 flipped. Arrays in bfloat16 go through the loops as integers: XLA's CPU backend would convert such an array to float32
 and back, all of it, at every step.
 """
@@ -156,7 +156,7 @@ class _Part:
         self.batch, self.group = index // groups, index % groups
 
     def get(self, x, *index):
-        """The group's part of x[index]."""
+        """Reads the group's part of x[index]."""
         start, size = self._window(x, index)
         part = lax.dynamic_slice(x, start, size).reshape(size[len(index) :])
         return _as_floats(part).astype(jnp.float32)
@@ -186,7 +186,7 @@ class _Part:
 
 
 class _Step:
-    """What the inputs hold for one step of a part."""
+    """The inputs of a part at one step."""
 
     def __init__(self, part: _Part, step):
         inputs, options = part.inputs, part.options

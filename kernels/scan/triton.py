@@ -1,7 +1,7 @@
 """Selective scan on NVIDIA GPUs in Triton's own language, through `jax_triton`; see `kernels.scan.triton_kernels`.
 
-It runs only if asked for, and nothing of Triton is imported before that. The versions that fit together, as far as is
-known without a GPU:
+It runs if it is named, or if Pallas' Triton backend is gone; nothing of Triton is imported before that. Versions that
+work together, as far as is known without a GPU:
 
     JAX 0.10     jax-triton 0.3.1, triton 3.6 or newer
     JAX 0.11     jax-triton 0.4, triton 3.7 or newer
@@ -12,6 +12,7 @@ jax-triton also needs a JAX with CUDA: without one it cannot be imported (0.3.1)
 
 import functools
 import importlib.util
+import inspect
 from typing import Any
 
 import jax
@@ -25,7 +26,7 @@ BLOCK = 32  # channels of a program, one for each thread
 
 
 def why_unavailable(platform: str, inputs: ScanInputs) -> str | None:
-    """One line that says why the kernels cannot run, None if they can."""
+    """Returns one line that explains why the kernels cannot run, None if they can."""
     missing = [name for name in ("triton", "jax_triton") if importlib.util.find_spec(name) is None]
     if missing:
         return f'it needs the package {" and ".join(missing)}: pip install "vimd-jax[triton]"'
@@ -48,8 +49,13 @@ def run(name: str, arguments: list, outputs: list, grid: tuple, warps: int, cons
 
     from kernels.scan import triton_kernels
 
-    kernel, launch = getattr(triton_kernels, name), dict(grid=grid, num_warps=warps, num_stages=1)
-    results = jax_triton.triton_call(*arguments, kernel=kernel, out_shape=outputs, **launch, **constants)
+    options = dict(grid=grid, num_warps=warps, num_stages=1)
+    # Triton no longer fuses multiplications and additions unless told to; jax-triton 0.3 still tells it to.
+    if "backend_options" in inspect.signature(jax_triton.triton_call).parameters:
+        options |= dict(out_type=outputs, backend_options=dict(enable_fp_fusion=True))
+    else:
+        options |= dict(out_shape=outputs)
+    results = jax_triton.triton_call(*arguments, kernel=getattr(triton_kernels, name), **options, **constants)
     return [vary_like(x, arguments[0]) for x in results]
 
 
@@ -100,19 +106,19 @@ scan = differentiable(functools.partial(forward, run=run), functools.partial(bac
 
 
 def _transpose_states(inputs: ScanInputs) -> ScanInputs:
-    """With what ends in (channels, state) as (state, channels), or the other way round."""
+    """Swaps the last two axes, (channels, state), of the arrays that end in them; applied twice it changes nothing."""
     names = ["A", *(name for name in "BC" if getattr(inputs, name).ndim == 2)]
     names += [] if inputs.initial_state is None else ["initial_state"]
     return inputs._replace(**{name: getattr(inputs, name).swapaxes(-1, -2) for name in names})
 
 
 def _grid(inputs: ScanInputs) -> tuple[int, int, int]:
-    """Blocks of a group's channels, groups, batch."""
+    """Returns the numbers of programs: blocks of a group's channels, groups, batch."""
     return -(-inputs.channels // inputs.groups // BLOCK), inputs.groups, inputs.batch
 
 
 def _constants(inputs: ScanInputs, options: ScanOptions) -> dict[str, Any]:
-    """What the kernels know when they are compiled."""
+    """Returns the kernels' compile-time constants."""
     return dict(
         LENGTH=inputs.length,
         CHANNELS=inputs.channels // inputs.groups,

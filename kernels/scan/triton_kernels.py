@@ -54,9 +54,16 @@ def step_size(raw, bias, inside, SOFTPLUS: tl.constexpr):
 @triton.jit
 def matrix_row(array, constant, start, n, STATE: tl.constexpr, CONSTANT: tl.constexpr):
     """B_t or C_t, to broadcast over channels, or all of a matrix that is constant in time."""
-    if CONSTANT:
-        return constant
-    return tl.load(array + start + n, mask=n < STATE, other=0.0)[:, None]
+    return constant if CONSTANT else tl.load(array + start + n, mask=n < STATE, other=0.0)[:, None]
+
+
+@triton.jit
+def sum_channels(products, exists):
+    """Sums over channels, the same in every thread to the last bit: threads store it at one address.
+
+    The selection keeps a product from becoming part of a multiply-add, which would round it in one thread of a pair.
+    """
+    return tl.sum(tl.where(exists[None, :], products, 0.0), axis=1)
 
 
 @triton.jit
@@ -243,12 +250,12 @@ def backward(
                 sum_B += for_B
             else:
                 target = dB + (part + position) * STATE + n
-                tl.store(target, tl.sum(for_B, axis=1), mask=row_inside)
+                tl.store(target, sum_channels(for_B, exists), mask=row_inside)
             if CONSTANT_C:
                 sum_C += for_C
             else:
                 target = dC + (part + position) * STATE + n
-                tl.store(target, tl.sum(for_C, axis=1), mask=row_inside)
+                tl.store(target, sum_channels(for_C, exists), mask=row_inside)
             du_t = d_input * delta_t
             if HAS_D:
                 du_t += dy * skip

@@ -16,7 +16,7 @@ from vimd_jax.checkpoints.format import save_model
 from vimd_jax.checkpoints.trained_model import TrainedModel
 from vimd_jax.errors import CheckpointError
 from vimd_jax.load import load_model, load_variables
-from vimd_jax.models import create_model
+from vimd_jax.models import create_model, describe, list_models, model_options
 
 VIM = {"num_classes": 3, "image_size": 32, "patch_size": 8, "stride": 8, "embed_dim": 16, "depth": 2}
 MODELS = {
@@ -25,15 +25,18 @@ MODELS = {
     "srvm": create_model("srvm_tiny", sr_channels=4, sr_num_blocks=1, **VIM),
     "bicubic": create_model("srvm_tiny", sr="bicubic", **VIM),
     "hierarchical": create_model("efficient_vmamba_tiny", num_classes=3, image_size=32, dims=8, depths=(1, 1)),
+    "upernet": create_model("upernet_vim_tiny", head_channels=8, auxiliary_channels=4, **VIM),
 }
 
 
 def trained(kind: str) -> TrainedModel:
     model = MODELS[kind]
-    variables = golden_models.random_variables(model, jnp.zeros((1, 8, 8, 3) if "s" in kind else (1, 32, 32, 3)))
+    size = 8 if kind.startswith("s") else 32
+    variables = golden_models.random_variables(model, jnp.zeros((1, size, size, 3)))
     names = () if kind == "srresnet" else ("crow", "owl", "größter Specht")
     low = 8 if kind in ("srresnet", "srvm", "bicubic") else 0
-    return TrainedModel(model, variables, names, low, 0.875, {"step": 7, "score": 61.5})
+    value_range = (0, 4095) if kind == "vim" else ()
+    return TrainedModel(model, variables, names, low, 0.875, {"step": 7, "score": 61.5}, value_range)
 
 
 @pytest.fixture
@@ -63,7 +66,7 @@ def test_what_is_written_is_read(kind, tmp_path):
     read = load_model(tmp_path / "new" / "folder")
     assert read.model == written.model
     jax.tree.map(np.testing.assert_array_equal, read.variables, written.variables)
-    for field in ("class_names", "low_resolution", "crop", "provenance", "image_size"):
+    for field in ("class_names", "low_resolution", "crop", "provenance", "value_range", "image_size"):
         assert getattr(read, field) == getattr(written, field), field
     assert checksum == json.loads((tmp_path / "new" / "folder" / "network.json").read_text())["checksum"]
 
@@ -135,6 +138,10 @@ def test_damage_is_noticed(vim):
         ({"view": {"low_resolution": 0, "crop": "x"}}, "has view.crop 'x', expected a number above 0 and up to 1"),
         ({"view": {"low_resolution": 0, "crop": float("nan")}}, "has view.crop nan, expected"),
         ({"view": {"low_resolution": -5, "crop": 1.0}}, "has view.low_resolution -5, expected 0, or the side or"),
+        (
+            {"view": {"low_resolution": 0, "crop": 1.0, "value_range": [9, 3]}},
+            r"has view.value_range \[9, 3\], expected",
+        ),
         ({"view": {"low_resolution": 33, "crop": 1.0}}, "low resolution of 33, but the network reads 32"),
         ({"variables": "../x.safetensors"}, "has variables '../x.safetensors', expected the name of a file beside"),
         ({"architecture": ["vim_tiny"]}, "has architecture .*expected a name"),
@@ -180,6 +187,18 @@ def test_folders_without_a_checksum_of_the_description_are_read(vim):
     assert load_model(vim).class_names == before.class_names
     path.write_text(json.dumps(content))
     assert_refused(vim, "was changed since it was written")
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_the_limits_leave_room_for_every_network(name):
+    """At twice the published size, and for segmentation of larger images."""
+    sizes = ({"image_size": 448}, {"image_size": (512, 1024)}) if "image_size" in model_options(name) else ({},)
+    for options in sizes:
+        model = create_model(name, **options)
+        description.check_size(model)
+        content = {"class_names": [], "view": {"low_resolution": 0, "crop": 1.0}, "provenance": {}}
+        files = {"variables": f"variables-{'0' * 16}.safetensors", "checksum": "0" * 64}
+        assert json.loads(description.sealed(describe(model) | content | files))["architecture"]
 
 
 def test_networks_that_differ_in_their_options_alone_differ_in_their_checksum(tmp_path):

@@ -95,6 +95,14 @@ def test_what_it_does_not_read_is_named(vim, image, message):
         vim.predict(image)
 
 
+def test_deep_images_are_read_with_the_range_of_the_training(vim, tmp_path):
+    deep = Image.fromarray(np.linspace(0, 4095, 1024).astype(np.uint16).reshape(32, 32))
+    deep.save(tmp_path / "deep.png")
+    network = dataclasses.replace(vim, value_range=(0, 4095))
+    for image in (tmp_path / "deep.png", (tmp_path / "deep.png").read_bytes(), deep):
+        assert network.prepare(image).max() == 1 and vim.prepare(image).max() < 0.07
+
+
 def test_a_student_resizes_only_when_asked(student, files):
     assert student.predict([files / "a.png", files / "b.png"]).shape == (2, 3)
     with pytest.raises(DatasetError, match="c.png: 30x20 pixels, but this network reads 8x8; add --downsample"):
@@ -140,10 +148,10 @@ def test_images_are_read_batch_by_batch(vim, files, monkeypatch):
     """However many there are, no more than a batch is in memory."""
     read, most = 0, 0
 
-    def read_one(path, original=trained_model.read_image):
+    def read_one(path, value_range, original=trained_model.read_image):
         nonlocal read
         read += 1
-        return original(path)
+        return original(path, value_range=value_range)
 
     def classify(classifier, images):
         nonlocal read, most

@@ -15,6 +15,7 @@ def dataset_config():
             dict(
                 name="synthetic",
                 directory="",
+                value_range=(),
                 num_classes=0,
                 high_resolution=32,
                 low_resolution=8,
@@ -24,6 +25,7 @@ def dataset_config():
                 augment=default_config("classifier").dataset.augment.to_dict(),
                 eval_crop=1.0,
                 repeats=1,
+                sampling="uniform",
                 on_error="stop",
                 reduced_decoding=False,
                 num_workers=0,

@@ -55,6 +55,43 @@ def test_16_bit_greyscale_is_scaled_not_clipped(tmp_path, suffix):
     np.testing.assert_array_equal(pixels[..., 0].ravel(), np.arange(256))
 
 
+def test_all_16_bit_values():
+    values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    pixels = np.asarray(images.as_rgb(Image.fromarray(values), "x"))[..., 0].astype(int)
+    np.testing.assert_array_equal(pixels, (values.astype(int) * 255 + 32767) // 65535)
+
+
+def test_signed_16_bit_values_are_not_black(tmp_path):
+    values = np.linspace(-32768, 32767, 256).round().astype(np.int16).reshape(16, 16)
+    for name, part in {"all.tif": values, "above_zero.tif": np.maximum(values, 0)}.items():
+        Image.fromarray(part.view(np.uint16)).save(tmp_path / name, tiffinfo={339: 2})  # the sample format "signed"
+        pixels = np.asarray(read_image(tmp_path / name))[..., 0].ravel()
+        np.testing.assert_array_equal(pixels, np.maximum(np.arange(256), 128 if "above" in name else 0))
+
+
+def test_a_named_range_of_values(tmp_path):
+    deep = np.linspace(0, 4095, 256).round().reshape(16, 16)
+    Image.fromarray(deep.astype(np.uint16)).save(tmp_path / "deep.png")
+    Image.fromarray(deep.astype(np.float32)).save(tmp_path / "float.tif")
+    for name in ("deep.png", "float.tif"):
+        pixels = np.asarray(read_image(tmp_path / name, value_range=(0, 4095)))[..., 0].ravel()
+        np.testing.assert_array_equal(pixels, np.arange(256))
+        assert (np.asarray(read_image(tmp_path / name, value_range=(5000, 6000))) == 0).all()
+    Image.fromarray(np.full((4, 4), 70000, np.int32)).save(tmp_path / "large.tif")
+    with pytest.raises(UnreadableImage, match="large.tif: values .* 70000 are more than .*config.dataset.value_range"):
+        read_image(tmp_path / "large.tif")
+
+
+def test_a_small_part_of_16_bits_is_said(tmp_path):
+    for name, largest in {"12": 4095, "16": 65535}.items():
+        Image.fromarray(np.linspace(0, largest, 16).astype(np.uint16).reshape(4, 4)).save(tmp_path / f"{name}.png")
+    Image.new("L", (4, 4)).save(tmp_path / "8.png")
+    (tmp_path / "broken.png").write_bytes(b"x")
+    assert "values from 0 to 4095, a small part" in images.narrow_range([tmp_path / "12.png", tmp_path / "broken.png"])
+    assert images.narrow_range([tmp_path / "12.png", tmp_path / "16.png"]) == ""
+    assert images.narrow_range([tmp_path / "8.png"]) == images.narrow_range([]) == ""
+
+
 @pytest.mark.parametrize("mode", ["RGBA", "P"])
 def test_transparency_is_composited_onto_white(tmp_path, mode):
     image = Image.new("RGBA", (8, 8), (0, 0, 0, 0))

@@ -44,7 +44,8 @@ def save(image: Image.Image, path: Path) -> None:
 
 
 def settings(folder, **changes):
-    fields = {"name": "label_maps", "directory": str(folder), "high_resolution": 16, "low_resolution": 4} | changes
+    fields = {"name": "label_maps", "directory": str(folder), "high_resolution": 16, "low_resolution": 4}
+    fields |= {"validation_fraction": 0.0} | changes
     return tiny_config("segmenter", **{f"dataset__{name}": value for name, value in fields.items()}).dataset
 
 
@@ -58,8 +59,6 @@ def test_images_and_maps_in_splits(folder):
 
 
 def test_validation_is_held_out_where_there_is_none(folder):
-    shutil.rmtree(folder / "images" / "val")
-    shutil.rmtree(folder / "annotations" / "val")
     parts = [load_source(settings(folder, validation_fraction=0.5), split) for split in ("train", "validation")]
     assert sum(map(len, parts)) == 3 and all(map(len, parts))
 
@@ -126,7 +125,10 @@ def _write(folder, name, image):
 WRONG = {
     "no folder of images": (lambda f: shutil.rmtree(f / "images"), "has no folder images; expected images/train/"),
     "no folder of maps": (lambda f: shutil.rmtree(f / "annotations"), "has no folder annotations; expected"),
-    "no split": (lambda f: shutil.rmtree(f / "images" / "train"), "images has no train folder; expected"),
+    "no split": (
+        lambda f: shutil.rmtree(f / "images" / "train"),
+        "config.dataset.directory: .*images has these images: test; expected train and test, perhaps validation",
+    ),
     "empty split": (lambda f: _empty(f, "images/train"), "images/train has no images"),
     "image without map": (
         lambda f: _remove(f, "annotations/train/1.png"),
@@ -184,7 +186,7 @@ def test_wrong_data_get_one_clear_line(folder, case):
     "changes, message",
     [
         ({"directory": ""}, "config.dataset.directory is empty"),
-        ({"classes": "no_such"}, "config.dataset.classes: no_such is neither a file nor the name"),
+        ({"classes": "no_such"}, "no_such: cannot be read as text: "),
         ({"label_values": "1..2"}, "config.dataset.label_values names 2 values, but there are 3 classes"),
         ({"label_values": "1..300"}, "config.dataset.label_values is '1..300'; give numbers from 0 to 255"),
         ({"ignored_values": "2"}, "give a value two meanings"),

@@ -131,6 +131,49 @@ def test_low_resolution_is_the_same_crop_down_sampled(dataset_config):
         np.testing.assert_array_equal(low, low_resolution_view(Image.fromarray(high), 8))
 
 
+@pytest.fixture
+def low_resolution_photographs(dataset_config, tmp_path):
+    """A source of four files, of which two have the low resolution already."""
+    rng = np.random.default_rng(0)
+    for split, i in itertools.product(("train", "test"), range(4)):
+        (tmp_path / split / "a").mkdir(parents=True, exist_ok=True)
+        shape = (8, 8, 3) if i % 2 else (40, 30, 3)
+        Image.fromarray(rng.integers(0, 256, shape, np.uint8)).save(tmp_path / f"{split}/a/{i}.png")
+    return dataset_config(
+        name="folder", directory=str(tmp_path), validation_fraction=0.0, crop_scale=(1.0, 1.0), flip=False
+    )
+
+
+def test_a_file_of_the_low_resolution_is_evaluated_as_it_is(low_resolution_photographs):
+    config = low_resolution_photographs
+    source = load_source(config, "test")
+    batch = next(eval_batches(source, config, batch_size=4))
+    for i, (high, low) in enumerate(zip(batch["high"], batch["low"])):
+        image = source.read(i).image
+        np.testing.assert_array_equal(high, central_view(image.size, 32).apply(image))
+        expected = image if i % 2 else low_resolution_view(Image.fromarray(high), 8)
+        np.testing.assert_array_equal(low, expected)
+
+
+@pytest.mark.parametrize("augment", [{}, {"three_augment": True}])
+def test_a_file_of_the_low_resolution_trains_without_being_enlarged_first(low_resolution_photographs, augment):
+    config = low_resolution_photographs
+    config.augment.update(augment)
+    source = load_source(config, "train")
+    (batch,) = take(source, config, 1)
+    for i, high, low in zip(batch["index"], batch["high"], batch["low"]):
+        if i % 2:
+            np.testing.assert_array_equal(high, Image.fromarray(low).resize((32, 32), Image.Resampling.BICUBIC))
+            assert augment or np.array_equal(low, source.read(i).image)
+        else:
+            np.testing.assert_array_equal(low, low_resolution_view(Image.fromarray(high), 8))
+    (only,) = take(source, config, 1, views=("high",))  # where no network reads the low resolution, it is no exception
+    assert augment or np.array_equal(only["high"][batch["index"] % 2 == 0], batch["high"][batch["index"] % 2 == 0])
+    for i, high in zip(only["index"], only["high"]):
+        if i % 2 and not augment:
+            np.testing.assert_array_equal(high, source.read(i).image.resize((32, 32), Image.Resampling.BICUBIC))
+
+
 def test_batches_are_the_same_only_with_the_same_seed(dataset_config):
     config = dataset_config()
     source = load_source(config, "train")
@@ -229,6 +272,24 @@ def test_labels_match_the_images(dataset_config):
         assert target == source.labels[i]
         # A crop of the whole area is stretched unless its aspect ratio is 1, but most of the bird is always there.
         assert np.abs(high.astype(float) - np.asarray(source.read(i).image)).mean() < 60
+
+
+def test_balanced_sampling(dataset_config, image_folder):
+    """Sixty images of one class, six and two of others: 68 an epoch, 22 or 23 of each, all of a small class in turn."""
+    folder = image_folder({"train/a": 60, "train/b": 6, "train/c": 2, "test/a": 1}, side=4)
+    config = dataset_config(name="folder", directory=str(folder), validation_fraction=0.0, sampling="balanced")
+    source = load_source(config, "train")
+    batches = take(source, config, 34, batch_size=4)
+    epochs = np.concatenate([batch["index"] for batch in batches]).reshape(2, 68)
+    for epoch in epochs:
+        counts = np.bincount(epoch, minlength=68)
+        assert sorted([counts[:60].sum(), counts[60:66].sum(), counts[66:].sum()]) == [22, 23, 23]
+        assert set(counts[:60]) == {0, 1} and set(counts[60:66]) <= {3, 4} and set(counts[66:]) <= {11, 12}
+    assert set(epochs[0][epochs[0] < 60]) != set(epochs[1][epochs[1] < 60])
+    assert_same(batches[20:], take(source, config, 14, batch_size=4, start_step=20))
+    source.labels = None
+    with pytest.raises(DatasetError, match="sampling is 'balanced', but these images have no classes"):
+        take(source, config, 1)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 import io
 import os
+import re
 import sys
+import textwrap
 import types
 import unicodedata
 from pathlib import Path
@@ -139,6 +141,17 @@ def test_composed_and_decomposed_names_are_one_class(dataset_config, image_folde
         load_source(config, "test")
 
 
+def test_a_small_part_of_16_bits_is_said_once_and_the_range_can_be_named(dataset_config, image_folder, caplog):
+    folder = image_folder({"train/a": 1, "test/a": 1})
+    for split in ("train", "test"):
+        Image.fromarray(np.full((4, 4), 4095, np.uint16)).save(folder / split / "a/000.png")
+    config = dataset_config(name="folder", directory=str(folder), validation_fraction=0.0)
+    assert [load_source(config, "test").read(0).image.getpixel((0, 0))[0] for _ in range(3)] == [16] * 3
+    assert caplog.text.count("config.dataset.value_range") == 2, "once for train/, once for test/"
+    config.value_range = (0, 4095)
+    assert load_source(config, "test").read(0).image.getpixel((0, 0))[0] == 255
+
+
 def test_headers_are_checked_without_decoding(dataset_config, image_folder, caplog):
     folder = image_folder(THREE_SPLITS)
     source = load_source(dataset_config(name="folder", directory=str(folder)), "test")
@@ -184,6 +197,22 @@ def test_mistakes_are_one_line_with_field_and_remedy(dataset_config, image_folde
     with pytest.raises(DatasetError) as error:
         load_source(config, "train")
     assert message in str(error.value) and "config.dataset." in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_source_of_ones_own(dataset_config, tmp_path, monkeypatch):
+    """The one in the docs."""
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    code = re.search(r"```python\n(.*?)```", page, flags=re.DOTALL)[1]
+    (tmp_path / "my_birds.py").write_text(textwrap.dedent(code))
+    monkeypatch.syspath_prepend(tmp_path)
+    config = dataset_config(name="my_birds:load", validation_fraction=0.5)
+    sizes = [len(load_source(config, split)) for split in ("train", "validation", "test")]
+    assert sizes[0] + sizes[1] == sizes[2] == 4 and sizes[0] >= 2
+    record = load_source(config, "test").read(1)
+    assert (record.target, record.image.getpixel((0, 0))) == (1, (255, 255, 255))
+    for name in ("my_birds:laod", "no_birds:load"):
+        with pytest.raises(DatasetError, match=f"config.dataset.name is '{name}': "):
+            load_source(dataset_config(name=name), "train")
 
 
 def test_unknown_split(dataset_config):

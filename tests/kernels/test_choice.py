@@ -17,6 +17,8 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 import kernels
 from kernels import choice, selective_scan
 from kernels.choice import Implementations, current_platform
+from kernels.scan import triton
+from kernels.scan.api import IMPLEMENTATIONS
 
 FASTEST_FIRST = dict.fromkeys(("cpu", "gpu"), ("quick", "simple"))
 PICKY = Implementations("picky", "test", "operation", ("quick", "simple"), FASTEST_FIRST)
@@ -42,6 +44,20 @@ def test_the_fastest_that_can_run_the_inputs():
         assert PICKY.pick(None, 1).__name__ == "operation.simple"
     with abstract_mesh("tpu"):  # where nothing is listed, the last of all
         assert PICKY.choose(0) == "simple"
+
+
+def test_one_that_cannot_be_imported_is_passed_over(monkeypatch):
+    monkeypatch.setitem(sys.modules, "operation.quick", None)
+    assert PICKY.choose(0, "cpu") == "simple"
+    with pytest.raises(ValueError, match="implementation: 'quick' cannot run here: it cannot be imported: "):
+        PICKY.pick("quick", 0)
+
+
+def test_without_pallas_a_gpu_takes_triton_where_it_runs(monkeypatch):
+    monkeypatch.setitem(sys.modules, "kernels.scan.pallas", None)
+    assert IMPLEMENTATIONS.choose(None, "gpu") == "associative"
+    monkeypatch.setattr(triton, "why_unavailable", lambda platform, inputs: None)
+    assert IMPLEMENTATIONS.choose(None, "gpu") == "triton"
 
 
 def test_the_reason_is_logged_once(caplog):

@@ -1,4 +1,4 @@
-"""What holds for every registered network: shapes, finite gradients, half precision, two resolutions, features."""
+"""Properties of every registered network: shapes, finite gradients, half precision, two resolutions, features."""
 
 import functools
 
@@ -8,7 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from jax import export
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec, use_abstract_mesh
 
+import kernels
 from vimd_jax.models import SR_NETWORKS, create_model, list_models
 from vimd_jax.models.layers import rms_norm
 from vimd_jax.models.segmenter import Segmenter
@@ -17,7 +20,7 @@ from vimd_jax.training.optimizer import decay_mask
 ISOTROPIC = {"num_classes": 5, "image_size": 32, "patch_size": 8, "stride": 8, "embed_dim": 16, "depth": 2}
 HIERARCHICAL = {"num_classes": 5, "image_size": 32, "dims": 8, "depths": (1, 1)}
 WINDOWS = {"directions": (("h", "v_flip", "w2"),)}
-# By the start of a name: the longest that fits.
+# By the prefix of a name; the longest matching one applies.
 SMALL = {
     "vim": ISOTROPIC,
     "v2m": ISOTROPIC,
@@ -31,7 +34,7 @@ SMALL = {
     "srresnet": {"channels": 4, "num_blocks": 1},
     "srvm": ISOTROPIC | {"sr_channels": 4, "sr_num_blocks": 1},
 }
-# One of each kind; the others of its family differ in size only. Segmenters have a test of their own.
+# One of each kind; the others of its family differ only in size. Segmenters have their own tests.
 NAMES = [name for name in list_models() if not name.endswith(("_small", "_base", "8", "l20")) and "upernet" not in name]
 CLASSIFIERS = [name for name in NAMES if name not in SR_NETWORKS]
 
@@ -60,7 +63,7 @@ def test_what_is_left_out_is_another_size_of_what_is_not():
 @pytest.mark.parametrize("size", [(32, 32), (40, 24)], ids=str)
 def test_forward_and_backward(name, size):
     model, batch, traces = small(name), images(*size), []
-    if name.startswith("srvm"):  # which quadruples its images
+    if name.startswith("srvm"):  # it enlarges images four times
         batch = batch[:, ::4, ::4]
 
     @jax.jit
@@ -124,7 +127,7 @@ def test_maps_are_the_hidden_states_without_class_tokens(name):
         return states[1], *model.apply(variables, batch, (1, 0), method="feature_maps")
 
     states, last, first = map(np.asarray, both(variables(name)))
-    if model.class_token:  # at place 7 of 5 x 3 patches
+    if model.class_token:  # at position 7 of 5 x 3 patches
         states = np.delete(states, 7, axis=1).reshape(last.shape)
     np.testing.assert_array_equal(last, states)
     assert not np.array_equal(first, last)
@@ -183,3 +186,42 @@ def test_weight_decay_spares_vectors_of_norms_and_biases(name):
             assert decays, path
         if path[-1] in ("bias", "scale", "D", "class_token", "position_embedding", "alpha"):
             assert not decays, path
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_batch_sharded_over_an_explicit_mesh_stays_so(name):
+    model, mesh = small(name), AbstractMesh((2,), ("data",), axis_types=(AxisType.Explicit,))
+    everywhere, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), variables(name))
+    batch = jax.ShapeDtypeStruct((4, 16, 16, 3), jnp.float32, sharding=split)
+
+    def gradient(variables, batch):
+        output = model.apply(variables, batch)
+        return output, jax.grad(lambda v: model.apply(v, batch).sum(), allow_int=True)(variables)
+
+    with use_abstract_mesh(mesh), kernels.use(scan="sequential"):
+        output, _ = jax.eval_shape(gradient, shapes, batch)
+    assert output.sharding.spec[0] == "data"
+
+
+@pytest.mark.parametrize("name", ["vim_tiny", "efficient_vmamba_tiny", "srvm_tiny"])
+def test_exports_for_every_platform_and_any_number_of_images(name):
+    model, (count,) = small(name), export.symbolic_shape("count")
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), variables(name))
+    batch = jax.ShapeDtypeStruct((count, 16, 16, 3), jnp.float32)
+    with kernels.use(scan="sequential"):
+        exported = export.export(jax.jit(model.apply), platforms=["cpu", "cuda", "tpu"])(shapes, batch)
+    assert exported.out_avals[0].shape == (count, 5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_variables_are_float32_where_jax_has_64_bits(name):
+    with jax.enable_x64(True):
+        shapes = jax.eval_shape(small(name).init, jax.random.key(0), jnp.zeros((1, 16, 16, 3), jnp.float32))
+    assert {x.dtype for x in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("name", ["v2m_tiny", "local_vim_tiny", "vmamba_tiny", "srvm_tiny"])
+def test_tabulate(name):
+    table = small(name).tabulate(jax.random.key(0), images(16, 16), console_kwargs={"width": 200})
+    assert "patch_embed" in table

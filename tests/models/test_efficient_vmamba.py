@@ -1,4 +1,4 @@
-"""EfficientVMamba against the recorded vectors of the original code, and by hand. Its trunk: see test_vmamba.py."""
+"""EfficientVMamba against the recorded vectors of the original code, and by hand. For its trunk see test_vmamba.py."""
 
 import functools
 
@@ -31,16 +31,16 @@ def small():
 
 
 @pytest.mark.parametrize("size", [name.removeprefix("scan/") for name in MAPS if name.startswith("scan/")])
-def test_recorded_ways(size):
+def test_recorded_scan_paths(size):
     grid = tuple(map(int, size.split("x")))
-    ways = atrous_scan(grid)
-    np.testing.assert_array_equal(ways, MAPS[f"scan/{size}"])
-    length, token_of = ways.shape[1], MAPS[f"merge/{size}"]
+    paths = atrous_scan(grid)
+    np.testing.assert_array_equal(paths, MAPS[f"scan/{size}"])
+    length, token_of = paths.shape[1], MAPS[f"merge/{size}"]
     direction, place = np.divmod(token_of, length)
     np.testing.assert_array_equal(atrous_scan_order(grid).places[:, 0], place * 4 + direction)
 
 
-def test_ways_by_hand():
+def test_scan_paths_by_hand():
     _ = PADDING
     by_hand = [[0, 2, 4, 10, 12, 14], [5, _, 7, _, 9, _], [1, 3, _, 11, 13, _], [6, _, 8, _, _, _]]
     np.testing.assert_array_equal(atrous_scan((3, 5)), by_hand)
@@ -89,7 +89,7 @@ def test_recorded_models(case):
 
 
 @pytest.mark.parametrize(
-    ("size", "expected", "total", "length"),  # logits of the original code for weights that follow a rule
+    ("size", "expected", "total", "length"),  # logits of the original code for weights set by a rule
     [
         ((40, 40), [0.751655, -0.829254, 1.215978, -1.253932, 1.391685], 2.561357, 3.549973),
         ((40, 56), [0.901876, -1.033327, 1.462578, -1.529377, 1.680690], 2.963699, 4.284102),
@@ -127,7 +127,7 @@ def test_bfloat16_is_close_and_finite(small):
 
 
 def test_batch_statistics(small):
-    """Training normalises by the batch and updates running averages; evaluation reads these and nothing else."""
+    """Training normalises by batch statistics and updates running averages; evaluation reads only these."""
     images = sample_images(batch=4)
 
     @jax.jit
@@ -153,13 +153,22 @@ def test_running_averages_are_those_of_the_first_convolution(small):
     old, new = small["batch_stats"]["stage_0"]["conv_norm"], updates["batch_stats"]["stage_0"]["conv_norm"]
     params = small["params"]
     patches = jax.lax.conv_general_dilated(
-        *(images, params["patch_embed"]["kernel"], (4, 4), "VALID"), dimension_numbers=("NHWC", "HWIO", "NHWC")
+        lhs=images,
+        rhs=params["patch_embed"]["kernel"],
+        window_strides=(4, 4),
+        padding="VALID",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
     x = _norm(patches + params["patch_embed"]["bias"], params["patch_norm"])
     x = _norm(x, jax.tree.map(lambda leaf: leaf[0], params["stage_0"]["norm"]))
     kernel, bias = params["stage_0"]["conv"]["kernel"][0], params["stage_0"]["conv"]["bias"][0]
     x = bias + jax.lax.conv_general_dilated(
-        *(x, kernel, (1, 1), "SAME"), dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=8
+        lhs=x,
+        rhs=kernel,
+        window_strides=(1, 1),
+        padding="SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=8,
     )
     np.testing.assert_allclose(new["mean"][0], 0.9 * old["mean"][0] + 0.1 * x.mean((0, 1, 2)), rtol=1e-4, atol=1e-5)
     variance = np.var(x, axis=(0, 1, 2), ddof=1)
@@ -172,7 +181,7 @@ def _norm(x, params):
 
 
 def test_devices_share_a_batch(small):
-    """Two halves of a batch on an axis with a name are normalised like the batch in one piece."""
+    """Two halves of a batch on a named axis are normalised like the undivided batch."""
     images = sample_images(batch=4)
     model = SMALL.clone(bn_axis_name="devices")
 
@@ -189,7 +198,7 @@ def test_devices_share_a_batch(small):
 
 
 def test_initial_distributions():
-    """Linear layers start with deviation 0.02, convolutions, 1×1 ones too, as PyTorch's do."""
+    """Linear layers are initialised with deviation 0.02; convolutions, also 1×1, by PyTorch's default."""
     model = EfficientVMamba(num_classes=5, dims=32, depths=(1, 1, 1, 1), mlp_ratio=2.0, downsample="conv")
     variables = jax.jit(model.init)(jax.random.key(1), sample_images(32, 32, 1))
     scanning, convolving = variables["params"]["stage_1"], variables["params"]["stage_2"]
@@ -253,7 +262,7 @@ def test_images_too_small_for_strided_convolutions_are_named():
 
 
 def test_remat_does_not_change_training(small):
-    """With stochastic depth and statistics that are updated."""
+    """Covers stochastic depth and updated statistics."""
     images = sample_images()
 
     @functools.partial(jax.jit, static_argnames="model")

@@ -1,4 +1,4 @@
-"""The heads against the recorded vectors of mmsegmentation, and what their options do."""
+"""The heads against the recorded vectors of mmsegmentation, and the effects of their options."""
 
 import functools
 
@@ -18,7 +18,7 @@ CASES = golden.cases("c10_uperhead_*") + golden.cases("c10_fcnhead_*")
 
 
 def recorded_head(case: str):
-    """A recorded head, its inputs in this project's layout, its variables' shapes."""
+    """A recorded head, its inputs in this project's layout, and the shapes of its variables."""
     constructor, io = golden.meta(case)["constructor"], golden.tensors(case)
     options = {name: constructor[name] for name in ("num_classes", "channels")}
     options["dropout_rate"] = constructor["dropout_ratio"]
@@ -31,7 +31,7 @@ def recorded_head(case: str):
 
 
 def converted(tensors: dict, head, shapes: dict) -> dict:
-    """Recorded tensors as variables, every one used once but the counters of batches."""
+    """Converts recorded tensors to variables, each used once except the batch counters."""
     entries = expand(TABLES[type(head).__name__], {path: leaf.shape for path, leaf in shapes.items()})
     assert {entry.source for entry in entries} == {name for name in tensors if not name.endswith("num_batches_tracked")}
     assert {entry.target for entry in entries} == set(shapes)
@@ -51,7 +51,7 @@ def test_recorded_logits(case):
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.endswith("_train")])
 def test_recorded_training_step(case):
-    """Output, updated statistics and gradients with the batch's own statistics."""
+    """Output, updated statistics and gradients, normalised by batch statistics."""
     head, inputs, shapes = recorded_head(case)
     io, variables = golden.tensors(case), converted(golden.tensors(case, "weights"), head, shapes)
     cotangent = golden_models.nhwc(io["cotangent"])
@@ -137,7 +137,7 @@ def test_linear_head_reads_every_map():
 
 
 def test_initial_distributions():
-    """He's deviation for convolutions in front of a rectifier, by the outputs; 0.01 for the classes."""
+    """He's deviation by the number of outputs for convolutions before a ReLU; 0.01 for the class layer."""
     head = UperNet(num_classes=150, channels=64)
     params = jax.jit(head.init)(jax.random.key(0), maps())["params"]
     assert float(params["fusion"]["kernel"].std()) == pytest.approx((2 / (9 * 64)) ** 0.5, rel=0.02)

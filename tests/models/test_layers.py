@@ -1,4 +1,4 @@
-"""What the networks share: what XLA makes of convolutions whose filters are a layer's slice of stacked weights."""
+"""Shared layers: programs that XLA compiles for convolutions whose filters are a slice of stacked weights."""
 
 import re
 
@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from vimd_jax.models.layers import DepthwiseConv, apart
+from vimd_jax.models.layers import DepthwiseConv, materialized
 from vimd_jax.models.mamba import GroupedShortConv, ShortConv
 
 
 class Step(nn.Module):
-    """A convolution as a step of nn.scan."""
+    """A convolution as the body of nn.scan."""
 
     conv: type[nn.Module]
     options: dict
@@ -43,10 +43,10 @@ def test_a_convolution_of_a_layer_stack_does_not_slice_its_weights_in_its_loop(c
 
 def test_weights_apart_are_the_same_bits_and_so_are_their_gradients():
     weights = jax.random.normal(jax.random.key(0), (3, 3, 1, 5))
-    np.testing.assert_array_equal(jax.jit(apart)(weights), weights)
-    np.testing.assert_array_equal(jax.jit(jax.grad(lambda x: jnp.sum(apart(x) * weights)))(weights), weights)
+    np.testing.assert_array_equal(jax.jit(materialized)(weights), weights)
+    np.testing.assert_array_equal(jax.jit(jax.grad(lambda x: jnp.sum(materialized(x) * weights)))(weights), weights)
 
 
 def test_weights_apart_cost_nothing_on_a_gpu():
-    lowered = jax.jit(apart).trace(jnp.ones((5, 8))).lower(lowering_platforms=("cuda",))
+    lowered = jax.jit(materialized).trace(jnp.ones((5, 8))).lower(lowering_platforms=("cuda",))
     assert "dot_general" not in lowered.as_text()

@@ -44,7 +44,7 @@ def variables_of(model):
 
 
 def recorded(case: str):
-    """The tensors of a case, the network as published, and its variables."""
+    """The tensors of a case, the published network, and its variables."""
     model = golden_models.local_vim(golden.meta(case)["constructor"], vertical_reverse="published")
     return golden.tensors(case), model, convert_state_dict(golden.tensors(case, "weights"), model)
 
@@ -73,7 +73,7 @@ def test_supernet_gradients_are_among_the_recorded():
 
 @pytest.mark.parametrize("case", RECORDED)
 def test_recorded_mixers(case):
-    """What the second layer adds: beside the stream, the class scores would hardly show a mistake in it."""
+    """The update of the second layer; class scores, dominated by the stream, would hardly show an error in it."""
     io, model, variables = recorded(case)
     params = jax.tree.map(lambda x: x[1], variables["params"]["layers"])
     grid = model.grid_of(io["input"].shape[2:])
@@ -83,7 +83,7 @@ def test_recorded_mixers(case):
     assert golden.relative_error(update, io["layer01.hidden"]) < 1e-5
 
 
-# Logits of the original code for weights by a rule: the first five, the sum and the norm of all.
+# Logits of the original code for weights set by a rule: the first five, the sum and the norm of all.
 RULE = LocalVim(
     num_classes=5,
     image_size=64,
@@ -129,7 +129,7 @@ def test_published_reverse_differs_on_grids_that_are_not_square():
 
 @pytest.mark.parametrize("class_token", ["middle", "head", None])
 def test_other_image_size_resizes_positions(class_token):
-    """An image of another size gives what a network made for that size gives with a resized table."""
+    """An image of another size gives the same as a network for that size with a resized table."""
     model, images = SMALL.clone(class_token=class_token, rope=False), sample_images(45, 24)
     params = variables_of(model)["params"]
     table = resize_positions(params["position_embedding"], (4, 4), (6, 3), class_token)
@@ -141,7 +141,7 @@ def test_other_image_size_resizes_positions(class_token):
 
 
 @pytest.mark.parametrize(("stride", "size"), [(None, (29, 35)), (8, (7, 3)), (4, (33, 30)), (12, (30, 41))])
-def test_images_are_padded_to_whole_patches_behind_the_normalization(stride, size):
+def test_images_are_padded_to_whole_patches_after_the_normalization(stride, size):
     model = SMALL.clone(stride=stride, input_normalization=True, rope=False)
     rows, columns = model.grid_of(size)
     full = tuple((n - 1) * model.stride + 8 for n in (rows, columns))
@@ -151,7 +151,7 @@ def test_images_are_padded_to_whole_patches_behind_the_normalization(stride, siz
     images = sample_images(*size)
     padding = ((0, 0), *((0, max(whole - side, 0)) for whole, side in zip(full, size)), (0, 0))
     mean = jnp.array([0.485, 0.456, 0.406])
-    padded = jnp.pad(images - mean, padding) + mean  # zero once normalised
+    padded = jnp.pad(images - mean, padding) + mean  # zero after normalisation
     variables = variables_of(model)
     np.testing.assert_allclose(run(model, variables, images), run(model, variables, padded), rtol=1e-5, atol=1e-6)
 
@@ -231,9 +231,15 @@ def test_weight_decay_as_published():
     assert decayed == {
         "patch_embed/kernel",
         "head/kernel",
-        *(mixer + name for name in ("in_proj/kernel", "out_proj/kernel", "conv/kernel")),
-        *(mixer + name for name in ("ssm/x_proj_kernel", "ssm/dt_proj_kernel", "ssm/A_log")),
-        *(mixer + name for name in ("gate/reduce/kernel", "gate/expand/kernel", "search/direction_weights")),
+        mixer + "in_proj/kernel",
+        mixer + "out_proj/kernel",
+        mixer + "conv/kernel",
+        mixer + "ssm/x_proj_kernel",
+        mixer + "ssm/dt_proj_kernel",
+        mixer + "ssm/A_log",
+        mixer + "gate/reduce/kernel",
+        mixer + "gate/expand/kernel",
+        mixer + "search/direction_weights",
     }
 
 

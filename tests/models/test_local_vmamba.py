@@ -26,7 +26,7 @@ def run(model, variables, images, return_features=False):
 
 
 def recorded(case: str):
-    """The tensors of a case, the network as published, and its variables."""
+    """The tensors of a case, the published network, and its variables."""
     model = golden_models.local_vmamba(golden.meta(case)["constructor"], vertical_reverse="published")
     return golden.tensors(case), model, convert_state_dict(golden.tensors(case, "weights"), model)
 
@@ -44,7 +44,7 @@ def test_recorded_vectors(case):
 
 @pytest.mark.parametrize("case", RECORDED)
 def test_recorded_mixers(case):
-    """What the first block adds: beside the stream, the class scores would hardly show a mistake in it."""
+    """The update of the first block; class scores, dominated by the stream, would hardly show an error in it."""
     io, model, variables = recorded(case)
     params = jax.tree.map(lambda x: x[0], variables["params"]["stage_0"])
     x = io["patch_embed"]
@@ -56,7 +56,7 @@ def test_recorded_mixers(case):
 
 
 def test_recorded_gradients():
-    """Of the first two stages; those of the others are left out of the copy."""
+    """Gradients of the first two stages, the only ones in the recording."""
     io, model, variables = recorded("c07_localvmamba_reduced")
     gradients = jax.jit(jax.grad(lambda v, x: jnp.sum(model.apply(v, x) * io["dlogits"]), argnums=(0, 1)))
     gradient, image_gradient = gradients(variables, golden_models.nhwc(io["input"]))
@@ -70,7 +70,7 @@ def test_recorded_gradients():
     assert golden.relative_error(image_gradient, golden_models.nhwc(io["grad_input"])) < 1e-4
 
 
-# Logits of the original code for weights by a rule: the first five, the sum and the norm of all.
+# Logits of the original code for weights set by a rule: the first five, the sum and the norm of all.
 RULE = LocalVMamba(
     num_classes=5,
     dims=(8, 16),
@@ -114,12 +114,12 @@ def test_logits_of_weights_by_rule(name):
 
 
 def test_a_turned_image_gives_a_turned_result():
-    """Rows and columns are scanned alike: swapping an image's axes and the directions' swaps the features' axes."""
+    """Rows and columns are scanned alike: swapping an image's axes and the directions swaps the features' axes."""
     rows = RULE.clone(dims=8, depths=(1,), directions=(("h", "v_flip"),))
     columns = rows.clone(directions=(("v", "h_flip"),))
     variables = golden_models.random_variables(rows, jnp.zeros((1, 16, 16, 3)))
     params = flatten_dict(variables["params"])
-    # The filters of patches and of the depthwise convolution turn with the image.
+    # The filters of patches and of the depthwise convolution are transposed with the image.
     for path in (("patch_embed", "kernel"), ("stage_0", "mixer", "conv", "kernel")):
         params[path] = params[path].swapaxes(-4, -3)
     images = jax.random.uniform(jax.random.key(0), (1, 12, 20, 3))
@@ -130,7 +130,7 @@ def test_a_turned_image_gives_a_turned_result():
 
 
 def test_initial_distributions():
-    """As VMamba; the steps start from those of Mamba, which LocalVim's do not."""
+    """Same as VMamba's; step sizes are initialised as in Mamba, unlike LocalVim's."""
     params = jax.jit(create_model("local_vmamba_tiny", depths=(2,)).init)(jax.random.key(1), jnp.zeros((1, 16, 16, 3)))
     mixer = params["params"]["stage_0"]["mixer"]
     deviations = {

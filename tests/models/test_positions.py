@@ -1,4 +1,4 @@
-"""Resizing of position tables against recorded PyTorch values, and the places of class tokens."""
+"""Resizing of position tables against recorded PyTorch values, and the positions of class tokens."""
 
 import golden
 import numpy as np
@@ -22,7 +22,7 @@ def test_bicubic_is_pytorch_s(samples, size, expected):
 
 @pytest.mark.parametrize("case", golden.cases("c06_posembed_*"))
 def test_recorded_tables(case):
-    """The originals resized as if the class token were at the head, wherever it was."""
+    """The originals resize as if the class token were at the head, wherever it is."""
     io, options = golden.tensors(case), golden.meta(case)["constructor"]
     grid = (options["orig_grid"], options["orig_grid"])
     table = resize_positions(io["pos_embed_checkpoint"], grid, tuple(options["new_grid"]), "head")

@@ -1,4 +1,4 @@
-"""Ways through a grid against the maps that the original code makes, and by hand."""
+"""Orders of traversal of a grid against the original code's maps, and by hand."""
 
 import golden
 import jax.numpy as jnp
@@ -66,7 +66,7 @@ def test_unknown_directions_are_named(direction):
 
 @pytest.mark.parametrize("class_token", ["middle", "head", None])
 def test_orders_of_several_directions(class_token):
-    """Tokens go to their places in every sequence and come back, whatever is padded."""
+    """Tokens reach their positions in every sequence and return from there, with any padding."""
     grid, directions = (3, 5), ("h", "v_flip", "w2", "w7_flip")
     order = local_scan_order(directions, grid, class_token)
     count = 15 + (class_token is not None)
@@ -77,9 +77,9 @@ def test_orders_of_several_directions(class_token):
         np.testing.assert_array_equal(np.sort(sequence[sequence != PADDING]), np.arange(count))
         np.testing.assert_array_equal(order.tokens.reshape(-1)[order.places[:, k]], np.arange(count))
         patches = np.delete(np.arange(count), {"middle": 7, "head": 0, None: []}[class_token])
-        way = scan_map(direction, grid)
+        path = scan_map(direction, grid)
         scanned = [token for token in sequence if token in patches]
-        np.testing.assert_array_equal(scanned, patches[way[way != PADDING]])
+        np.testing.assert_array_equal(scanned, patches[path[path != PADDING]])
 
     tokens = np.random.default_rng(0).normal(size=(2, count, 3)).astype(np.float32)
     sequences = to_sequences(jnp.asarray(tokens), order)
@@ -90,7 +90,7 @@ def test_orders_of_several_directions(class_token):
 
 def test_where_class_tokens_are_scanned():
     middle = local_scan_order(("h", "h_flip", "w2", "w2_flip"), (3, 3), "middle").tokens.T
-    assert [np.flatnonzero(sequence == 4).tolist() for sequence in middle] == [[4]] * 4  # in padded sequences too
+    assert [np.flatnonzero(sequence == 4).tolist() for sequence in middle] == [[4]] * 4  # also in padded sequences
     head = local_scan_order(("h", "h_flip", "w2", "w2_flip"), (3, 3), "head").tokens.T
     assert [np.flatnonzero(sequence == 0).tolist() for sequence in head] == [[0], [9], [0], [16]]
 

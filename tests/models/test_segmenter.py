@@ -1,4 +1,4 @@
-"""Segmenters against the recorded vectors of the authors' code, and what they do at any size."""
+"""Segmenters against the recorded vectors of the authors' code, and their behaviour at any size."""
 
 import functools
 
@@ -23,7 +23,7 @@ BACKBONES = [
 ]
 SEGMENTERS = golden.cases("c10_segmentor_*")
 ISOTROPIC = {"image_size": 32, "patch_size": 8, "stride": 8, "embed_dim": 16, "depth": 4, "drop_path_rate": 0.2}
-STAGES = {"image_size": 32, "dims": 8, "depths": (1, 1, 1, 1), "drop_path_rate": 0.2}
+STAGES = {"image_size": 32, "dims": 8, "depths": (1, 1), "drop_path_rate": 0.2}
 WINDOWS = {"directions": (("h", "v_flip", "w2"),)}
 HEADS = {"num_classes": 3, "head_channels": 8, "auxiliary_channels": 4}
 SMALL = {  # one of each family
@@ -33,7 +33,7 @@ SMALL = {  # one of each family
     "upernet_vmamba_tiny": STAGES,
     "upernet_vmamba2_tiny": STAGES,
     "upernet_local_vmamba_tiny": STAGES | WINDOWS,
-    "upernet_efficient_vmamba_tiny": STAGES,
+    "upernet_efficient_vmamba_tiny": STAGES | {"depths": (1, 1, 1)},  # the third stage is of another kind
 }
 
 
@@ -56,7 +56,7 @@ def run(model, variables, images):
 
 
 def of_backbone(tensors: dict, model) -> dict:
-    """Variables of a segmenter from the tensors of its backbone, and any for its head."""
+    """Variables of a segmenter from the tensors of its backbone, with random ones for its heads."""
     variables = golden_models.random_variables(model, jnp.zeros((1, *model.input_size, 3)))
     named = {f"backbone.{name}": tensor for name, tensor in tensors.items()}
     return convert_state_dict(export_state_dict(variables, model) | named, model)
@@ -70,7 +70,7 @@ def test_recorded_maps(case):
     for k in range(len([name for name in io if name.endswith("/image")])):
         images = golden_models.nhwc(io[f"in{k}/image"])
         maps = run(model, variables, images)[1]["hidden_states"]
-        if not constructor.get("if_fpn", True):  # as the layers leave them, all of one resolution
+        if not constructor.get("if_fpn", True):  # the layers' outputs, all of one resolution
             maps = model.backbone.apply(
                 part(variables, "backbone"), images, model.taps, state="update", method="feature_maps"
             )
@@ -101,13 +101,13 @@ def test_recorded_segmentation(case):
 
 @pytest.mark.parametrize("case", [case for case in SEGMENTERS if case.endswith("_train")])
 def test_recorded_training_step(case):
-    """Loss, gradients and updated statistics with the batch's own statistics; dropout and stochastic depth are off."""
+    """Loss, gradients and updated statistics, normalised by batch statistics; dropout and stochastic depth are off."""
     io, constructor = golden.tensors(case), golden.meta(case)["constructor"]
     model = golden_models.segmenter(constructor, head_dropout_rate=0.0)
     variables = convert_state_dict(golden.tensors(case, "weights"), model)
     images, labels = golden_models.nhwc(io["image"]), io["labels"]
 
-    def cross_entropy(logits):  # as published: the mean over all pixels, of which the unlabelled ones say nothing
+    def cross_entropy(logits):  # as published: the mean over all pixels, with 0 for unlabelled ones
         logits = jax.nn.log_softmax(resize_bilinear(logits, labels.shape[1:]))
         picked = jnp.take_along_axis(logits, np.where(labels == 255, 0, labels)[..., None], axis=-1)[..., 0]
         return -jnp.sum(jnp.where(labels == 255, 0, picked)) / (labels.size + jnp.finfo(jnp.float32).eps)
@@ -146,7 +146,7 @@ def test_every_family_has_a_small_segmenter():
 
 @pytest.mark.parametrize("name", SMALL)
 def test_every_backbone_at_odd_sizes_and_in_half_precision(name):
-    """Scores of every pixel, finite; each size is compiled once."""
+    """Finite scores for every pixel; each size is compiled once."""
     traced = []
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -183,22 +183,22 @@ def test_every_backbone_trains_on_images_that_are_not_square(name):
     gradients, updated = gradient(variables["params"])
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((gradients, updated)))
     idle = {"/".join(path) for path, leaf in flatten_dict(gradients).items() if not np.any(leaf)}
-    assert idle <= {"backbone/neck/final_norm/scale"}  # which the authors' files hold, and nothing reads
+    assert idle <= {"backbone/neck/final_norm/scale"}  # in the authors' files, but not used
 
 
 def test_a_map_for_each_quarter_of_the_layers_or_each_stage():
     for name, channels, sizes in [
-        ("upernet_vim_tiny", (16,) * 4, (12, 6, 3, 1)),
+        ("upernet_vim_tiny", (16,) * 4, (6, 3, 1, 1)),
         ("upernet_local_vim_tiny", (16,) * 4, (3, 3, 3, 3)),
-        ("upernet_vmamba_tiny", (8, 16, 32, 64), (6, 3, 2, 1)),
+        ("upernet_vmamba_tiny", (8, 16), (6, 3)),
     ]:
         apply = functools.partial(small(name).apply, return_features=True)
         logits, features = jax.eval_shape(apply, variables_of(name), images(24, 24))
         assert [x.shape for x in features["hidden_states"]] == [(2, s, s, c) for s, c in zip(sizes, channels)]
         assert logits.shape == (2, sizes[0], sizes[0], 3)
-        assert features["auxiliary_logits"].shape[1] == sizes[3 if "local_vim" in name else 2]
-    assert create_model("upernet_vim_tiny")._all_taps == (5, 11, 17, 23)
-    assert create_model("upernet_local_vim_tiny")._all_taps == (4, 9, 14, 19)
+        assert features["auxiliary_logits"].shape[1] == sizes[-1 if "local_vim" in name else -2]
+    assert create_model("upernet_vim_tiny")._layers == (5, 11, 17, 23)
+    assert create_model("upernet_local_vim_tiny")._layers == (4, 9, 14, 19)
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def _described(model) -> dict:
 
 
 def test_windows_cover_the_image_and_are_averaged(monkeypatch):
-    """With scores that say where a window lies: the mean over the windows that pass a pixel."""
+    """Scores that encode a window's position are averaged over the windows that contain a pixel."""
     model, size = small("upernet_vim_tiny"), (20, 27)
     monkeypatch.setattr(Segmenter, "_scores", lambda self, variables, images: images)
     slid = model.segment({}, images(*size), mode="slide", window=(16, 16), stride=(3, 10))
@@ -235,16 +235,18 @@ def test_windows_cover_the_image_and_are_averaged(monkeypatch):
     np.testing.assert_allclose(slid[0, -1, -1], corners[1, 2], rtol=1e-6)
 
 
-def test_small_images_are_one_window():
-    model, variables = small("upernet_vmamba_tiny"), variables_of("upernet_vmamba_tiny")
-    whole, slid = (model.segment(variables, images(24, 20), mode) for mode in ("whole", "slide"))
-    np.testing.assert_allclose(slid, whole, rtol=1e-4, atol=1e-5)
+def test_small_images_are_one_window(monkeypatch):
+    seen = []
+    monkeypatch.setattr(Segmenter, "_scores", lambda self, variables, images: seen.append(images.shape) or images)
+    small("upernet_vmamba_tiny").segment({}, images(24, 20), "slide")
+    assert seen == [(2, 24, 20, 3)]
 
 
 @pytest.mark.parametrize(
     ("options", "field"),
     [
         ({"backbone": "srvm_tiny"}, "backbone"),
+        ({"num_classes": 0}, "num_classes"),
         ({"head": "segmenter"}, "head"),
         ({"head_channels": 0}, "head_channels"),
         ({"head_dropout_rate": 1.0}, "head_dropout_rate"),

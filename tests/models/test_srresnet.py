@@ -27,7 +27,7 @@ def test_recorded_outputs(case):
 
 
 def test_recorded_training_step():
-    """Output, updated statistics and gradients with the batch's own statistics."""
+    """Output, updated statistics and gradients, normalised by batch statistics."""
     case = "c04_sr_x4_train"
     io = golden.tensors(case)
     model = golden_models.srresnet(golden.meta(case)["constructor"])
@@ -92,10 +92,10 @@ def test_convolutions_start_as_pytorch_s():
 
 
 def test_running_averages_become_part_of_the_filters():
-    """What is applied equals a convolution that is normalised afterwards, and no pass over its output is left."""
+    """A folded convolution equals one that is normalised afterwards, and leaves no pass over its output."""
     keys = jax.random.split(jax.random.key(0), 6)
     x = jax.random.normal(keys[0], (2, 6, 5, 3))
-    conv, norm = Conv(4, 3, use_bias=False), BatchNorm(False, None)
+    conv, norm = Conv(4, 3, use_bias=False), BatchNorm(train=False, axis_name=None)
     filters = conv.init(keys[1], x)
     draw = [1 + jax.random.uniform(key, (4,)) for key in keys[2:]]
     variables = {"params": dict(zip(("scale", "bias"), draw)), "batch_stats": dict(zip(("mean", "var"), draw[2:]))}

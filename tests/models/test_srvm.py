@@ -1,4 +1,4 @@
-"""SRVM-Net: its parts in a row, the frozen first part, and the bicubic alternative."""
+"""SRVM-Net: its parts in sequence, the frozen first part, and the bicubic alternative."""
 
 import golden_models
 import jax
@@ -36,7 +36,7 @@ def test_enlarges_then_classifies(student):
 
 
 def test_super_resolution_is_frozen(student):
-    """No gradient, and running averages in use though the classifier trains: applying needs no mutable statistics."""
+    """No gradient, and running averages although the classifier trains: applying needs no mutable statistics."""
     model, variables, images = student
     gradient = jax.jit(jax.grad(lambda v: model.apply(v, images, train=True).sum()))(variables)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradient["params"]["sr"]))

@@ -1,4 +1,4 @@
-"""V2M against the recorded vectors of the original code and figures of an independent program; routing and options."""
+"""V2M against recorded vectors of the original code and figures of an independent program; routing and options."""
 
 import functools
 from unittest import mock
@@ -26,7 +26,7 @@ def run(model, variables, x, **return_features):
 
 @functools.partial(jax.jit, static_argnames="model")
 def gradients(model, variables, x, cotangent):
-    """Of sum(output * cotangent) with respect to the variables and x; and the output."""
+    """Gradients of sum(output * cotangent) with respect to the variables and x; and the output."""
 
     def scalar(variables, x):
         y = model.apply(variables, x)
@@ -40,7 +40,7 @@ def mixer_of(model: V2M) -> Mixer:
 
 
 def mixer_variables(weights: dict[str, np.ndarray], model: V2M):
-    """A bare mixer's tensors as variables, by the table of the whole network."""
+    """Converts a mixer's tensors to variables, by the table of the whole network."""
     rest = {entry.source: np.zeros(entry.shape, np.float32) for entry in plan(model)}
     named = {f"layers.0.mixer.{name}": tensor for name, tensor in weights.items()}
     assert set(named) == {name for name in rest if ".mixer." in name}
@@ -103,8 +103,8 @@ def test_recorded_models(case):
         assert golden.relative_error(features["hidden_states"][i - 1], expected) < 1e-5, i
 
 
-# For weights that follow a rule: the first outputs, the sum of all and the Euclidean norm. Those of "published" are the
-# original's, the others come from a NumPy program that shares nothing with this one.
+# For weights set by a rule: the first outputs, the sum of all and the Euclidean norm. Those of "published" come from
+# the original code, the others from a NumPy program that shares no code with this one.
 LOGITS_BY_RULE = {
     "published": ([-1.102649, -1.010480, -0.786939, -0.461095, -0.075314], -6.936160, 2.496819),
     "aligned": ([-0.909639, -0.839688, -0.660647, -0.395779, -0.079494], -5.848851, 2.085572),
@@ -144,7 +144,7 @@ def test_mixers_with_weights_by_rule(routing, merge):
 
 
 def routed(grid: tuple[int, int], routing: str) -> np.ndarray:
-    """How many views bring each patch (columns) to each place (rows), the scans replaced by the identity."""
+    """The number of views that map each patch (columns) to each output position (rows), with identities for scans."""
     tokens = grid[0] * grid[1]
     mixer = Mixer(depth=1, state_size=16, grid=grid, merge="sum", routing=routing, dtype=jnp.float32)
     to_x = np.eye(tokens, 4 * tokens, dtype=np.float32)
@@ -164,8 +164,8 @@ def test_every_output_ends_up_at_its_own_patch(routing):
     np.testing.assert_array_equal(routed((3, 4), routing), 4 * np.eye(12))
 
 
-def test_four_corners_turn_with_the_grid():
-    """Whichever way an image is turned, the same corners are there."""
+def test_four_corners_rotate_with_the_grid():
+    """Rotating an image permutes the corners, so the output rotates with it."""
     model = SMALL.clone(depth=1)
     params = golden_models.random_variables(mixer_of(model), jnp.zeros((1, 12, 16)), seed=1)
     x = np.random.default_rng(0).normal(size=(1, 3, 4, 16)).astype(np.float32)
@@ -178,7 +178,7 @@ def test_four_corners_turn_with_the_grid():
 
 @pytest.mark.parametrize("routing", ["four_corners", "aligned"])
 def test_what_a_patch_sees(routing):
-    """From four corners everything; the authors' views leave out what is both below and to the right."""
+    """Every patch sees all others from four corners; in the authors' views not those both below and to the right."""
     model = SMALL.clone(depth=1, routing=routing)
     mixer = mixer_of(model)
     params = golden_models.random_variables(mixer, jnp.zeros((1, 12, 16)), seed=1)
@@ -193,7 +193,7 @@ def test_what_a_patch_sees(routing):
 
 
 def test_initial_distributions():
-    """Deviations of the original initialisation (its parameters at seed 0), and what is constant."""
+    """Deviations of the original initialisation (its parameters at seed 0), and constant parameters."""
     params = jax.jit(V2M(num_classes=100, depth=4).init)(jax.random.key(1), jnp.zeros((1, 32, 32, 3)))["params"]
     mixer = params["layers"]["mixer"]
     expected = {
@@ -228,7 +228,7 @@ def test_initial_distributions():
 
 
 def test_what_weight_decay_shrinks(small):
-    """timm's rule, as for Vim: matrices, state matrices among them, and neither vectors nor positions."""
+    """timm's rule, as for Vim: matrices, including state matrices, but not vectors or positions."""
     leaves = {tuple(key.key for key in path[1:]) for path, _ in jax.tree_util.tree_leaves_with_path(small)}
     spared = {path for path in leaves if not V2M.decays(path)}
     assert {path[-1] for path in spared} == {"bias", "scale", "D", "position_embedding"}

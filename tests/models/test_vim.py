@@ -71,7 +71,7 @@ def test_recorded_vectors(case):
         assert golden.relative_error(state, io[name]) < 1e-5, name
 
 
-# Logits of the original code for weights that follow a rule (below): the first four, then the sum of all.
+# Logits of the original code for weights set by a rule (below): the first four, then the sum of all.
 RULE = dict(num_classes=5, image_size=32, patch_size=16, stride=8, embed_dim=16, depth=3)
 BY_RULE = {
     "published": ({}, [-0.236070, -0.063140, 0.117931, 0.283698], 1.031706),
@@ -159,7 +159,7 @@ def test_last_token_and_max_over_logits(small):
 
 
 def test_other_image_size_resizes_positions(small):
-    """An image of another size gives what a model made for that size gives with a resized table."""
+    """An image of another size gives the same as a network for that size with a resized table."""
     images = jax.random.uniform(jax.random.key(1), (2, 48, 40, 3))
     table = resize_positions(small["params"]["position_embedding"], (4, 4), (6, 5), "middle")
     resized = {"params": small["params"] | {"position_embedding": table}}
@@ -207,11 +207,11 @@ def test_drop_path_acts_only_while_training(small):
     np.testing.assert_array_equal(first, again)
     assert not np.allclose(first, other)
     np.testing.assert_array_equal(run(model, small, images), run(SMALL, small, images))
-    jax.eval_shape(lambda: SMALL.apply(small, images, train=True))  # no rate, no random stream needed
+    jax.eval_shape(lambda: SMALL.apply(small, images, train=True))  # without a rate, no random stream is needed
 
 
 def test_remat_changes_memory_but_not_numbers():
-    """With remat the gradient's memory grows by one state a layer; the numbers are the same."""
+    """With remat the gradient's memory grows by one state per layer; results are the same."""
     images = sample_images(4)
     state = 4 * 17 * 16 * 4  # batch, tokens, channels, bytes
     growth, results = {}, {}

@@ -73,14 +73,14 @@ def check_part(case: str, apply, whole, prefix: str = "") -> None:
 
 
 @pytest.mark.parametrize("size", ["4x4", "3x5"])
-def test_recorded_ways(size):
+def test_recorded_scan_paths(size):
     recorded = golden.tensors("c08_vmamba_cross_scan_maps")
-    ways = cross_scan(tuple(map(int, size.split("x"))))
-    np.testing.assert_array_equal(ways, recorded[f"scan/{size}"])
-    np.testing.assert_array_equal(ways, recorded[f"scan_fn/{size}"])
+    paths = cross_scan(tuple(map(int, size.split("x"))))
+    np.testing.assert_array_equal(paths, recorded[f"scan/{size}"])
+    np.testing.assert_array_equal(paths, recorded[f"scan_fn/{size}"])
 
 
-def test_ways_by_hand():
+def test_scan_paths_by_hand():
     columns = [0, 4, 8, 1, 5, 9, 2, 6, 10, 3, 7, 11]
     np.testing.assert_array_equal(cross_scan((3, 4)), [range(12), columns, range(11, -1, -1), columns[::-1]])
 
@@ -128,7 +128,7 @@ def test_recorded_models(case):
 
 
 @pytest.mark.parametrize(
-    ("size", "expected", "total", "length"),  # logits of the original code for weights that follow a rule
+    ("size", "expected", "total", "length"),  # logits of the original code for weights set by a rule
     [
         ((64, 64), [0.158626, 0.044821, -0.075288, -0.185935, -0.272542], 0.370459, 0.617167),
         ((32, 64), [0.157804, 0.050508, -0.063833, -0.170206, -0.254592], -0.715328, 0.494173),
@@ -149,7 +149,12 @@ def test_depthwise_convolution():
     conv = DepthwiseConv()
     params = golden_models.random_variables(conv, x)["params"]
     expected = jax.lax.conv_general_dilated(
-        *(x, params["kernel"], (1, 1), "SAME"), dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=4
+        lhs=x,
+        rhs=params["kernel"],
+        window_strides=(1, 1),
+        padding="SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=4,
     )
     np.testing.assert_allclose(conv.apply({"params": params}, x), expected + params["bias"], rtol=1e-4, atol=1e-5)
 
@@ -200,7 +205,7 @@ def test_drop_path_acts_only_while_training(small):
     np.testing.assert_array_equal(first, again)
     assert not np.allclose(first, other)
     np.testing.assert_array_equal(run(model, small, images), run(SMALL, small, images))
-    jax.eval_shape(lambda: SMALL.apply(small, images, train=True))  # no rate, no random stream needed
+    jax.eval_shape(lambda: SMALL.apply(small, images, train=True))  # without a rate, no random stream is needed
 
 
 def test_drop_rates_grow_over_all_stages(monkeypatch):
@@ -277,15 +282,22 @@ def test_initial_distributions():
 
 
 def test_weight_decay_leaves_out_vectors_and_biases():
-    """As published: the bias of the steps is a matrix there and is called dt_projs_bias, so it shrinks."""
+    """As published: the bias of the step sizes, a matrix called dt_projs_bias, decays."""
     paths = jax.eval_shape(SMALL.init, jax.random.key(0), sample_images())["params"]
     decayed = {"/".join(path) for path in flatten_dict(paths) if SMALL.decays(path)}
     assert {name.split("stage_0/")[-1] for name in decayed if "stage_0" in name} == {
-        *("mixer/in_proj/kernel", "mixer/conv/kernel", "mixer/out_proj/kernel"),
-        *("mixer/ssm/x_proj_kernel", "mixer/ssm/dt_proj_kernel", "mixer/ssm/dt_proj_bias", "mixer/ssm/A_log"),
+        "mixer/in_proj/kernel",
+        "mixer/conv/kernel",
+        "mixer/out_proj/kernel",
+        "mixer/ssm/x_proj_kernel",
+        "mixer/ssm/dt_proj_kernel",
+        "mixer/ssm/dt_proj_bias",
+        "mixer/ssm/A_log",
     }
     assert {name for name in decayed if "stage" not in name} == {
-        *("patch_embed/kernel", "downsample_0/reduction/kernel", "head/kernel"),
+        "patch_embed/kernel",
+        "downsample_0/reduction/kernel",
+        "head/kernel",
     }
 
 

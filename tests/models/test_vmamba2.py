@@ -1,4 +1,4 @@
-"""VMamba's second release against figures of the original code for weights that follow a rule, and by its sizes."""
+"""VMamba's second release against figures of the original code for weights set by a rule, and its sizes."""
 
 import functools
 
@@ -47,7 +47,7 @@ def test_odd_sizes_are_rounded_up():
 
 @pytest.mark.parametrize("convolutions", [False, True], ids=["linear", "1x1 convolutions"])
 def test_files_come_back_as_they_were(convolutions):
-    """In both shapes in which the authors' files hold linear layers."""
+    """Reads both shapes of linear layers in the authors' files."""
     variables = golden_models.random_variables(SMALL, jnp.zeros((1, 40, 40, 3)))
     tensors = export_state_dict(variables, SMALL)
     if convolutions:

@@ -1,4 +1,4 @@
-"""The short form of the fuzzing of the reader."""
+"""A short run of the reader's fuzzing."""
 
 from scripts import fuzz_checkpoints
 

@@ -1,4 +1,4 @@
-"""The report on a GPU: a rehearsal without one, cases that fail, crash or hang, what its table says, its kernels."""
+"""The GPU report: a rehearsal without a GPU; cases that fail, crash or hang; its tables; its kernels."""
 
 import itertools
 import json
@@ -106,7 +106,7 @@ def test_a_case_that_fails_leaves_the_others(tmp_path):
 
 
 def test_when_time_is_up_the_rest_is_named(tmp_path):
-    """Here the case before the last uses all of it."""
+    """The case before the last uses up the time."""
     code = WORKER.replace('["b", "hangs", 0.5]', '["b", "hangs", 60]')
     results, _ = run_worker(tmp_path, seconds=2, code=code)
     assert [result.get("error") for result in results][4:] == ["left out: time was up"] * 2
@@ -182,7 +182,7 @@ def test_every_knob_lowers_for_cuda(gpu_cases, kernel):
             codes.append(function.trace(inputs).lower(lowering_platforms=("cuda",)).as_text())
     assert all("xla.gpu.triton" in code for code in codes)
     for code, other in itertools.combinations(codes, 2):
-        assert code != other  # each changes something
+        assert code != other  # each change has an effect
 
 
 def test_the_short_distillation_is_a_valid_run(gpu_cases, tmp_path):

@@ -1,4 +1,4 @@
-"""The table of classifiers: its counts against known ones, and its form."""
+"""The table of classifiers: its counts against known ones, and its format."""
 
 import functools
 from pathlib import Path
@@ -97,7 +97,7 @@ def test_products(name):
 
 @pytest.mark.parametrize("name", model_table.PUBLISHED)
 def test_counts_are_near_the_published_ones(name):
-    """Where a family's rule is known; what is published has two digits or three."""
+    """Counts equal published ones, which have two or three digits, where a family's rule is known."""
     published, model = model_table.PUBLISHED[name], create_model(name)
     if published.operations is None or published.family == "V2M":
         return
@@ -107,7 +107,7 @@ def test_counts_are_near_the_published_ones(name):
 
 
 class Parts(Network):
-    """One of everything that is counted: a strided convolution, grouped convolutions, layers in a loop, a norm."""
+    """Contains everything that is counted: a strided convolution, grouped convolutions, layers in a loop, a norm."""
 
     image_size: int = 8
 
@@ -135,7 +135,7 @@ def test_every_kind_of_operation():
 
 
 def test_scans_and_short_convolutions():
-    """Of a Vim of one layer, term by term."""
+    """Derives the count of a Vim of one layer, term by term."""
     model = create_model("vim_tiny", depth=1, embed_dim=32, image_size=48, state_size=4, num_classes=10)
     tokens, dim, channels, rank, state = 10, 32, 64, 2, 4
     matrices = 2 * channels * dim + channels * dim + 2 * (channels * (rank + 2 * state) + rank * channels)

@@ -18,7 +18,9 @@ from vimd_jax.training.metrics import read_metrics
 ROOT = Path(__file__).parent.parent.parent
 
 
-def start(stage: str, workdir: Path, *flags: str, devices: int = 1) -> subprocess.Popen:
+def start(
+    stage: str, workdir: Path, *flags: str, devices: int = 1, variables: dict[str, str] | None = None
+) -> subprocess.Popen:
     command = [
         sys.executable,
         "-m",
@@ -27,7 +29,7 @@ def start(stage: str, workdir: Path, *flags: str, devices: int = 1) -> subproces
         f"--workdir={workdir}",
         *flags,
     ]
-    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"} | (variables or {})
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
@@ -60,6 +62,24 @@ def together():
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     return ["--coordinator_address", address, "--num_processes", "2", "--process_id"]
+
+
+def test_processes_of_a_job_find_each_other(tmp_path):
+    """As SLURM tells them, whose variables stand for a job here."""
+    job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
+    run = [
+        start("teacher", tmp_path, "--distributed", variables=job | {"SLURM_PROCID": str(i), "SLURM_LOCALID": "0"})
+        for i in range(2)
+    ]
+    finish(*run)
+    assert numbers(tmp_path)
+
+
+def test_without_a_job_there_is_nothing_to_find(tmp_path):
+    process = start("teacher", tmp_path, "--distributed")
+    said = process.communicate(timeout=100)[1]
+    assert process.returncode == 1 and len(said.splitlines()) == 1
+    assert "--distributed: JAX found no job of SLURM, Open MPI or Kubernetes around this process" in said
 
 
 def test_two_processes_train_as_one(tmp_path, together):

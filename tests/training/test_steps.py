@@ -63,6 +63,27 @@ def test_batch_statistics_pass_through_the_parts_and_the_average_follows_them():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), after.average[name], expected)
 
 
+@pytest.mark.parametrize("changes", [{}, {"accumulation_steps": 2}, {"classifier__remat": True}], ids=str)
+def test_batch_norms_that_do_not_train_keep_their_statistics(changes):
+    """And normalise by them, so that they give in training what they give afterwards."""
+    before, after, _ = one_step(with_stages(optimizer__freeze="^(stem|stage_0)", **changes))
+    same = jax.tree.map(np.array_equal, before.batch_stats, after.batch_stats)
+    frozen = {name for name in same if name.startswith(("stem", "stage_0"))}
+    assert frozen and frozen != set(same)
+    for name, leaves in same.items():
+        assert set(jax.tree.leaves(leaves)) == {name in frozen}, name
+
+
+def test_an_average_warms_up():
+    config = tiny_config("classifier", ema_decay=0.9, ema_warmup=True)
+    decays = [float(steps.ema_decay(config, step)) for step in (1, 2, 71, 72, 1000)]
+    np.testing.assert_allclose(decays, [2 / 11, 3 / 12, 72 / 81, 73 / 82, 0.9], rtol=1e-6)
+    config.schedule.warmup_learning_rate = 1e-3
+    before, after, _ = one_step(config)
+    expected = jax.tree.map(lambda a, b: 2 / 11 * a + 9 / 11 * b, before.params, after.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), after.average["params"], expected)
+
+
 @pytest.mark.parametrize(("student", "teacher"), [("stages", "tokens"), ("tokens", "stages"), ("tokens", "tokens")])
 def test_hidden_states_of_any_shapes_through_maps(student, teacher):
     """Other depths, widths, grids and class tokens; the maps learn, and are no part of the network that comes out."""

@@ -131,6 +131,47 @@ def test_a_link_to_such_a_folder_is_refused_too(tmp_path, images):
         workdirs.check(tmp_path / "link", config_of(images), splits(config_of(images)))
 
 
+@pytest.mark.parametrize("name", ["config.json", "data.json"])
+def test_checkpoints_without_a_description_are_no_fresh_folder(workdir, images, name):
+    (workdir / "best").mkdir()
+    (workdir / name).unlink()
+    config = config_of(images)
+    with pytest.raises(ValueError, match=f"run holds checkpoints, but its {name} is gone"):
+        workdirs.check(workdir, config, splits(config))
+    workdirs.claim(workdir, config, splits(config))
+    assert (workdir / "best").is_dir()
+
+
+def test_a_network_without_checkpoints_is_set_aside(tmp_path, images):
+    (tmp_path / "run" / "best").mkdir(parents=True)
+    (tmp_path / "run" / "best" / "network.json").write_text("{}")
+    config = config_of(images)
+    workdirs.claim(tmp_path / "run", config, splits(config))
+    assert (tmp_path / "run" / "best-before" / "network.json").exists()
+    assert not (tmp_path / "run" / "best").exists()
+
+
+def test_where_weights_lay_is_no_setting(workdir, images, caplog):
+    config = config_of(images)
+    config.teacher.init = "/scratch/job2/weights"
+    caplog.set_level("INFO")
+    workdirs.check(workdir, config, splits(config))
+    assert any("began with config.teacher.init=, which is not read again" in line for line in caplog.messages)
+
+
+def test_a_longer_run_is_told_how_to_start(workdir, images):
+    config = config_of(images)
+    config.schedule.num_epochs = 9
+    with pytest.raises(ValueError, match=f"num_epochs was 2, is 9.*To train on, add --config.continue_from={workdir}"):
+        workdirs.check(workdir, config, splits(config))
+
+
+def test_names_of_weights_are_no_paths(tmp_path):
+    config = tiny_config("student", teacher__init="pretrained:vim_tiny", sr__init="hf://a/b/c.pth")
+    ((stage, _),) = workdirs.stages(config, tmp_path)
+    assert (stage.teacher.init, stage.sr.init) == ("pretrained:vim_tiny", "hf://a/b/c.pth")
+
+
 def test_what_processes_must_share(images, tmp_path):
     config = config_of(images)
     same = workdirs.identity(config, splits(config))
@@ -148,7 +189,7 @@ def test_relative_and_absolute_paths_are_one(tmp_path, monkeypatch):
     config.sr.init = str(tmp_path / "runs/sr")
     ((absolute, second),) = workdirs.stages(config, tmp_path / "runs/student")
     assert (relative, first) == (absolute, second)
-    assert os.path.normpath(workdirs.init_path(relative, "teacher", first)) == str(tmp_path / "runs/teacher")
+    assert os.path.normpath(workdirs.init_source(relative, "teacher", first)) == str(tmp_path / "runs/teacher")
 
 
 def test_two_runs_in_one_folder(tmp_path):

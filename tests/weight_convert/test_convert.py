@@ -1,4 +1,4 @@
-"""The two commands, and the directory between them."""
+"""The commands that convert and export, and the directory between them."""
 
 import dataclasses
 import errno
@@ -143,7 +143,7 @@ def test_fine_tuning_from_a_file_and_from_its_conversion_is_the_same(tmp_path, c
 
 
 def test_a_grid_of_the_same_size_but_another_shape_is_resized_too(tmp_path):
-    """The directory remembers its grid; the number of tokens alone would not tell."""
+    """The directory records its grid, which the number of tokens does not determine."""
     assert convert(*VIM[:-1], "64x96", "--output", tmp_path / "wide") == 0
     tall = create_model("vim_tiny", embed_dim=48, depth=4, stride=8, image_size=(96, 64), num_classes=10)
     with pytest.raises(ValueError, match="7x11 patches in the checkpoint, 11x7 wanted$"):
@@ -153,7 +153,7 @@ def test_a_grid_of_the_same_size_but_another_shape_is_resized_too(tmp_path):
 
 
 def test_a_file_trained_on_images_that_are_not_square(tmp_path):
-    """A state dict does not tell its grid; --source_size does, and gives what the directory in between gives."""
+    """--source_size, for the grid that a state dict lacks, gives the same result as a directory in between."""
     assert convert(*VIM[:-1], "64x96", "--output", tmp_path / "wide") == 0
     assert export("--checkpoint", tmp_path / "wide", "--output", tmp_path / "wide.safetensors") == 0
     file = [*VIM[:2], "--checkpoint", tmp_path / "wide.safetensors", *VIM_OPTIONS]
@@ -161,6 +161,21 @@ def test_a_file_trained_on_images_that_are_not_square(tmp_path):
     square = load_model(tmp_path / "square")
     resized = load_variables(tmp_path / "wide", square.model, adapt=True)
     jax.tree.map(np.testing.assert_array_equal, resized, square.variables)
+
+
+def test_a_file_without_a_head(tmp_path, capsys):
+    file = changed(tmp_path / "x.pth", lambda state: [state.pop(f"head.{part}") for part in ("weight", "bias")])
+    assert convert_file(file, "--output", tmp_path / "x") == 1
+    assert "has no head: add --num_classes N for a new one, or 0 for none" in capsys.readouterr().err
+    assert convert_file(file, "--num_classes", 0, "--output", tmp_path / "trunk") == 0
+    assert convert_file(file, "--num_classes", 3, "--output", tmp_path / "new") == 0
+    assert "no classes in the checkpoint, 3 wanted: the head is initialised anew" in capsys.readouterr().out
+    trunk, new = load_model(tmp_path / "trunk"), load_model(tmp_path / "new")
+    assert trunk.class_names == () and len(new.class_names) == 3
+    filled = load_variables(tmp_path / "trunk", new.model, adapt=True)
+    jax.tree.map(np.testing.assert_array_equal, filled, new.variables)
+    dropped = load_variables(FILES / "vim_style.pth", trunk.model, adapt=True)
+    jax.tree.map(np.testing.assert_array_equal, dropped, trunk.variables)
 
 
 def test_classes_may_be_an_option_too(tmp_path):
@@ -173,11 +188,13 @@ def test_numbers_that_are_not_finite_are_pointed_out(tmp_path, capsys):
     state_dict["head.bias"] = np.full(10, np.nan, np.float32)
     save_file(state_dict, tmp_path / "x.safetensors")
     assert convert(*VIM[:2], "--checkpoint", tmp_path / "x.safetensors", *VIM_OPTIONS, "--dry_run") == 0
-    assert "warning: 1 variables hold numbers that are not finite, first params/head/bias" in capsys.readouterr().out
+    assert (
+        "warning: 1 variables contain NaN or infinite values, the first is params/head/bias" in capsys.readouterr().out
+    )
 
 
 def changed(path, change, source=FILES / "vim_style.pth"):
-    """A file like another one but for what `change` does to its state dict."""
+    """A copy of a file with a state dict modified by `change`."""
     state_dict = dict(load_torch_checkpoint(source))
     change(state_dict)
     torch_writer.save(path, {"model": state_dict})
@@ -201,7 +218,7 @@ def expanded(value, shape, strides):
         ),
         ({"head.bias": np.zeros(7, np.float32)}, "not as many classes as rows of head.weight (1): head.bias is (7,)"),
         ({"head.weight": np.zeros((10, 4), np.float32)}, "head.weight is (10, 4), expected (10, 48)"),
-        ({"head.weight": np.zeros((0, 48), np.float32)}, "num_classes: 0 is not valid"),
+        ({"head.weight": np.zeros((0, 48), np.float32)}, "the head of the file has no classes: its shape is (0, 48)"),
         ({"pos_embed": np.zeros((2, 50, 48), np.float32)}, "pos_embed is (2, 50, 48), expected (1, 50, 48)"),
         ({"pos_embed": np.zeros((1, 1, 48), np.float32)}, "the position embedding is for 0 patches"),
         ({"pos_embed": np.zeros((1, 0, 48), np.float32)}, "the position embedding is for -1 patches"),
@@ -344,7 +361,7 @@ def test_every_assumption_that_changes_results_is_named(name, options, expected)
 
 
 def test_a_table_of_as_many_positions_is_taken_to_be_square(tmp_path, capsys):
-    """4×4 patches into 2×8."""
+    """Resizes 4×4 patches to 2×8."""
     positions = np.random.default_rng(0).normal(size=(1, 17, 48)).astype(np.float32)
     file = changed(tmp_path / "x.pth", lambda state_dict: state_dict.update(pos_embed=positions))
     wide = [*VIM[:2], "--checkpoint", file, *VIM_OPTIONS[:-1], "24x72"]
@@ -446,7 +463,7 @@ def test_dry_run_writes_nothing(tmp_path, capsys):
         ([*SR[:2], *VIM[2:4]], "vim_style.pth: the weights do not fit SRResNet: missing"),
     ],
 )
-def test_errors_are_one_line_and_leave_nothing_behind(arguments, message, tmp_path, capsys):
+def test_errors_are_one_line_and_write_nothing(arguments, message, tmp_path, capsys):
     assert convert(*arguments, "--output", tmp_path / "out") == 1
     error = capsys.readouterr().err
     assert message in error
@@ -462,7 +479,7 @@ def test_existing_output_is_kept(tmp_path, capsys):
     assert "--dry_run" in capsys.readouterr().err
 
 
-def test_an_interrupted_conversion_leaves_nothing_behind(tmp_path, monkeypatch):
+def test_an_interrupted_conversion_writes_nothing(tmp_path, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 

@@ -50,7 +50,7 @@ class Hub(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def find(self):
-        """The status and error code, or None; the commit, where there is one; the content of the file."""
+        """The status and error code, or None; the commit, if any; the content of the file."""
         repository, _, rest = self.path.lstrip("/").partition("/resolve/")
         revision, _, file = rest.partition("/")
         commit = COMMITS.get(revision, revision)
@@ -71,7 +71,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """The server; `hub.requests` are the paths that were asked for. The Hub's client and its cache are set to it."""
+    """The server, to which the Hub's client and cache are redirected; `hub.requests` are the requested paths."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.requests = []
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
@@ -186,7 +186,7 @@ def test_release_file_is_saved_by_hand(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["pretrained:v2m_tiny", "pretrained:vim_tinny"])
 def test_architecture_without_weights(name):
-    refused(name, r"no weights are published for '\w+'; there are some for vim_tiny, ")
+    refused(name, r"no weights are published for '\w+'; there are weights for vim_tiny, ")
     with pytest.raises(CheckpointError):
         architecture_of(name)
 

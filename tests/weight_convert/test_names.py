@@ -1,4 +1,4 @@
-"""The names and shapes under which the weights of networks with stages are found, in files of other times and tools."""
+"""Names and shapes of weights of networks with stages, in files from older releases and other tools."""
 
 import functools
 
@@ -71,7 +71,7 @@ def test_first_names(model):
 
 
 def test_names_and_shapes_of_the_version_in_one_file():
-    """There the directions' projections are one, and linear layers may be 1×1 convolutions."""
+    """In such files the directions share one projection tensor, and linear layers may be 1×1 convolutions."""
     weights = weights_of(VMAMBA)
     old = {
         name: x.reshape(-1, x.shape[-1]) if name.endswith(("x_proj.weight", "dt_projs.weight")) else x
@@ -98,7 +98,7 @@ def test_other_shapes_of_the_same_size_are_refused():
 
 
 def test_blocks_are_where_they_belong():
-    """Against the layout as the trees of parameters document it, not against the inverse of the conversion."""
+    """Compares with the documented layouts of the parameters, not with the inverse conversion."""
     weights = weights_of(EFFICIENT)
     variables = convert_state_dict(weights, EFFICIENT)
     params, statistics = variables["params"], variables["batch_stats"]
@@ -137,7 +137,7 @@ def test_two_tensors_for_one_variable_are_named():
     ("entry", "key"), [("state_dict", None), ("model", None), ("ema_model", "ema_model"), ("model_ema", "model_ema")]
 )
 def test_files_of_the_authors_trainers(entry, key, tmp_path):
-    """Average weights of a wrapped network, as the trainers save them beside the optimizer and the rest."""
+    """Averaged weights of a wrapped network, as trainers save them along with the optimizer and other entries."""
     weights = weights_of(EFFICIENT)
     content = {
         "epoch": 3,
@@ -155,7 +155,7 @@ def test_files_of_the_authors_trainers(entry, key, tmp_path):
 
 
 def test_a_classifier_whose_head_is_called_classifier(tmp_path):
-    """Names with `classifier.` need not be of a student; inside one the word stands twice."""
+    """Names with `classifier.` need not belong to a student; in a student's file the word occurs twice."""
     weights, student = weights_of(VMAMBA), create_model("srvm_tiny", sr="bicubic", classifier="vmamba_tiny")
     student = student.clone(classifier=VMAMBA)
     torch_writer.save(tmp_path / "alone.pth", weights)
@@ -200,7 +200,7 @@ def test_rotary_tables_are_compared_as_exactly_as_their_numbers_are():
 
 
 def test_a_part_of_any_composite_fills_its_network(tmp_path):
-    """Of a file with two such parts none is chosen."""
+    """A file with two such parts is refused."""
     vim = Vim(num_classes=5, image_size=32, embed_dim=16, depth=1)
     weights = weights_of(vim)
     headless = {name: x for name, x in weights.items() if not name.startswith("head.")}

@@ -1,4 +1,4 @@
-"""Reading PyTorch files: exactly what is in them, one clear line where that cannot be, and nothing ever executed."""
+"""Reading PyTorch files: exact content, one clear line for each failure, and no code ever executed."""
 
 import argparse
 import collections
@@ -70,7 +70,7 @@ def test_malicious_file_is_refused_and_nothing_runs(tmp_path, monkeypatch):
         (b"\x80\x04\x95\x0f\0\0\0\0\0\0\0\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", "legacy format.*weights_only=False"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "a pointer of Git LFS.*git lfs pull"),
         (b"\x1f\x8b\x08\0", "compressed with gzip; unpack it first"),
-        (b'{"metadata": {}, "weight_map": {}}', "the index of a checkpoint in parts, join these"),
+        (b'{"metadata": {}, "weight_map": {}}', "the index of a checkpoint in parts, join the parts"),
         (b"<!DOCTYPE html>", "a web page instead of the file"),
     ],
 )
@@ -352,7 +352,7 @@ def reduced(name: str, *arguments) -> Call:
     ],
     ids=str,
 )
-def test_what_is_beside_the_state_dict_is_not_asked_for(extra, tmp_path):
+def test_other_entries_than_the_state_dict_are_not_read(extra, tmp_path):
     torch_writer.save(tmp_path / "x.pth", {"extra": extra, "model": GOOD, "more": [extra]})
     assert load_torch_checkpoint(tmp_path / "x.pth")["x"].sum() == 3
 
@@ -414,7 +414,7 @@ def test_two_parts_are_one_state_dict(tmp_path):
 
 
 def test_tensors_together_are_no_larger_than_a_file_can_hold(tmp_path):
-    """Each view would do: it repeats one number a hundred thousand times, and there are a hundred of them."""
+    """Each view alone is valid: it repeats one number a hundred thousand times, and there are a hundred of them."""
     storage = np.zeros(1, np.float32)
     torch_writer.save(tmp_path / "x.pth", {str(i): View((storage, 0, (100_000,), (0,))) for i in range(100)})
     with pytest.raises(CheckpointError, match="larger than a file of this size can hold"):

@@ -51,6 +51,11 @@ def _is_low_resolution(value: Any) -> bool:
     return value == 0 or all(_is_whole(side, 1, 2**12) for side in sides)
 
 
+def _is_range(value: Any) -> bool:
+    numbers = isinstance(value, list) and len(value) == 2 and all(type(x) in (int, float) for x in value)
+    return numbers and -_MOST_NUMBER <= value[0] < value[1] <= _MOST_NUMBER
+
+
 # Every field: whether a value is valid, and in words what is. Fields of fields are joined by dots.
 _FIELDS: dict[str, tuple[Check, str]] = {
     "architecture": (_is_text, "a name"),
@@ -59,10 +64,12 @@ _FIELDS: dict[str, tuple[Check, str]] = {
     "view": (lambda x: isinstance(x, dict), "low_resolution and crop"),
     "view.low_resolution": (_is_low_resolution, "0, or the side or [height, width] in pixels"),
     "view.crop": (lambda x: type(x) in (int, float) and 0 < x <= 1, "a number above 0 and up to 1"),
+    "view.value_range": (_is_range, "two numbers, the smaller first"),
     "provenance": (lambda x: isinstance(x, dict), "values by name"),
     "variables": (lambda x: _matches(r"variables-[0-9a-f]{16}\.safetensors", x), "the name of a file beside this one"),
     "checksum": (lambda x: _matches(r"[0-9a-f]{64}", x), "a SHA-256"),
 }
+_OPTIONAL = ("view.value_range",)
 _OPTION = f"a number up to {_MOST_NUMBER:,}, a text or a short list of them"
 _SEAL = "description_checksum"
 
@@ -127,12 +134,12 @@ def covers_options(content: dict[str, Any]) -> bool:
 def _problem(content: dict[str, Any]) -> str | None:
     """The first field that is not valid, in words."""
     present = content | {f"view.{name}": value for name, value in _as_dict(content.get("view")).items()}
-    if missing := [name for name in _FIELDS if name not in present]:
+    if missing := [name for name in _FIELDS if name not in (*present, *_OPTIONAL)]:
         return f"is incomplete (no {missing[0]})"
     if unknown := [name for name in present if name not in (*_FIELDS, "format")]:
         return f"has an unknown field {printable(repr(unknown[0]))}"
     for name, (is_valid, expected) in _FIELDS.items():
-        if not is_valid(present[name]):
+        if name in present and not is_valid(present[name]):
             return f"has {name} {printable(repr(present[name]), 100)}, expected {expected}"
     for name, value in content["options"].items():
         if not _is_option(value):

@@ -47,7 +47,8 @@ def save_model(folder: str | Path, trained: TrainedModel) -> str:
     content = {
         **network,
         "class_names": list(trained.class_names),
-        "view": {"low_resolution": trained.low_resolution, "crop": trained.crop},
+        "view": {"low_resolution": trained.low_resolution, "crop": trained.crop}
+        | ({"value_range": trained.value_range} if trained.value_range else {}),
         "provenance": trained.provenance,
         "variables": f"variables-{checksum[:16]}.safetensors",
         "checksum": checksum,
@@ -107,7 +108,8 @@ def read_model(path: Path) -> TrainedModel:
             f"{folder}: network.json has a low resolution of {low}, but the network reads {model.image_size}"
         )
     low = tuple(low) if isinstance(low, list) else low
-    return TrainedModel(model, variables, names, low, view["crop"], content["provenance"])
+    value_range = tuple(view.get("value_range", ()))
+    return TrainedModel(model, variables, names, low, view["crop"], content["provenance"], value_range)
 
 
 def _read_tensors(path: Path, expected: dict[str, tuple[tuple[int, ...], np.dtype]]) -> dict[str, np.ndarray]:

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from vimd_jax.data.images import as_rgb, decode_image, find_images, read_image
+from vimd_jax.data.images import ValueRange, as_rgb, decode_image, find_images, read_image
 from vimd_jax.data.preparation import NetworkView, prepare
 from vimd_jax.errors import DatasetError
 from vimd_jax.models.network import Network, square
@@ -31,11 +31,12 @@ class TrainedModel:
     Attributes:
       model: the Flax module.
       variables: as `model.init` returns them, NumPy arrays.
-      class_names: in the order of the logits; empty for a super-resolution network.
+      class_names: in the order of the logits; empty for a super-resolution network or one without a head.
       low_resolution: side, or (height, width), in pixels of the images that it restores first; 0 if it reads images as
         they are.
       crop: share of the short side of an image that it was evaluated on.
       provenance: where it comes from, JSON values.
+      value_range: the values of grey images of more than 8 bits that become black and white, see `read_image`.
     """
 
     model: Network
@@ -44,6 +45,7 @@ class TrainedModel:
     low_resolution: int | tuple[int, int] = 0
     crop: float = 1.0
     provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
+    value_range: ValueRange = ()
 
     def __post_init__(self):
         check_process()
@@ -82,7 +84,9 @@ class TrainedModel:
           RuntimeError: this process was forked from one that used JAX.
         """
         if not self.class_names:
-            raise ValueError("This is a super-resolution network, which has no classes: load a classifier.")
+            raise ValueError(
+                "This network has no classes, as a super-resolution network or one without a head: load a classifier."
+            )
         pictures = (self.prepare(image, downsample, f"images[{i}]") for i, image in enumerate(_each(images)))
         batches = iter(lambda: list(itertools.islice(pictures, batch_size)), [])
         results = [self.probabilities(np.stack(batch)) for batch in batches]
@@ -105,7 +109,7 @@ class TrainedModel:
         """
         if hasattr(image, "dtype") and image.dtype != np.uint8:
             return self._checked(np.asarray(image), name)
-        image, name = _decoded(image, name)
+        image, name = _decoded(image, name, self.value_range)
         if self.low_resolution and not downsample and not self.view.is_ready(image):
             rows, columns = self.view.low_resolution
             raise DatasetError(
@@ -174,14 +178,15 @@ def _each(images: Any) -> Iterator[Picture]:
         )
 
 
-def _decoded(image: Picture, name: str) -> tuple[Image.Image, str]:
+def _decoded(image: Picture, name: str, value_range: ValueRange) -> tuple[Image.Image, str]:
     """An image and how messages call it."""
     if isinstance(image, str | Path):
-        return read_image(image), str(image)
+        return read_image(image, value_range=value_range), str(image)
     if isinstance(image, Image.Image):
-        return as_rgb(image, name), name
+        return as_rgb(image, name, value_range), name
     if hasattr(image, "dtype"):
         if image.ndim != 3 or image.shape[-1] != 3:
             raise ValueError(f"{name}: an array of shape {image.shape}, expected (height, width, 3)")
         return Image.fromarray(np.asarray(image)), name
-    return decode_image(io.BytesIO(image if isinstance(image, bytes) else image.read()), name), name
+    file = io.BytesIO(image if isinstance(image, bytes) else image.read())
+    return decode_image(file, name, value_range=value_range), name

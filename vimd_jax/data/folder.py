@@ -7,23 +7,24 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from vimd_jax.data.catalog import DATASETS, check_complete
-from vimd_jax.data.images import EXTENSIONS, list_folder
-from vimd_jax.data.source import FileSource, Source, composed, hold_out, warn_once
+from vimd_jax.data.images import EXTENSIONS, ValueRange, list_folder
+from vimd_jax.data.source import SPLIT_NAMES, FileSource, Source, choose, composed
 from vimd_jax.errors import DatasetError
+from vimd_jax.log import warn_once
 
 LAYOUT = "expected train/<class>/*.jpg and test/<class>/*.jpg, optionally val/<class>/*.jpg"
-VALIDATION = ("val", "valid", "validation")  # names that the folder of the validation images may have
 
 
 class FolderSource(FileSource):
     """The images of a split's folder, one subfolder per class, sorted by class and file name."""
 
-    def __init__(self, folder: Path, class_names: Sequence[str] | None = None):
+    def __init__(self, folder: Path, class_names: Sequence[str] | None = None, value_range: ValueRange = ()):
         """Lists the images.
 
         Args:
             folder: the split's folder.
             class_names: the classes in label order, if already known; by default the subfolders, sorted.
+            value_range: see `read_image`.
 
         Raises:
             DatasetError: there are no classes, a class has no images, or a class is not in `class_names`.
@@ -46,7 +47,7 @@ class FolderSource(FileSource):
                 )
             files += [f"{subfolder}/{file}" for file in listed.images]
             labels += [names.index(name)] * len(listed.images)
-        super().__init__(folder, files, labels, names)
+        super().__init__(folder, files, labels, names, value_range)
         if ignored:
             kinds = ", ".join(f"{count} {kind}" for kind, count in ignored.most_common(5))
             warn_once(f"{folder}: ignoring what is no image: {kinds}")
@@ -77,30 +78,27 @@ def load(config: ConfigDict, split: str, seed: int) -> Source:
     root = Path(config.directory).expanduser()
     if not root.is_dir():
         raise DatasetError(f"config.dataset.directory: {root} is not a folder; {LAYOUT}")
-    validation = _validation_folder(root)
-    present = [name for name in ("train", validation, "test") if (root / name).is_dir()]
-    if split == "test" and present in ([validation], ["test"]):  # evaluation does not need the training images
-        return FolderSource(root / present[0])
-    if "train" not in present or len(present) < 2:
-        found = ", ".join(f"{name}/" for name in present) or "none of train/, val/, test/"
-        raise DatasetError(f"config.dataset.directory: {root} contains {found}; {LAYOUT}")
-    train = FolderSource(root / "train")
-    # With only train/ and val/, the layout of the published experiments, val/ is the test set.
-    test = FolderSource(root / present[-1], train.class_names)
-    held_out = FolderSource(root / validation, train.class_names) if len(present) == 3 else None
-    if config.name in DATASETS:
-        check_complete(config.name, root, len(train.class_names), len(train) + len(held_out or ()), len(test))
-    if split == "test":
-        return test
-    if held_out is not None:
-        return train if split == "train" else held_out
-    return hold_out(train, split, config.validation_fraction, seed)
+    folders = _split_folders(root)
+    if "test" not in folders and "validation" not in folders or (split != "test" and "train" not in folders):
+        present = ", ".join(f"{folder}/" for folder in folders.values()) or "none of train/, val/, test/"
+        raise DatasetError(f"config.dataset.directory: {root} contains {present}; {LAYOUT}")
+    found: dict[str, Source] = {}
+    for name, folder in folders.items():  # those of training first
+        class_names = found["train"].class_names if "train" in found else None
+        found[name] = FolderSource(root / folder, class_names, tuple(config.value_range))
+    if config.name in DATASETS and "train" in found:
+        *training, test = map(len, found.values())
+        check_complete(config.name, root, len(found["train"].class_names), sum(training), test)
+    return choose(found, split, config, seed, str(root))
 
 
-def _validation_folder(root: Path) -> str:
-    present = [name for name in VALIDATION if (root / name).is_dir()]
-    if len(present) > 1:
-        raise DatasetError(
-            f"config.dataset.directory: {root} contains {'/ and '.join(present)}/; keep one folder of validation images"
-        )
-    return present[0] if present else VALIDATION[0]
+def _split_folders(root: Path) -> dict[str, str]:
+    """The folders of the splits that there are, training first and the test set last."""
+    folders: dict[str, str] = {}
+    for name, split in SPLIT_NAMES.items():
+        if not (root / name).is_dir():
+            continue
+        if split in folders:
+            raise DatasetError(f"config.dataset.directory: {root} contains {folders[split]}/ and {name}/; keep one")
+        folders[split] = name
+    return folders

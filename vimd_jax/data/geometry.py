@@ -14,6 +14,11 @@ ASPECT_RATIOS = (3 / 4, 4 / 3)
 
 BICUBIC, BILINEAR, NEAREST = Image.Resampling.BICUBIC, Image.Resampling.BILINEAR, Image.Resampling.NEAREST
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
+Size = tuple[int, int]  # width, height
+
+
+# An image is resized as a whole and then cropped, if that makes at most this many times the pixels that are kept.
+MOST_WHOLE = 8
 
 
 class View(NamedTuple):
@@ -24,16 +29,16 @@ class View(NamedTuple):
         box: of that image.
         size: (width, height) of the result.
         mirrored: left to right.
-        isolated: whether resampling reads nothing outside of the box, as cropping first does.
+        whole: (width, height) that the image is resized to before the box is cut; None: the box is cut first.
         canvas: (width, height) that `pad` brings the result to; None: its own size.
     """
 
-    full_size: tuple[int, int]
+    full_size: Size
     box: Box
-    size: tuple[int, int]
+    size: Size
     mirrored: bool = False
-    isolated: bool = False
-    canvas: tuple[int, int] | None = None
+    whole: Size | None = None
+    canvas: Size | None = None
 
     @property
     def reduction(self) -> int:
@@ -48,10 +53,15 @@ class View(NamedTuple):
             image: of `full_size`, of a JPEG's 1/2, 1/4 or 1/8 of it, or of any other size of the same shape.
             resample: BICUBIC for images, NEAREST for labels.
         """
-        if image.size == self.full_size and self.isolated:
-            view = image.crop(self.box).resize(self.size, resample)
-        else:
+        if image.size != self.full_size:
             view = image.resize(self.size, resample, box=self._box_in(image))
+        elif self.whole is None:
+            view = image.crop(self.box).resize(self.size, resample)
+        elif math.prod(self.whole) <= MOST_WHOLE * math.prod(self.size):
+            left, top = (round(self.box[i] * self.whole[i] / self.full_size[i]) for i in (0, 1))
+            view = image.resize(self.whole, resample).crop((left, top, left + self.size[0], top + self.size[1]))
+        else:
+            view = image.resize(self.size, resample, box=self.box)
         return view.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if self.mirrored else view
 
     def pad(self, view: Image.Image, fill: int | tuple[int, int, int]) -> Image.Image:
@@ -63,8 +73,6 @@ class View(NamedTuple):
         return padded
 
     def _box_in(self, image: Image.Image) -> Box:
-        if image.size == self.full_size:
-            return self.box
         x, y = self.full_size[0] / image.width, self.full_size[1] / image.height
         if max(x, y) > 1:
             # A JPEG decoded at 1/2, 1/4 or 1/8 scale: its last pixel may lie partly outside of the image.
@@ -90,7 +98,7 @@ def draw_view(
         flip: mirror left to right with probability 1/2.
     """
     box = random_crop_box(*full_size, rng, crop_scale)
-    return View(full_size, box, (side, side), mirrored=flip and bool(rng.random() < 0.5), isolated=True)
+    return View(full_size, box, (side, side), mirrored=flip and bool(rng.random() < 0.5))
 
 
 def random_crop_box(
@@ -143,9 +151,8 @@ def crop_view(
     """
     size = tuple(min(side, scaled) for scaled in scaled_size)
     x, y = full_size[0] / scaled_size[0], full_size[1] / scaled_size[1]
-    box = (corner[0] * x, corner[1] * y, (corner[0] + size[0]) * x, (corner[1] + size[1]) * y)
-    box = (*box[:2], min(box[2], full_size[0]), min(box[3], full_size[1]))
-    return View(full_size, box, size, mirrored, canvas=(side, side))
+    right, bottom = min((corner[0] + size[0]) * x, full_size[0]), min((corner[1] + size[1]) * y, full_size[1])
+    return View(full_size, (corner[0] * x, corner[1] * y, right, bottom), size, mirrored, scaled_size, (side, side))
 
 
 def draw_scaled_view(
@@ -181,7 +188,7 @@ def draw_corner(
     labels: np.ndarray, side: int | tuple[int, int], rng: np.random.Generator, largest_class: float, ignored: int
 ) -> tuple[int, int]:
     """The (left, top) of a random crop of a label map (height, width); see `draw_scaled_view`."""
-    (height, width), (rows, columns) = labels.shape, _pair(side)
+    (height, width), (rows, columns) = labels.shape, pair(side)
     for _ in range(10):
         top, left = int(rng.integers(max(height - rows, 0) + 1)), int(rng.integers(max(width - columns, 0) + 1))
         pixels = np.bincount(labels[top : top + rows, left : left + columns].ravel(), minlength=ignored + 1)
@@ -199,8 +206,9 @@ def whole_view(full_size: tuple[int, int], size: tuple[int, int]) -> View:
 def central_view(full_size: tuple[int, int], size: int | tuple[int, int], crop: float = 1.0) -> View:
     """The central pixels of an image that is first resized until it just covers `size / crop`.
 
-    Both steps are one resampling of the corresponding source box, so that a very elongated image costs no more than a
-    square one.
+    Both steps are Pillow's own, as in torchvision and timm, pixel for pixel. Of an elongated image only the part that
+    is seen is resampled, so that it costs no more than a square one: its values are rounded a little differently, and
+    newer versions of Pillow, which choose the order of their two passes by the sizes, may choose another.
 
     Args:
         full_size: (width, height) of the image.
@@ -208,7 +216,7 @@ def central_view(full_size: tuple[int, int], size: int | tuple[int, int], crop: 
         crop: share of the resized image's shorter side that is kept.
     """
     width, height = full_size
-    rows, columns = _pair(size)
+    rows, columns = pair(size)
     # torchvision truncates the long side and rounds the crop's corner.
     if width * rows >= height * columns:
         new_height = int(rows / crop)
@@ -219,13 +227,14 @@ def central_view(full_size: tuple[int, int], size: int | tuple[int, int], crop: 
     left, top = round((new_width - columns) / 2), round((new_height - rows) / 2)
     x, y = width / new_width, height / new_height
     box = (left * x, top * y, min(width, (left + columns) * x), min(height, (top + rows) * y))
-    return View(full_size, box, (columns, rows))
+    return View(full_size, box, (columns, rows), whole=(new_width, new_height))
 
 
 def low_resolution_view(image: Image.Image, size: int | tuple[int, int]) -> Image.Image:
     """The whole image resized to a side, or (height, width), with Pillow's bicubic filter, as published."""
-    return image.resize(_pair(size)[::-1], BICUBIC)
+    return image.resize(pair(size)[::-1], BICUBIC)
 
 
-def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+def pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    """(height, width), from that or from a side."""
     return (size, size) if isinstance(size, int) else size

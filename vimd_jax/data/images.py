@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -22,8 +22,12 @@ SERVICE_FOLDERS = ("@eadir", "lost+found", "__macosx")
 DRAFT_SIZE = 2048
 # Larger images of other formats, which are decoded whole, are refused: they take a second and 200 MB each.
 MAX_PIXELS = 64 * 10**6
+_SAMPLE_FORMAT, _SIGNED = 339, 2  # a tag of TIFF files, and its value for signed integers
+_NAME_RANGE = "set config.dataset.value_range, or save it with 8 or 16 bits"
 
 
+# The values of deep images that become black and white; empty: those of the file's integers, 16-bit ones at most.
+ValueRange = tuple[float, float] | tuple[()]
 # From the (width, height) of an image when upright, the factor by which a JPEG may be decoded smaller.
 Reduction = Callable[[int, int], int]
 
@@ -95,13 +99,17 @@ def is_image_name(name: str) -> bool:
     return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
 
 
-def read_image(path: str | os.PathLike, reduction: Reduction | None = None) -> Image.Image:
+def read_image(
+    path: str | os.PathLike, reduction: Reduction | None = None, value_range: ValueRange = ()
+) -> Image.Image:
     """Reads an image file as upright 8-bit RGB.
 
     Args:
         path: a file in any format that Pillow reads: JPEG, PNG, BMP, WebP, GIF (first frame), TIFF…
         reduction: says how much smaller the image may be; a JPEG is then decoded at 1/2, 1/4 or 1/8 scale, which takes
             less time. Other formats ignore it.
+        value_range: the values of a greyscale image of more than 8 bits that become black and white. By default those
+            of 16-bit integers, signed ones if those of the file are; larger integers and floats have no default.
 
     Returns:
         An RGB image of any size from 1×1: EXIF rotation applied, 16-bit values scaled to 8 bits, palettes, greyscale
@@ -111,7 +119,7 @@ def read_image(path: str | os.PathLike, reduction: Reduction | None = None) -> I
         UnreadableImage: the file is missing, empty, truncated, not an image, or larger than `MAX_PIXELS`.
     """
     with _opened(path) as file:
-        return decode_image(file, os.fspath(path), reduction)
+        return decode_image(file, os.fspath(path), reduction, value_range)
 
 
 def check_header(path: str | os.PathLike) -> None:
@@ -131,7 +139,11 @@ def _opened(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
 
 def decode_image(
-    file: BinaryIO, name: str, reduction: Reduction | None = None, header_only: bool = False
+    file: BinaryIO,
+    name: str,
+    reduction: Reduction | None = None,
+    value_range: ValueRange = (),
+    header_only: bool = False,
 ) -> Image.Image:
     """Decodes an open image file like `read_image`, or only its header; error messages call it `name`."""
     try:
@@ -142,7 +154,7 @@ def decode_image(
             if header_only:
                 return image
             ImageOps.exif_transpose(image, in_place=True)
-            return _to_rgb(image)
+            return _to_rgb(image, value_range)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         cause = f"more than {MAX_PIXELS // 10**6} megapixels; scale it down"
     except UnidentifiedImageError:
@@ -152,10 +164,10 @@ def decode_image(
     raise UnreadableImage(f"{name}: {cause}")
 
 
-def as_rgb(image: Image.Image, name: str) -> Image.Image:
+def as_rgb(image: Image.Image, name: str, value_range: ValueRange = ()) -> Image.Image:
     """A copy of a Pillow image, as `read_image` would return it; error messages call it `name`."""
     try:
-        return _to_rgb(ImageOps.exif_transpose(image))
+        return _to_rgb(ImageOps.exif_transpose(image), value_range)
     except Exception as error:  # see decode_image
         raise UnreadableImage(f"{name}: {error or type(error).__name__}") from None
 
@@ -170,12 +182,12 @@ def _smallest_size(image: Image.Image, reduction: Reduction | None) -> tuple[int
     return min(DRAFT_SIZE, width // factor), min(DRAFT_SIZE, height // factor)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no standard range; save it with 8 or 16 bits")
-    if image.mode.startswith("I"):  # 16-bit greyscale, which Pillow's own conversion would clip instead of scaling
-        grey = np.clip(np.asarray(image, np.int64), 0, 65535)
-        return Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+def _to_rgb(image: Image.Image, value_range: ValueRange) -> Image.Image:
+    if image.mode == "F" or image.mode.startswith("I"):  # which Pillow's own conversion would clip instead of scaling
+        values = np.asarray(image)
+        low, high = value_range or _usual_range(image, values)
+        grey = (np.clip(np.nan_to_num(values.astype(np.float64)), low, high) - low) * (255 / (high - low))
+        return Image.fromarray(np.rint(grey).astype(np.uint8)).convert("RGB")
     if image.mode == "RGB" and not image.has_transparency_data:
         image.load()
         return image  # without the copy that convert makes
@@ -186,3 +198,35 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return image.convert("RGB")
     image.load()
     return image
+
+
+def _usual_range(image: Image.Image, values: np.ndarray) -> tuple[int, int]:
+    """The range of the integers that a file holds."""
+    if image.mode == "F":
+        raise ValueError(f"floating-point pixels have no standard range; {_NAME_RANGE}")
+    is_signed = getattr(image, "tag_v2", {}).get(_SAMPLE_FORMAT) in (_SIGNED, (_SIGNED,)) or values.min() < 0
+    low, high = (-(2**15), 2**15 - 1) if is_signed else (0, 2**16 - 1)
+    if values.min() < low or values.max() > high:
+        raise ValueError(f"values from {values.min()} to {values.max()} are more than 16 bits hold; {_NAME_RANGE}")
+    return low, high
+
+
+def narrow_range(paths: Iterable[str | os.PathLike]) -> str:
+    """In words that these 16-bit images use a small part of their range, "" if they do not; reads all of them."""
+    lows, highs = [], []
+    for path in paths:
+        with (
+            contextlib.suppress(Exception),
+            _opened(path) as file,
+            Image.open(file) as image,
+        ):  # which reading will name
+            if image.mode.startswith("I") and image.width * image.height <= MAX_PIXELS:
+                values = np.asarray(image)
+                lows.append(values.min())
+                highs.append(values.max())
+    if not lows or max(highs) - min(lows) >= 2**14 - 1:
+        return ""
+    return (
+        f"16-bit images with values from {min(lows)} to {max(highs)}, a small part of the range, lose most of their "
+        "contrast; config.dataset.value_range names the values that become black and white"
+    )

@@ -20,17 +20,15 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from vimd_jax.configs import FOLDER
-from vimd_jax.data.folder import VALIDATION
 from vimd_jax.data.images import EXTENSIONS, MAX_PIXELS, Reduction, check_header, find_images, read_image
-from vimd_jax.data.source import Record, Source, composed, hold_out
+from vimd_jax.data.source import SPLIT_NAMES, Record, Source, choose, composed
 from vimd_jax.errors import DatasetError, UnreadableImage, printable
 from vimd_jax.files import open_regular
 
 IGNORED = 255  # the value of pixels without a label, in the maps that sources yield
 MOST_CLASSES = 255
 LAYOUT = "expected images/train/*.jpg and annotations/train/*.png with the same names, likewise val and perhaps test"
-SPLIT_FOLDERS = {"train": ("train", "training"), "validation": (*VALIDATION,), "test": ("test", "testing")}
+SPLIT_FOLDERS = SPLIT_NAMES | {"training": "train", "testing": "test"}
 
 
 class Layout(NamedTuple):
@@ -166,21 +164,12 @@ def load(config: ConfigDict, split: str, seed: int) -> Source:
         raise DatasetError(f"config.dataset.directory: {root} has no folder {layout.maps}; {LAYOUT}")
     classes = _classes(config, root)
     values = value_table(len(classes.names), config.label_values, config.ignored_values)
-    folders = {name: _split_folder(root / layout.images, name) for name in SPLIT_FOLDERS}
-    own_validation = folders["validation"] is not None
-    if split == "test" and folders["test"] is None:
-        folders["test"] = folders["validation"]  # as published results on ADE20K, Cityscapes and Pascal VOC are
-    folder = folders["train"] if split == "validation" and not own_validation else folders[split]
-    if folder is None:
-        raise DatasetError(f"config.dataset.directory: {root / layout.images} has no {split} folder; {LAYOUT}")
-    source = LabelMapSource(_pairs(root, layout, folder), root, classes, values)
-    if split == "test" or own_validation:
-        return source
-    return hold_out(source, split, config.validation_fraction, seed)
-
-
-def _split_folder(folder: Path, split: str) -> str | None:
-    return next((name for name in SPLIT_FOLDERS[split] if (folder / name).is_dir()), None)
+    found = {
+        split: LabelMapSource(_pairs(root, layout, name), root, classes, values)
+        for name, split in SPLIT_FOLDERS.items()
+        if (root / layout.images / name).is_dir()
+    }
+    return choose(found, split, config, seed, str(root / layout.images))
 
 
 def _pairs(root: Path, layout: Layout, split: str) -> list[tuple[Path, Path]]:
@@ -224,11 +213,7 @@ def _shared(path: Path, folder: Path, ending: str) -> str:
 def _classes(config: ConfigDict, root: Path) -> Classes:
     """The classes of a file, or numbered ones."""
     if config.classes:
-        own = Path(config.classes).expanduser()
-        installed = FOLDER / f"{config.classes}.txt"
-        if not own.is_file() and not installed.is_file():
-            raise DatasetError(f"config.dataset.classes: {own} is neither a file nor the name of one in {FOLDER}")
-        return read_classes(own if own.is_file() else installed)
+        return read_classes(Path(config.classes).expanduser())
     if (root / "classes.txt").is_file():
         return read_classes(root / "classes.txt")
     if not config.num_classes:

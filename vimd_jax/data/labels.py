@@ -4,14 +4,16 @@ They are kept in `$XDG_CACHE_HOME/vimd_jax/labels` (usually ~/.cache/vimd_jax/la
 """
 
 import contextlib
+import io
 import logging
 import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+
+from vimd_jax.files import replace_file
 
 SAMPLE = 32  # records whose labels are compared with the kept ones
 
@@ -45,11 +47,10 @@ def _agree(records: Sequence[Mapping], labels: np.ndarray) -> bool:
 
 
 def _save(path: Path, labels: np.ndarray) -> None:
-    """Writes the file under another name and renames it, so that nobody ever reads half of it."""
+    content = io.BytesIO()
+    np.save(content, labels)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as work:
-        np.save(os.path.join(work, path.name), labels)
-        os.replace(os.path.join(work, path.name), path)
+    replace_file(path, content.getvalue())
 
 
 def _folder() -> Path:

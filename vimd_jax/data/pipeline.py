@@ -24,18 +24,21 @@ from PIL import Image
 
 from vimd_jax.data.augment import augment
 from vimd_jax.data.geometry import (
+    BICUBIC,
     BILINEAR,
     View,
     central_view,
     draw_scaled_view,
     draw_view,
     low_resolution_view,
+    pair,
     whole_view,
 )
 from vimd_jax.data.images import Reduction
 from vimd_jax.data.label_maps import IGNORED
+from vimd_jax.data.preparation import NetworkView, prepare_views
 from vimd_jax.data.rand_augment import MEAN
-from vimd_jax.data.sources import Record, Source
+from vimd_jax.data.source import Record, Source
 from vimd_jax.data.whole_images import PADDING, Slot, label_size, slots
 from vimd_jax.errors import DatasetError, UnreadableImage
 
@@ -65,8 +68,8 @@ def train_batches(
     Args:
         source: the training images.
         config: `config.dataset`; reads high_resolution, low_resolution, crop_scale, flip, augment, repeats,
-            on_error, reduced_decoding and num_workers; of a source of label maps size_limits, scale_range and
-            largest_class, but not crop_scale and reduced_decoding.
+            sampling, on_error, reduced_decoding and num_workers; of a source of label maps size_limits, scale_range
+            and largest_class, but not crop_scale and reduced_decoding.
         batch_size: global batch size, over all processes.
         seed: determines the order and the augmentation.
         start_step: number of batches to skip; the rest are those of an uninterrupted run.
@@ -85,6 +88,10 @@ def train_batches(
         DatasetError: at once for invalid arguments; while iterating for unreadable images, unless
             config.on_error = "skip", which replaces and logs them.
     """
+    if config.sampling == "balanced" and source.labels is None:
+        raise DatasetError(
+            "config.dataset.sampling is 'balanced', but these images have no classes: set it to 'uniform'"
+        )
     example = functools.partial(_train_example, source, config, seed, views, target)
     return _batches(example, range(start_step, ENDLESS), config, batch_size, process_index, process_count)
 
@@ -161,7 +168,7 @@ def _train_example(
     source: Source, config: ConfigDict, seed: int, views: Sequence[str], target: Target | None, i: int
 ) -> Batch:
     epoch, position = divmod(i, samples_per_epoch(len(source), config.repeats))
-    scheduled = int(_epoch_order(seed, epoch, len(source))[position // config.repeats])
+    scheduled = int(_epoch_order(source, config.sampling, seed, epoch)[position // config.repeats])
     for index in itertools.chain(range(scheduled, len(source)), range(scheduled)):
         drawing = Drawing(config, (seed, 1, i))
         reduces = config.reduced_decoding and not source.maps
@@ -171,9 +178,13 @@ def _train_example(
     else:
         raise DatasetError(f"none of the {len(source)} training images can be read; check config.dataset.directory")
     view = drawing.view or (drawing.draw_on(record.target) if source.maps else drawing.draw(record.image.size))
-    high = view.pad(augment(view.apply(record.image), config.augment, drawing.rng), FILL)
-    beside = _beside(target, record, view)
-    return _example(high, config, index, beside, views=views, skipped=index != scheduled)
+    seen, low = view, network_view(config).low_resolution
+    if "low" in views and not source.maps and network_view(config).is_ready(record.image):
+        seen = view._replace(size=low[::-1])  # not enlarged first; the high view is then made of the low one
+    image = view.pad(augment(seen.apply(record.image), config.augment, drawing.rng), FILL)
+    sizes = {"high": view.canvas or view.size, "low": low[::-1]}
+    images = {name: np.asarray(image.resize(sizes[name], BICUBIC)) for name in views}
+    return _example(images, index, _beside(target, record, view), skipped=index != scheduled)
 
 
 class Drawing:
@@ -214,7 +225,12 @@ def _eval_example(source: Source, config: ConfigDict, target: Target | None, per
     if record is None:
         return {**blank_example(config, target), "index": np.int32(i), "skipped": np.int32(1)}
     view = central_view(record.image.size, config.high_resolution, config.eval_crop)
-    return _example(view.apply(record.image), config, i, _beside(target, record, view))
+    return _example(prepare_views(record.image, network_view(config)), i, _beside(target, record, view))
+
+
+def network_view(config: ConfigDict) -> NetworkView:
+    """What networks read of an image in evaluation, from `config.dataset`."""
+    return NetworkView(pair(config.high_resolution), config.eval_crop, pair(config.low_resolution))
 
 
 def _whole_example(
@@ -228,34 +244,32 @@ def _whole_example(
     full_size = record.image.size if record.target is None else record.target.size
     beside = _beside(target, record, whole_view(full_size, full_size)._replace(canvas=canvas))
     image = whole_view(full_size, size).apply(record.image, BILINEAR)
-    example = _example(image, config, index, beside, views=views, weight=weight, skipped=skipped)
+    example = _example(scaled_views(image, config, views), index, beside, weight=weight, skipped=skipped)
     return example | {"label_size": label_size(full_size)}
+
+
+def scaled_views(high: Image.Image, config: ConfigDict, views: Sequence[str] = VIEWS) -> Batch:
+    """The views of an image in high resolution, of any size; the low resolution has the proportions of the config."""
+    scale = config.high_resolution / config.low_resolution
+    low_size = tuple(max(1, round(side / scale)) for side in (high.height, high.width))
+    made = {"high": lambda: high, "low": lambda: low_resolution_view(high, low_size)}
+    return {name: np.asarray(made[name]()) for name in views}
 
 
 def blank_example(config: ConfigDict, target: Target | None) -> Batch:
     """An example that does not count: black, weight 0, index -1, and the target of a record without one."""
     record = Record(Image.new("RGB", (config.high_resolution, config.high_resolution)))
     view = central_view(record.image.size, config.high_resolution)
-    return _example(record.image, config, PADDING, _beside(target, record, view), weight=0)
+    return _example(prepare_views(record.image, network_view(config)), PADDING, _beside(target, record, view), weight=0)
 
 
 def _beside(target: Target | None, record: Record, view: View) -> Batch:
     return {} if target is None else {"target": target(record, view)}
 
 
-def _example(
-    high: Image.Image,
-    config: ConfigDict,
-    index: int,
-    beside: Batch,
-    *,
-    views: Sequence[str] = VIEWS,
-    weight: float = 1,
-    skipped: bool = False,
-) -> Batch:
-    made = {"high": lambda: high, "low": lambda: low_resolution_view(high, _low_size(high, config))}
+def _example(images: Batch, index: int, beside: Batch, *, weight: float = 1, skipped: bool = False) -> Batch:
     return {
-        **{name: np.asarray(made[name]()) for name in views},
+        **images,
         **beside,
         "index": np.int32(index),
         "weight": np.float32(weight),
@@ -263,15 +277,20 @@ def _example(
     }
 
 
-def _low_size(high: Image.Image, config: ConfigDict) -> tuple[int, int]:
-    """(height, width) of the low-resolution view of a high-resolution one, which need not be a square."""
-    scale = config.high_resolution / config.low_resolution
-    return max(1, round(high.height / scale)), max(1, round(high.width / scale))
-
-
 @functools.lru_cache(maxsize=2)
-def _epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
-    return np.random.default_rng((seed, 0, epoch)).permutation(size)
+def _epoch_order(source: Source, sampling: str, seed: int, epoch: int) -> np.ndarray:
+    """The images of an epoch in their order: each once, or of every class equally many."""
+    rng = np.random.default_rng((seed, 0, epoch))
+    order = rng.permutation(len(source))
+    return _balanced(order, source.labels, rng) if sampling == "balanced" else order
+
+
+def _balanced(order: np.ndarray, labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """As many images, of every class equally many, up to one: a part of a large class, a small one repeatedly."""
+    classes = rng.permutation(np.unique(labels))  # the first ones get one more
+    of_class = [order[labels[order] == label] for label in classes]
+    counts = [len(part) for part in np.array_split(order, len(classes))]
+    return rng.permutation(np.concatenate([np.resize(images, n) for images, n in zip(of_class, counts)]))
 
 
 def read_or_skip(source: Source, i: int, on_error: str, reduction: Reduction | None = None) -> Record | None:

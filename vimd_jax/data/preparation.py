@@ -1,4 +1,4 @@
-"""Preparing an image for a network, in the one way that evaluation and prediction share."""
+"""Preparing an image for a network, in the one way that training, evaluation and prediction share."""
 
 from typing import NamedTuple
 
@@ -37,8 +37,13 @@ def prepare(image: Image.Image, view: NetworkView) -> np.ndarray:
         image: RGB, of any size.
         view: of the network.
     """
-    if not view.is_ready(image):
-        image = central_view(image.size, view.size, view.crop).apply(image)
-        if view.low_resolution:
-            image = low_resolution_view(image, view.low_resolution)
-    return np.asarray(image)
+    return prepare_views(image, view)["low" if view.low_resolution else "high"]
+
+
+def prepare_views(image: Image.Image, view: NetworkView) -> dict[str, np.ndarray]:
+    """What a network reads of an image, see `prepare`, as "low" if it restores images, and "high" without that."""
+    high = central_view(image.size, view.size, view.crop).apply(image)
+    if not view.low_resolution:
+        return {"high": np.asarray(high)}
+    low = image if view.is_ready(image) else low_resolution_view(high, view.low_resolution)
+    return {"high": np.asarray(high), "low": np.asarray(low)}

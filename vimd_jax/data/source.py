@@ -1,24 +1,27 @@
 """A dataset as a random-access list of records, whatever its format; the formats themselves: see sources.py."""
 
-import functools
 import hashlib
 import logging
 import os
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from ml_collections import ConfigDict
 from PIL import Image
 
-from vimd_jax.data.images import Reduction, check_header, read_image
-from vimd_jax.errors import UnreadableImage
+from vimd_jax.data.images import Reduction, ValueRange, check_header, narrow_range, read_image
+from vimd_jax.errors import DatasetError, UnreadableImage
+from vimd_jax.log import warn_once
 
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
+# What data may call them.
+SPLIT_NAMES = {"train": "train", **dict.fromkeys(("val", "valid", "validation"), "validation"), "test": "test"}
 
 
 class Record(NamedTuple):
@@ -76,20 +79,31 @@ class Source:
 class FileSource(Source):
     """Image files of known classes."""
 
-    def __init__(self, root: Path, files: Sequence[str], labels: Sequence[int], class_names: Sequence[str]):
-        """Keeps what it is given; nothing is read yet.
+    def __init__(
+        self,
+        root: Path,
+        files: Sequence[str],
+        labels: Sequence[int],
+        class_names: Sequence[str],
+        value_range: ValueRange = (),
+    ):
+        """Keeps what it is given; a sample is read, to warn of 16-bit images that use a small part of their range.
 
         Args:
             root: the folder that the file names are relative to.
             files: one an image.
             labels: of the images, indices into `class_names`.
             class_names: the classes in label order.
+            value_range: see `read_image`.
         """
-        self._root, self._files = os.fspath(root), list(files)
+        self._root, self._files, self._value_range = os.fspath(root), list(files), value_range
         self.labels, self.class_names = np.array(labels, np.int32), tuple(class_names)
+        sample = range(0, len(self), max(1, len(self) // 8))
+        if not value_range and (text := narrow_range(map(self.name, sample))):
+            warn_once(f"{root}: {text}")
 
     def read(self, i: int, reduction: Reduction | None = None) -> Record:
-        return Record(read_image(self.name(i), reduction), int(self.labels[i]))
+        return Record(read_image(self.name(i), reduction, self._value_range), int(self.labels[i]))
 
     def check(self, i: int) -> None:
         check_header(self.name(i))
@@ -157,7 +171,40 @@ def check_readable(source: Source, split: str, on_error: str) -> None:
     log.warning("%s; they are left out.", text)
 
 
-def hold_out(source: Source, split: str, fraction: float, seed: int) -> Source:
+def choose(found: Mapping[str, Source], split: str, config: ConfigDict, seed: int, place: str) -> Source:
+    """A split of data that have only some.
+
+    With only training and validation images, the layout of the published experiments, the latter are the test set.
+    Where validation images are missing, config.validation_fraction of the training images are held out.
+
+    Args:
+        found: the images of the splits that the data have; under "" those of data without splits, of which the same
+            share are the test set.
+        split: which is wanted.
+        config: `config.dataset`.
+        seed: selects what is held out for validation.
+        place: where the data lie, for the message.
+
+    Raises:
+        DatasetError: the data have no such split, or none to train on and to test.
+    """
+    found = dict(found)
+    if set(found) == {""}:
+        parts = {"train": "train", "test": "validation"}
+        found = {name: hold_out(found[""], part, config.validation_fraction, "test") for name, part in parts.items()}
+    if "test" not in found and "validation" in found:
+        found["test"] = found.pop("validation")
+    if "" in found or "test" not in found or (split != "test" and "train" not in found):
+        has = ", ".join(name or "without a split" for name in found)
+        raise DatasetError(
+            f"config.dataset.directory: {place} has these images: {has}; expected train and test, perhaps validation"
+        )
+    if split == "test" or "validation" in found:
+        return found[split]
+    return hold_out(found["train"], split, config.validation_fraction, seed)
+
+
+def hold_out(source: Source, split: str, fraction: float, seed: int | str) -> Source:
     """The training or validation part of a source, with about `fraction` of the images held out for validation.
 
     Whether an image is held out depends on its key and the seed alone, so it does not change when others come or go;
@@ -183,9 +230,3 @@ def composed(text: str) -> str:
     Bytes that are not UTF-8 are escaped.
     """
     return unicodedata.normalize("NFC", text).encode(errors="backslashreplace").decode()
-
-
-@functools.cache
-def warn_once(message: str) -> None:
-    """Logs a warning, if it has not been logged yet."""
-    log.warning(message)

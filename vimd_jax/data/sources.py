@@ -1,10 +1,11 @@
-"""The formats of datasets: class folders, label maps, TensorFlow Datasets, or synthetic; each a function in FORMATS."""
+"""The formats of datasets, each a file of this folder and a line of FORMATS; `load_source` reads any of them."""
 
+import importlib
 from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
-from vimd_jax.data import folder, label_maps, synthetic, tfds
+from vimd_jax.data import folder, hugging_face, image_list, label_maps, synthetic, tfds
 from vimd_jax.data.catalog import DATASETS
 from vimd_jax.data.source import SPLITS, Record, Source, Splits, check_readable
 from vimd_jax.data.synthetic import SyntheticSource
@@ -16,7 +17,9 @@ __all__ = ["FORMATS", "SPLITS", "Record", "Source", "Splits", "SyntheticSource",
 FORMATS: dict[str, Callable[[ConfigDict, str, int], Source]] = {
     "synthetic": synthetic.load,
     "folder": folder.load,
+    "list": image_list.load,
     "label_maps": label_maps.load,
+    "hugging_face": hugging_face.load,
 }
 
 
@@ -49,10 +52,21 @@ def load_source(config: ConfigDict, split: str, *, seed: int = 0) -> Source:
 
 
 def _format(config: ConfigDict) -> Callable[[ConfigDict, str, int], Source]:
-    """The format of a dataset. Those of the catalog lie in a folder, if a directory is given, or else with TFDS."""
+    """The format of a dataset. Those of the catalog lie in a folder, if a directory is given, or else with TFDS.
+
+    "module:function" is the user's own, a function like those of FORMATS; its module is imported.
+    """
     if config.name in DATASETS:
         return folder.load if config.directory else tfds.load
-    if config.name not in FORMATS:
+    if config.name in FORMATS:
+        return FORMATS[config.name]
+    module, _, function = config.name.partition(":")
+    if not function:
         known = ", ".join([*FORMATS, *DATASETS])
-        raise DatasetError(f"config.dataset.name is {config.name!r}; choose one of {known}")
-    return FORMATS[config.name]
+        raise DatasetError(
+            f"config.dataset.name is {config.name!r}; choose one of {known}; or module:function, a source of your own"
+        )
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise DatasetError(f"config.dataset.name is {config.name!r}: {error}; is it on PYTHONPATH?") from error

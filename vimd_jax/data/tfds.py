@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 
 from vimd_jax.data.catalog import DATASETS, check_complete
 from vimd_jax.data.folder import LAYOUT
-from vimd_jax.data.images import Reduction, decode_image
+from vimd_jax.data.images import Reduction, ValueRange, decode_image
 from vimd_jax.data.labels import cached_labels
 from vimd_jax.data.source import Record, Source, hold_out
 from vimd_jax.errors import DatasetError
@@ -15,12 +15,13 @@ from vimd_jax.errors import DatasetError
 class TfdsSource(Source):
     """A split that TensorFlow Datasets has prepared in its random-access format; reading needs no TensorFlow."""
 
-    def __init__(self, name: str, split: str):
+    def __init__(self, name: str, split: str, value_range: ValueRange = ()):
         """Opens the data; the first time, every label is read, see `cached_labels`.
 
         Args:
             name: the dataset's TFDS name, prepared in TFDS_DATA_DIR or ~/tensorflow_datasets.
             split: TFDS split expression, such as "train+validation".
+            value_range: see `read_image`.
 
         Raises:
             DatasetError: TFDS is not installed or the dataset has not been prepared.
@@ -45,11 +46,12 @@ class TfdsSource(Source):
             ) from error
         self.class_names = tuple(builder.info.features["label"].names)
         self.labels = cached_labels(self._records, f"{builder.info.full_name}-{split}")
-        self._name = f"{name}[{split}]"
+        self._name, self._value_range = f"{name}[{split}]", value_range
 
     def read(self, i: int, reduction: Reduction | None = None) -> Record:
         record = self._records[int(i)]
-        return Record(decode_image(io.BytesIO(record["image"]), self.name(i), reduction), int(record["label"]))
+        image = decode_image(io.BytesIO(record["image"]), self.name(i), reduction, self._value_range)
+        return Record(image, int(record["label"]))
 
     def check(self, i: int) -> None:
         decode_image(io.BytesIO(self._records[int(i)]["image"]), self.name(i), header_only=True)
@@ -65,7 +67,8 @@ def load(config: ConfigDict, split: str, seed: int) -> Source:
         raise DatasetError(
             f"TensorFlow Datasets does not have {info.title}; set config.dataset.directory to a folder ({LAYOUT})"
         )
-    source = TfdsSource(info.tfds_name, info.tfds_test if split == "test" else info.tfds_train)
+    part = info.tfds_test if split == "test" else info.tfds_train
+    source = TfdsSource(info.tfds_name, part, tuple(config.value_range))
     sizes = (info.train_sizes[0], len(source)) if split == "test" else (len(source), info.test_size)
     place = f"TensorFlow Datasets' {info.tfds_name}"
     check_complete(config.name, place, len(source.class_names), *sizes)

@@ -1,9 +1,9 @@
 """The networks by name: `create_model("vim_tiny_stride8", num_classes=200)`.
 
-One module per family, from general to special: layers, positions, scan_order and mamba are parts; isotropic is the
-trunk of vim, local_vim and v2m, hierarchical that of vmamba, vmamba2, local_vmamba and efficient_vmamba; srresnet
-restores images; srvm is a classifier behind it, the student of ViMD. A family lists its names in `MODELS`, and registry
-makes networks of these names.
+One module per family, from general to special: layers, positions, scan_order and mamba are building blocks; isotropic
+is the trunk of vim, local_vim and v2m, hierarchical that of vmamba, vmamba2, local_vmamba, efficient_vmamba; srresnet
+restores images; srvm is srresnet followed by a classifier, the student of ViMD; segmenter predicts label maps from a
+classifier's trunk, with necks and heads. A family lists its names in `MODELS`; registry creates networks by name.
 """
 
 from vimd_jax.models import segmenter, srvm

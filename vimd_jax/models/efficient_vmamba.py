@@ -1,9 +1,9 @@
 """EfficientVMamba (Pei et al., "EfficientVMamba: Atrous Selective Scan for Light Weight Visual Mamba", AAAI 2025,
-https://arxiv.org/abs/2403.09977): two stages that scan, at the high resolutions, and two of convolutions.
+https://arxiv.org/abs/2403.09977): two stages of selective scans at the high resolutions, then two of convolutions.
 
-A scanning block (EVSS, figure 3) adds an atrous selective scan, whose four sequences share the tokens out instead of
-each taking all of them, and a depthwise convolution beside it. Where paper and published code differ, this is the code:
-both branches share one channel gate, which has a norm, and there is no MLP.
+A scanning block (EVSS, figure 3) adds the outputs of two branches: an atrous selective scan, whose four sequences split
+the tokens among them instead of each visiting all of them, and a depthwise convolution. Where paper and published code
+differ, this follows the code: both branches share one channel gate, which has a norm, and there is no MLP.
 """
 
 import functools
@@ -21,18 +21,19 @@ from vimd_jax.models.layers import BatchNorm, ChannelGate, DepthwiseConv, layer_
 from vimd_jax.models.scan_order import PADDING, ScanOrder, scan_order_of, stack_orders
 from vimd_jax.models.vmamba import SS2D
 
-SCANNING_STAGES = 2  # the first; the others convolve
-EXPANSION = 4  # channels inside an inverted residual block over those of the map
+SCANNING_STAGES = 2  # the first two; the others convolve
+EXPANSION = 4  # ratio of an inverted residual block's hidden channels to those of the map
 
 
 class EfficientVMamba(Hierarchical):
     """Image classifier; the options of `Hierarchical`, and:
 
     Attributes:
-      mlp_ratio: hidden channels of an MLP behind every scanning block, over the map's channels; 0, as published: none.
-      downsample: between stages "merge" patches, as published, or a "conv" of 2×2 tokens with stride 2 and a norm.
-      bn_axis_name: axis of devices (pmap, shard_map) whose batches are normalised together while training; None: each
-        device for itself.
+      mlp_ratio: ratio of the hidden channels of an MLP after every scanning block to the map's channels; 0 (as
+        published): no MLP.
+      downsample: between stages, "merge" patches (as published) or apply a 2×2 "conv" with stride 2 and a norm.
+      bn_axis_name: axis of devices (pmap, shard_map) across which training batches are normalised together; None: each
+        device normalises its own.
     """
 
     mlp_ratio: float = 0.0
@@ -44,7 +45,7 @@ class EfficientVMamba(Hierarchical):
         if min(self.widths) < 8:
             raise ValueError(f"dims: {self.dims} is not valid, a channel gate needs at least 8 channels in each stage")
         if self.mlp_ratio < 0 or self.mlp_ratio and min(self.widths) * self.mlp_ratio < 1:
-            raise ValueError(f"mlp_ratio: {self.mlp_ratio} is not valid, expected 0, or enough for a channel")
+            raise ValueError(f"mlp_ratio: {self.mlp_ratio} is not valid, expected 0, or enough for one hidden channel")
 
     def make_block(self, stage: int, train: bool) -> partial[Block]:
         """See `Hierarchical`."""
@@ -56,7 +57,7 @@ class EfficientVMamba(Hierarchical):
         return partial(EVSSBlock, drops=drops, mixer=mixer, batch_norm=norm, mlp_ratio=self.mlp_ratio, dtype=self.dtype)
 
     def block_inputs(self, stage: int, grid: tuple[int, int]) -> ScanOrder | None:
-        """The ways of scanning blocks through the map: the same for all."""
+        """The scan order of each scanning block, the same for all of them."""
         if stage >= SCANNING_STAGES:
             return None
         return stack_orders([atrous_scan_order(grid)] * self.depths[stage])
@@ -74,7 +75,7 @@ class EVSSBlock(Block):
     Attributes:
       mixer: makes the 2D selective scan, given a name.
       batch_norm: makes a batch norm, given a name.
-      mlp_ratio: hidden channels of the MLP over those of the map; 0 for none.
+      mlp_ratio: ratio of the MLP's hidden channels to those of the map; 0 for no MLP.
       dtype: of the convolutions and the MLP.
     """
 
@@ -96,16 +97,16 @@ class EVSSBlock(Block):
         return x, None
 
     def convolve(self, x: jax.Array) -> jax.Array:
-        """What the neighbours say: a depthwise and a pointwise convolution."""
+        """A depthwise convolution, a batch norm, GELU and a pointwise convolution."""
         x = DepthwiseConv(name="conv")(x.astype(self.dtype))
         x = nn.gelu(self.batch_norm(name="conv_norm")(x.astype(jnp.float32)), approximate=False)
         return _pointwise(x.shape[-1], x.shape[-1], self.dtype, "conv_out")(x)
 
 
 class InvertedResidual(Block):
-    """x + W_2 se(relu(depthwise(relu(W_1 x)))), batch-normalised behind every convolution (MobileNetV2, 2018).
+    """x + W_2 se(relu(depthwise(relu(W_1 x)))), with a batch norm after every convolution (MobileNetV2, 2018).
 
-    se is squeeze-and-excitation (Hu et al., 2018): it scales each channel by what the channels' averages say.
+    se is squeeze-and-excitation (Hu et al., 2018): each channel is scaled by a function of all channels' averages.
 
     Attributes:
       batch_norm: makes a batch norm, given a name.
@@ -128,18 +129,18 @@ class InvertedResidual(Block):
         return x + self.drop(y, drop_rate), None
 
     def normalize(self, convolution: str, x: jax.Array) -> jax.Array:
-        """The batch norm behind a convolution."""
+        """The batch norm after a convolution."""
         return self.batch_norm(name=f"{convolution}_norm")(x.astype(jnp.float32))
 
     def excitation(self, mean: jax.Array) -> jax.Array:
-        """A factor for each channel from the channels' averages, both (batch, 1, 1, channels)."""
+        """A scaling factor for each channel from the channels' averages, both (batch, 1, 1, channels)."""
         channels = mean.shape[-1]
         code = nn.relu(_pointwise(channels, channels // 8, jnp.float32, "se_reduce")(mean))
         return nn.sigmoid(_pointwise(channels // 8, channels, jnp.float32, "se_expand")(code))
 
 
 class Downsampling(nn.Module):
-    """Half the resolution by a convolution of 2×2 tokens with stride 2, and a norm; an odd last one is left out."""
+    """Halves the resolution by a 2×2 convolution with stride 2, then a norm; an odd last row or column is left out."""
 
     dim: int
     dtype: Any
@@ -163,23 +164,24 @@ class Downsampling(nn.Module):
 
 
 def _pointwise(inputs: int, outputs: int, dtype: Any, name: str) -> nn.Dense:
-    """A 1×1 convolution with bias, started as PyTorch does."""
+    """A 1×1 convolution with bias, initialised as in PyTorch."""
     return nn.Dense(outputs, kernel_init=uniform_fan_in, bias_init=uniform(inputs**-0.5), dtype=dtype, name=name)
 
 
 @functools.cache
 def atrous_scan_order(grid: tuple[int, int]) -> ScanOrder:
-    """The order of `atrous_scan`."""
+    """`atrous_scan` as a `ScanOrder`."""
     return scan_order_of(atrous_scan(grid))
 
 
 def atrous_scan(grid: tuple[int, int]) -> np.ndarray:
-    """Every second token of every second row, from each of the four tokens that one can start with.
+    """Four sequences, each of every second token of every second row, from the four possible first tokens.
 
-    Those from an odd row go column by column, the others row by row. A grid with an odd side is padded with zeros.
+    Those that start in the second row go column by column, the others row by row. A grid with an odd side is padded
+    with zeros.
 
     Returns:
-      The token at each place, or PADDING: (4, ⌈rows/2⌉ ⌈columns/2⌉) integers.
+      The token at each position, or PADDING: (4, ⌈rows/2⌉ ⌈columns/2⌉) integers.
     """
     rows, columns = grid
     tokens = np.arange(rows * columns).reshape(grid)

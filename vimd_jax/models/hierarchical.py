@@ -1,9 +1,9 @@
-"""The trunk of networks with stages of falling resolution (VMamba, LocalVMamba, EfficientVMamba): stem, stages, head.
+"""Networks with stages of decreasing resolution (VMamba, LocalVMamba, EfficientVMamba): stem, stages, head.
 
     x_0 = norm(patches)    x_s = blocks_s(x_{s-1}), then half the resolution and more channels    head(mean(norm(x)))
 
-A family is a subclass that says what the blocks of a stage are. The stream is a map (batch, rows, columns, channels).
-Parameters, stream, norms and head are float32; `dtype` is that of projections and convolutions.
+A family is a subclass that defines the blocks of a stage. The stream is a map (batch, rows, columns, channels).
+Parameters, stream, norms and head are float32; projections and convolutions compute in `dtype`.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,22 +26,22 @@ from vimd_jax.models.layers import (
 )
 from vimd_jax.models.network import Network, check_layers
 
-PATCH_SIZE = 4  # pixels; patches do not overlap, and what remains at the borders is left out
+PATCH_SIZE = 4  # pixels; patches do not overlap, and incomplete ones at the borders are left out
 
 
 class Hierarchical(Network):
     """Image classifier of stages.
 
     Attributes:
-      num_classes: classes of the head; 0 is a network without a head.
-      image_size: side, or (height, width), in pixels, that the network is meant for. It takes images of any size.
-      dims: channels of each stage; a number is that of the first, which then double.
+      num_classes: classes of the head; 0 for a network without a head.
+      image_size: side, or (height, width), in pixels, that the network is meant for. It accepts images of any size.
+      dims: channels of each stage; one number is that of the first stage and doubles from stage to stage.
       depths: number of blocks of each stage.
-      state_size: state of the scan per channel.
+      state_size: state dimension of the scan per channel.
       drop_path_rate: stochastic depth of the last block while training; it grows linearly from 0 at the first.
       input_normalization: subtract ImageNet's mean and divide by its deviation first, as pretraining on ImageNet did.
-      dtype: of the projections and convolutions and what they yield, float32 or bfloat16.
-      remat: keep only each block's input for the backward pass and compute the block again there.
+      dtype: of the projections and convolutions and their outputs, float32 or bfloat16.
+      remat: keep only each block's input for the backward pass and recompute the block there.
     """
 
     num_classes: int = 1000
@@ -72,20 +72,20 @@ class Hierarchical(Network):
         return self.dims
 
     def make_block(self, stage: int, train: bool) -> "partial[Block]":
-        """What makes a block of a stage."""
+        """The class of a stage's blocks, with their options."""
         raise NotImplementedError
 
     def block_inputs(self, stage: int, grid: tuple[int, int]) -> Any:
-        """What each block of a stage is given beside the map: arrays with a leading axis of blocks, or None."""
+        """Inputs of each block of a stage besides the map: arrays with a leading axis of blocks, or None."""
         return None
 
     def make_downsampling(self, stage: int) -> nn.Module:
-        """What stands between a stage and the next."""
+        """The module between a stage and the next."""
         return PatchMerging(dim=self.widths[stage + 1], dtype=self.dtype, name=f"downsample_{stage}")
 
     @staticmethod
     def decays(path: tuple[str, ...]) -> bool:
-        """See `Network`: here all but vectors and what is called a bias, which leaves the steps' biases, a matrix."""
+        """See `Network`. The biases of the step sizes decay too: the originals exempt vectors, these are matrices."""
         return Network.decays(path) or path[-1] == "dt_proj_bias"
 
     def setup(self) -> None:
@@ -101,12 +101,12 @@ class Hierarchical(Network):
         Args:
           images: (batch, height, width, 3) floats in [0, 1].
           train: apply stochastic depth; needs the rng stream "drop_path" if drop_path_rate > 0. Networks with batch
-            normalisation then normalise by the batch and update running averages: pass mutable=["batch_stats"].
+            normalisation then use batch statistics and update the running averages: pass mutable=["batch_stats"].
           return_features: also return the features below.
 
         Returns:
           logits (batch, num_classes) float32, without a head the pooled features (batch, channels of the last stage);
-          with `return_features` the pair of these and features:
+          with `return_features`, the pair of these and a dict of features:
           features["hidden_states"]: the map after the last block of each stage, a tuple of arrays
           (batch, rows, columns, channels);
           features["pre_logits"]: the head's input, (batch, channels of the last stage).
@@ -127,17 +127,17 @@ class Hierarchical(Network):
         train: bool = False,
         neck: Callable[..., nn.Module] | None = None,
     ) -> tuple[jax.Array, ...]:
-        """Maps of what stages made of images: `apply(…, method="feature_maps")`.
+        """Feature maps of chosen stages: `apply(…, method="feature_maps")`.
 
         Args:
           images: (batch, height, width, 3) floats in [0, 1], of any size.
           layers: numbers of stages from 0; None: all.
           train: as in a call.
-          neck: makes a part of this network, given a name, that the maps go through.
+          neck: makes a module inside this network, given a name, that is applied to the maps.
 
         Returns:
           For each of these stages the map after its last block, as in features["hidden_states"]: (batch, rows, columns,
-          channels of the stage) float32, not normalised; or what the neck makes of them.
+          channels of the stage) float32, not normalised; or the neck's output for them.
 
         Raises:
           ValueError: there is no such stage, or the images are not valid.
@@ -151,14 +151,14 @@ class Hierarchical(Network):
         return self.run_stages(images, train, chosen)
 
     def to_maps(self, states: Sequence[jax.Array], size: tuple[int, int]) -> tuple[jax.Array, ...]:
-        """Maps (batch, rows, columns, channels) from features["hidden_states"], which here are such."""
+        """Maps (batch, rows, columns, channels) from features["hidden_states"], which are such maps already."""
         return tuple(states)
 
     @nn.compact
     def run_stages(
         self, images: jax.Array, train: bool, then: Callable[[list[jax.Array]], tuple[jax.Array, ...]] = tuple
     ) -> tuple[jax.Array, ...]:
-        """The map after the last block of each stage, or what `then` makes of these, which may have modules."""
+        """The map after the last block of each stage, or the output of `then` for them; `then` may create modules."""
         x, states = self.embed(images), []
         rates = np.split(np.linspace(0.0, self.drop_path_rate, sum(self.depths)), np.cumsum(self.depths)[:-1])
         for stage, stage_rates in enumerate(rates):
@@ -188,7 +188,7 @@ class Hierarchical(Network):
         return layer_norm(name="patch_norm")(patches(images))
 
     def run_stage(self, stage: int, x: jax.Array, drop_rates: np.ndarray, train: bool) -> jax.Array:
-        """The blocks of a stage under nn.scan: one compiled body, parameters stacked on a leading axis."""
+        """Applies the blocks of a stage by nn.scan: one compiled body, parameters stacked on a leading axis."""
         block = self.make_block(stage, train)
         scanned = nn.scan(
             nn.remat(block.func, prevent_cse=False) if self.remat else block.func,
@@ -201,7 +201,7 @@ class Hierarchical(Network):
 
 
 class Block(nn.Module):
-    """A step of nn.scan; a family's block says how the map goes on.
+    """A step of nn.scan; each family defines its own.
 
     Attributes:
       drops: whether drop rates apply.
@@ -210,12 +210,12 @@ class Block(nn.Module):
     drops: bool
 
     def drop(self, update: jax.Array, rate: jax.Array) -> jax.Array:
-        """What a branch adds to the stream, in float32, dropped for whole images at random where `drops` is on."""
+        """The update of a branch in float32, with stochastic depth where `drops` is set."""
         update = update.astype(jnp.float32)
         return drop_path(self, update, rate) if self.drops else update
 
     def mlp(self, x: jax.Array, ratio: float, dtype: Any) -> jax.Array:
-        """What two linear layers make of every token, with `ratio` times the channels between them."""
+        """A norm and an MLP of two linear layers, with `ratio` times the channels between them."""
         dense = partial(nn.Dense, kernel_init=nn.initializers.normal(0.02), dtype=dtype)
         hidden = dense(int(x.shape[-1] * ratio), name="mlp_in")(layer_norm(name="mlp_norm")(x))
         return dense(x.shape[-1], name="mlp_out")(nn.gelu(hidden, approximate=False))
@@ -226,9 +226,9 @@ class Block(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """Every 2×2 tokens to one: their channels in a row, normalised, projected (Liu et al., "Swin Transformer", 2021).
+    """Merges every 2×2 tokens: concatenates, normalises and projects them (Liu et al., "Swin Transformer", 2021).
 
-    A map with an odd side gets a row or column of zeros, which the norm sees too.
+    A map with an odd side is padded with a row or column of zeros before the norm.
     """
 
     dim: int
@@ -239,12 +239,13 @@ class PatchMerging(nn.Module):
         """Maps (batch, rows, columns, channels) to (batch, ⌈rows/2⌉, ⌈columns/2⌉, dim)."""
         batch, rows, columns, channels = x.shape
         x = jnp.pad(x, ((0, 0), (0, rows % 2), (0, columns % 2), (0, 0)))
-        x = x.reshape(batch, (rows + 1) // 2, 2, (columns + 1) // 2, 2, channels)
-        x = x.transpose(0, 1, 3, 4, 2, 5)  # the row within the 2×2 counts faster than the column
+        x = x.reshape(batch, (rows + 1) // 2, 2, *x.shape[2:])  # one side at a time, to preserve the batch's sharding
+        x = x.reshape(*x.shape[:3], (columns + 1) // 2, 2, channels)
+        x = x.transpose(0, 1, 3, 4, 2, 5)  # within the 2×2, the row index varies faster than the column index
         x = layer_norm(name="norm")(x.reshape(*x.shape[:3], 4 * channels))
         return projection(self.dim, self.dtype, "reduction")(x).astype(jnp.float32)
 
 
 def projection(dim: int, dtype: Any, name: str) -> nn.Dense:
-    """A linear layer without bias, as these networks start them."""
+    """A linear layer without bias, initialised as in these networks."""
     return nn.Dense(dim, use_bias=False, kernel_init=nn.initializers.normal(0.02), dtype=dtype, name=name)

@@ -1,10 +1,10 @@
-"""The trunk of networks whose layers all have one shape (Vim, LocalVim, V2M): tokens, layer stack, pooling, head.
+"""Networks whose layers all have the same shape (Vim, LocalVim, V2M): tokens, layer stack, pooling, head.
 
     x_0 = tokens + positions      x_{j+1} = x_j + mixer_j(norm_j(x_j))      logits = head(norm(x_depth)[class token])
 
-A family is a subclass that says what its mixer is. The originals carry (hidden, residual) pairs between blocks and add
-them one block later; the single stream here is the same sum. Parameters, stream, norms and head are float32; `dtype` is
-that of the projections.
+A family is a subclass that defines its mixer. The originals carry (hidden, residual) pairs between blocks and add
+them one block later; the single stream here is the same sum. Parameters, stream, norms and head are float32; the
+projections compute in `dtype`.
 """
 
 import math
@@ -32,25 +32,25 @@ State = Literal["normalized", "stream", "rotated_stream", "update"]  # see `Isot
 
 
 class Isotropic(Network):
-    """Image classifier of equal layers.
+    """Image classifier of identical layers.
 
     Attributes:
-      num_classes: classes of the head; 0 is a network without a head.
-      image_size: side, or (height, width), in pixels, that the position table is made for. For images of another size
-        the table is resized.
+      num_classes: classes of the head; 0 for a network without a head.
+      image_size: side, or (height, width), in pixels, of the images that the position table is made for. For other
+        sizes the table is resized.
       patch_size: side of a patch in pixels.
       stride: pixels from one patch to the next; below patch_size the patches overlap.
       embed_dim: channels of a token.
       depth: number of layers.
-      state_size: state of the scan per channel.
+      state_size: state dimension of the scan per channel.
       class_token: "middle" of the sequence, at its "head", "double" (one at each end, averaged) or None.
-      pool: without a class token, what the head reads: the "mean" of the tokens, the "last" token, or every token, of
-        whose logits (features, where there is no head) the "max" is taken.
-      rope: rotate the stream before every layer, by rotary position embeddings.
+      pool: input of the head where there is no class token: the "mean" of the tokens, the "last" token, or each token,
+        whose logits (features, without a head) are reduced by their "max".
+      rope: rotate the stream before every layer by rotary position embeddings.
       drop_path_rate: stochastic depth of the last layer while training; it grows linearly from 0 at the first.
       input_normalization: subtract ImageNet's mean and divide by its deviation first, as pretraining on ImageNet did.
-      dtype: of the projections and what they yield, float32 or bfloat16.
-      remat: keep only each layer's input for the backward pass and compute the layer again there.
+      dtype: of the projections and their outputs, float32 or bfloat16.
+      remat: keep only each layer's input for the backward pass and recompute the layer there.
     """
 
     num_classes: int = 1000
@@ -68,7 +68,8 @@ class Isotropic(Network):
     dtype: Any = jnp.float32
     remat: bool = False
 
-    # LeCun's deviation over that of a unit normal cut at ±2: the originals corrected for a cut but made none.
+    # LeCun's deviation over that of a unit normal truncated at ±2: the originals correct for a truncation that they do
+    # not make.
     patch_init = staticmethod(nn.initializers.variance_scaling(1 / 0.87962566**2, "fan_in", "normal"))
     patch_bias_init = staticmethod(nn.initializers.zeros)
     head_init = staticmethod(nn.initializers.normal(0.02))
@@ -82,11 +83,11 @@ class Isotropic(Network):
         self.grid_of(square(self.image_size), "image_size")  # raises now, not at the first image
 
     def make_mixer(self, grid: tuple[int, int]) -> Callable[..., nn.Module]:
-        """What makes the mixer of a layer, given a name; it maps (tokens, the layer's inputs) to an update."""
+        """A function that makes a layer's mixer, given a name; a mixer maps (tokens, layer inputs) to an update."""
         raise NotImplementedError
 
     def layer_inputs(self, grid: tuple[int, int]) -> Any:
-        """What each layer's mixer is given beside the tokens: arrays with a leading axis of layers, or None."""
+        """Inputs of each layer's mixer besides the tokens: arrays with a leading axis of layers, or None."""
         return None
 
     @property
@@ -94,7 +95,7 @@ class Isotropic(Network):
         """Rows and columns of patches in an image of `image_size`, for which the position table is made."""
         return self.grid_of(square(self.image_size), "image_size")
 
-    @nn.nowrap  # it asks no variable, and is asked before there are any
+    @nn.nowrap  # it needs no variables, and is called before there are any
     def grid_of(self, size: tuple[int, int], field: str = "images") -> tuple[int, int]:
         """Rows and columns of patches in an image of a size; ValueError, naming the field, if it is below one patch."""
         if min(size) < self.patch_size:
@@ -118,7 +119,7 @@ class Isotropic(Network):
 
         Returns:
           logits (batch, num_classes) float32, without a head the pooled features (batch, embed_dim); with
-          `return_features` the pair of these and features:
+          `return_features`, the pair of these and a dict of features:
           features["hidden_states"]: (depth, batch, tokens, embed_dim), the stream after each layer, normalised as the
           last one is for the head;
           features["pre_logits"]: the head's input, (batch, embed_dim), or (batch, tokens, embed_dim) with pool "max".
@@ -142,21 +143,21 @@ class Isotropic(Network):
         train: bool = False,
         neck: Callable[..., nn.Module] | None = None,
     ) -> tuple[jax.Array, ...]:
-        """Maps of what layers made of images, on the grid of these images' patches: `apply(…, method="feature_maps")`.
+        """Feature maps of chosen layers, on the grid of these images' patches: `apply(…, method="feature_maps")`.
 
         Args:
           images: (batch, height, width, 3) floats in [0, 1], of any size.
           layers: numbers of layers from 0; None: all.
-          state: the stream after the layer, "normalized" as the last one is for the head and as in
-            features["hidden_states"]; the "stream" as it is; the "rotated_stream", as the next layer rotates it at once
-            where there are rotary positions, after the last layer the stream; or the "update" that the layer adds to
-            the stream, before any of it is dropped.
+          state: which state of the layer. "normalized": the stream after it, normalised as for the head and in
+            features["hidden_states"]. "stream": the stream after it. "rotated_stream": the same, rotated as the next
+            layer does first where there are rotary positions; not rotated after the last layer. "update": what the
+            layer adds to the stream, before stochastic depth.
           train: as in a call.
-          neck: makes a part of this network, given a name, that the maps go through.
+          neck: makes a module inside this network, given a name, that is applied to the maps.
 
         Returns:
-          For each of the layers (batch, rows, columns, embed_dim) float32, without the class tokens; or what the neck
-          makes of these.
+          For each of the layers (batch, rows, columns, embed_dim) float32, without the class tokens; or the neck's
+          output for these.
 
         Raises:
           ValueError: there is no such layer, or the images are not valid.
@@ -188,9 +189,9 @@ class Isotropic(Network):
         keep: Literal["stream", "update"] | None,
         then: Callable[[jax.Array, jax.Array | None], Any] = lambda x, states: (x, states),
     ) -> Any:
-        """The stream after the last layer, and for all layers what `keep` names, (depth, batch, tokens, embed_dim).
+        """The stream after the last layer, and the states that `keep` names, (depth, batch, tokens, embed_dim).
 
-        Or what `then` makes of these, which may have modules. The layers run under nn.scan: one compiled body,
+        Or the output of `then` for these; `then` may create modules. The layers run under nn.scan: one compiled body,
         parameters stacked on a leading axis.
         """
         check_images(images)
@@ -229,7 +230,7 @@ class Isotropic(Network):
         positions = class_token_positions(self.class_token, math.prod(grid))
         names = {0: [], 1: ["class_token"], 2: ["class_token_head", "class_token_tail"]}[len(positions)]
         tokens = [self.param(name, self.class_token_init, (1, 1, dim), jnp.float32) for name in names]
-        # Not jnp.tile: where the batch is sharded over an explicit mesh, its tokens must be too.
+        # Not jnp.tile: where the batch is sharded over an explicit mesh, the class tokens must be too.
         tokens = [jnp.broadcast_arrays(token, patches[:, :1])[0] for token in tokens]
         table_length = math.prod(self.grid) + len(positions)
         table = self.param("position_embedding", normal, (1, table_length, dim), jnp.float32)
@@ -238,33 +239,33 @@ class Isotropic(Network):
         return insert_tokens(patches, tokens, positions) + table
 
     def prepare(self, images: jax.Array) -> jax.Array:
-        """What is cut into patches."""
+        """The images as the patch embedding reads them."""
         return normalize_images(images) if self.input_normalization else images
 
     def drop_rates(self) -> jax.Array:
-        """Stochastic depth of each layer, (depth,)."""
+        """Stochastic-depth rate of each layer, (depth,)."""
         return jnp.linspace(0.0, self.drop_path_rate, self.depth, dtype=jnp.float32)
 
     def rotation(self, grid: tuple[int, int]) -> Rotation:
-        """Cosines and sines by which rotary positions turn the tokens of a grid."""
+        """Cosines and sines of the rotary positions of a grid's tokens."""
         angles = rotary_angles(grid, self.class_token, self.embed_dim)
         return jnp.cos(angles), jnp.sin(angles)
 
     def pool_tokens(self, tokens: jax.Array, positions: tuple[int, ...]) -> jax.Array:
-        """What the head reads."""
+        """The head's input: the class tokens' mean, or the tokens reduced as `pool` says."""
         if positions:
             return tokens[:, np.array(positions)].mean(axis=1)
         return {"mean": tokens.mean(axis=1), "last": tokens[:, -1], "max": tokens}[self.pool]
 
 
 class Layer(nn.Module):
-    """x + mixer(norm(x)), the mixer's part dropped for whole images at random where `drops` is on.
+    """x + mixer(norm(x)), with stochastic depth where `drops` is set.
 
     Attributes:
       mixer: makes the mixer, given a name.
       norm: makes the norm, given a name.
       drops: whether drop rates apply.
-      keep: what to return for the stack of states beside the next x: the "stream", which is x, the "update", or None.
+      keep: the state to return besides the next x: the "stream", which is that x, the "update", or None.
     """
 
     mixer: Callable[..., nn.Module]
@@ -276,7 +277,7 @@ class Layer(nn.Module):
     def __call__(
         self, x: jax.Array, drop_rate: jax.Array, inputs: Any, rotation: Rotation | None
     ) -> tuple[jax.Array, jax.Array | None]:
-        """Maps x (batch, tokens, dim) to (next x, what is kept): a step of nn.scan."""
+        """Maps x (batch, tokens, dim) to (next x, the state to keep): a step of nn.scan."""
         if rotation is not None:
             x = rotate(x, *rotation)
         update = self.mixer(name="mixer")(self.norm(name="norm")(x), inputs).astype(jnp.float32)
@@ -285,6 +286,6 @@ class Layer(nn.Module):
 
 
 def out_projection(dim: int, depth: int, dtype: Any) -> nn.Dense:
-    """The mixer's projection back to the stream: PyTorch's default start divided by the square root of the depth."""
+    """The mixer's output projection, initialised by PyTorch's default divided by the square root of the depth."""
     shrunk = nn.initializers.variance_scaling(1 / (3 * depth), "fan_in", "uniform")
     return nn.Dense(dim, use_bias=False, kernel_init=shrunk, dtype=dtype, name="out_proj")

@@ -1,4 +1,4 @@
-"""What every vision network shares: initialisers, input checks, norms, patch embedding, stochastic depth."""
+"""Layers that the vision networks share: initialisers, input checks, norms, patch embedding, stochastic depth."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,7 +12,7 @@ from flax import linen as nn
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-DEVICES = "devices"  # the name of the axis of devices that train on one batch together
+DEVICES = "devices"  # name of the axis of devices that share a batch in training
 
 # PyTorch's default for the weight of a linear or convolution layer: uniform in ±1/√fan_in.
 uniform_fan_in = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -50,12 +50,22 @@ def patch_embedding(
     return nn.Conv(dim, (size, size), strides=stride, padding="VALID", kernel_init=kernel_init, dtype=dtype, **options)
 
 
-def apart(weights: jax.Array) -> jax.Array:
+portable = jax.make_user_context(False)  # `with portable(True):` traces programs that are the same on every platform
+
+
+def on_cpu(cpu: Callable[..., jax.Array], default: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
+    """Applies `cpu` in a program for CPUs, `default` in one for other platforms and in a portable one."""
+    if portable.value:
+        return default(*arrays)
+    return jax.lax.platform_dependent(*arrays, cpu=cpu, default=default)
+
+
+def materialized(weights: jax.Array) -> jax.Array:
     """The same weights, on a CPU in memory of their own.
 
-    Inside nn.scan they are a slice of all layers' weights. XLA fuses that slice into the loop that reads it (on a CPU,
-    JAX 0.10 to 0.12), and where this is the sum of a convolution the loop then takes five times as long. Nothing is
-    fused into a product of matrices; here one of them is the identity, so that every bit stays.
+    Inside nn.scan, weights are a slice of the stacked weights of all layers. XLA fuses that slice into the loop that
+    reads it (on a CPU, JAX 0.10 to 0.12), which makes the loop of a convolution five times slower. It fuses nothing
+    into a matrix product, so the weights are multiplied by the identity here, which is exact.
     """
 
     def product(weights):
@@ -63,15 +73,15 @@ def apart(weights: jax.Array) -> jax.Array:
         identity = jnp.eye(len(rows), dtype=rows.dtype)
         return jnp.dot(identity, rows, precision="highest").reshape(weights.shape)
 
-    return jax.lax.platform_dependent(weights, cpu=product, default=lambda weights: weights)
+    return on_cpu(product, lambda weights: weights, weights)
 
 
 class DepthwiseConv(nn.Module):
-    """Convolution of each channel with a 3×3 filter of its own; starts like PyTorch's, uniform in ±1/3.
+    """Depthwise 3×3 convolution, initialised as in PyTorch (uniform in ±1/3).
 
     Attributes:
       use_bias: add a bias per channel.
-      activation: what follows, here so that the backward pass need not keep its input.
+      activation: applied to the output; part of this layer so that the backward pass need not keep its input.
     """
 
     use_bias: bool = True
@@ -79,7 +89,7 @@ class DepthwiseConv(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps x (batch, height, width, channels) to the same shape and dtype; zeros lie around the borders."""
+        """Maps x (batch, height, width, channels) to the same shape and dtype, padding the borders with zeros."""
         channels = x.shape[-1]
         kernel = self.param("kernel", uniform_fan_in, (3, 3, 1, channels), jnp.float32)
         bias = (
@@ -87,25 +97,25 @@ class DepthwiseConv(nn.Module):
             if self.use_bias
             else jnp.zeros(channels, jnp.float32)
         )
-        # Computed again in the backward pass, which would otherwise keep every shifted copy of x.
+        # Recomputed in the backward pass, which would otherwise keep every shifted copy of x.
         return jax.checkpoint(self._convolve, prevent_cse=False)(x, kernel, bias)
 
     def _convolve(self, x, kernel, bias):
         # A sum of shifted copies: on a CPU 10 to 30 times faster than XLA's grouped convolution.
         height, width = x.shape[1:3]
-        *taps, bias = apart(jnp.concatenate([kernel.reshape(9, -1), bias[None]]))
+        *taps, bias = materialized(jnp.concatenate([kernel.reshape(9, -1), bias[None]]))
         padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
         shifted = (padded[:, k // 3 : k // 3 + height, k % 3 : k % 3 + width] * taps[k] for k in range(9))
         return self.activation(sum(shifted) + bias).astype(x.dtype)
 
 
 class ChannelGate(nn.Module):
-    """x scaled per channel by what its own average says (squeeze-and-excitation behind a norm; "BiAttn" in LocalMamba).
+    """Channel gate: squeeze-and-excitation on a normalised map ("BiAttn" in LocalMamba).
 
         x · sigmoid(W_2 gelu(W_1 mean(norm(x)) + b_1) + b_2),    W_1 to an eighth of the channels
 
     Attributes:
-      axes: over which the average is taken.
+      axes: the axes to average over.
     """
 
     axes: tuple[int, ...]
@@ -120,7 +130,7 @@ class ChannelGate(nn.Module):
 
 
 def drop_path(module: nn.Module, update: jax.Array, rate: jax.Array | float) -> jax.Array:
-    """Stochastic depth (Huang et al., 2016): drops what a layer adds for whole images at random, scales up the rest.
+    """Stochastic depth (Huang et al., 2016): drops the update of random images and scales up the others.
 
     Draws from the module's rng stream "drop_path".
     """
@@ -128,7 +138,7 @@ def drop_path(module: nn.Module, update: jax.Array, rate: jax.Array | float) -> 
 
 
 def drop_channels(module: nn.Module, x: jax.Array, rate: float) -> jax.Array:
-    """Dropout of whole channels of single images, x being (batch, rows, columns, channels); scales up the rest.
+    """Dropout of random channels of each image in x (batch, rows, columns, channels); scales up the others.
 
     Draws from the module's rng stream "drop_path".
     """
@@ -136,32 +146,33 @@ def drop_channels(module: nn.Module, x: jax.Array, rate: float) -> jax.Array:
 
 
 def _drop(module: nn.Module, x: jax.Array, rate: jax.Array | float, shape: tuple[int, ...]) -> jax.Array:
-    """Zeros in x where a draw of that shape for each image says so.
+    """Drops entries of x by a random mask of this shape for each image, and scales up the others.
 
-    Where devices share a batch (`DEVICES`) it draws for all of it: what is dropped does not depend on their number.
+    Where devices share a batch (`DEVICES`), each draws the mask of the whole batch, so that it does not depend on their
+    number.
     """
     count = x.shape[0]
     try:
         first, total = count * jax.lax.axis_index(DEVICES), count * jax.lax.axis_size(DEVICES)
-    except NameError:  # of an axis that is not there
+    except NameError:  # there is no such axis
         first, total = 0, count
     keep = jax.random.bernoulli(module.make_rng("drop_path"), 1 - rate, (total, *shape))
     return jnp.where(jax.lax.dynamic_slice_in_dim(keep, first, count), x / (1 - rate), 0)
 
 
 def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x (batch, height, width, inputs) by a kernel (size, size, inputs, features), with zeros around the borders."""
+    """Convolves x (batch, height, width, inputs) with a kernel (size, size, inputs, features), padding with zeros."""
     return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
 class Conv(nn.Module):
-    """A square convolution that keeps the resolution, started as PyTorch does.
+    """A square convolution that keeps the resolution, initialised as in PyTorch.
 
     Attributes:
       features: output channels.
       size: side of a filter.
       use_bias: add a bias per channel.
-      convolve: how to compute it.
+      convolve: the function that computes it, see `convolve`.
     """
 
     features: int
@@ -171,9 +182,9 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, change: Callable = lambda kernel, bias: (kernel, bias)) -> jax.Array:
-        """Maps x (batch, height, width, inputs) to (batch, height, width, features); zeros lie around the borders.
+        """Maps x (batch, height, width, inputs) to (batch, height, width, features), padding the borders with zeros.
 
-        `change` maps the kernel (size, size, inputs, features) and the bias, 0 where there is none, to those used.
+        `change` maps the kernel (size, size, inputs, features) and the bias (0 without one) to those to use.
         """
         inputs = x.shape[-1]
         kernel = self.param("kernel", uniform_fan_in, (self.size, self.size, inputs, self.features), jnp.float32)
@@ -187,13 +198,13 @@ class Conv(nn.Module):
 
 
 class BatchNorm(nn.Module):
-    """Batch normalisation with PyTorch's running averages: they take 1/10 of each batch, and its unbiased variance.
+    """Batch normalisation with PyTorch's running averages: momentum 0.1, and the unbiased variance.
 
-    `flax.linen.BatchNorm` averages the biased variance, which is why this one exists.
+    `flax.linen.BatchNorm` averages the biased variance instead.
 
     Attributes:
-      train: normalise by the batch and update the running averages instead of using them.
-      axis_name: axis of devices whose batches are normalised together; None: each device for itself.
+      train: normalise by batch statistics and update the running averages, instead of using these.
+      axis_name: axis of devices across which batches are normalised together; None: each device normalises its own.
     """
 
     train: bool
@@ -201,9 +212,9 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, conv: "Conv | None" = None) -> jax.Array:
-        """Normalises x (batch, height, width, channels), or what `conv` makes of it, over all but the channels.
+        """Normalises x (batch, height, width, channels), or the output of `conv` for it, over all axes but the last.
 
-        Normalising by the running averages is part of the filters of `conv`, if there is one.
+        Outside training, `conv` runs with the normalisation folded into its kernel and bias.
         """
         channels = conv.features if conv else x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
@@ -219,7 +230,7 @@ class BatchNorm(nn.Module):
             if count < 2:
                 raise ValueError(
                     f"images: batch normalisation has a single value for each channel of {'/'.join(self.path)}, "
-                    "train with at least two images a step"
+                    "train with at least two images per step"
                 )
             running_mean.value += 0.1 * (mean - running_mean.value)
             running_var.value += 0.1 * (var * count / (count - 1) - running_var.value)

@@ -1,10 +1,10 @@
 """LocalVim, Vim with windowed scans (Huang et al., "LocalMamba: Visual State Space Model with Windowed Selective Scan",
 2024, https://arxiv.org/abs/2403.09338).
 
-Every layer scans the tokens along several ways through the image, which a search chose for that layer: by rows, by
-columns or window by window, so that tokens that are neighbours in the image are neighbours in a sequence. A gate
-weighs the channels of each result, and the results add up. The search trains a network in which every layer has all
-ways at once, weighed by learned numbers; the four heaviest of each layer make the network.
+Every layer scans the tokens in several directions, chosen for that layer by a search: by rows, by columns or window by
+window, so that neighbours in the image are neighbours in a sequence. A gate weights the channels of each result, and
+the results are summed. The search trains a network in which every layer scans in all directions, with learned weights;
+the final network keeps the four directions of each layer with the largest weights.
 """
 
 from collections.abc import Callable
@@ -34,7 +34,7 @@ from vimd_jax.models.scan_order import (
     to_tokens,
 )
 
-# What the search found for each of 20 layers.
+# The published result of the search, for 20 layers.
 SEARCHED = parse_directions("""
     h v_flip w7 w7_flip
     h_flip w2_flip w7 w7_flip
@@ -60,7 +60,7 @@ SEARCHED = parse_directions("""
 # The same in every layer: the paper's comparison without a search.
 UNSEARCHED = (("h", "h_flip", "w2", "w2_flip"),)
 
-# The original starts every linear layer from this deviation, also those that Mamba starts otherwise.
+# The original initialises every linear layer with this deviation, including those that Mamba initialises differently.
 normal = nn.initializers.normal(0.02)
 
 
@@ -70,14 +70,14 @@ class LocalVim(Isotropic):
     Attributes:
       stride: see `Isotropic`; None: patch_size, as published.
       class_token: in the "middle" of the sequence, at its "head", or None.
-      directions: names of the ways that each layer scans (see scan_order.py), a tuple for each layer or one for all;
-        equally many in every layer. SEARCHED serves networks of up to 20 layers. None is the network of the search:
-        all ways in every layer, each result normalised and weighed by a learned softmax.
-      normalization: in front of layers and head, "rms" as published, or "layer" as in the authors' segmenters.
+      directions: names of the directions that each layer scans (see scan_order.py), a tuple for each layer or one for
+        all; the same number in every layer. SEARCHED serves networks of up to 20 layers. None is the network of the
+        search: all directions in every layer, each result normalised and weighted by a learned softmax.
+      normalization: norm before layers and head, "rms" as published, or "layer" as in the authors' segmenters.
       vertical_reverse: "correct", or "published": on grids that are not square the original returns the results of
         vertical scans to the wrong tokens (see `scan_order.reverse_map`).
 
-    Images of any size are padded with zeros, at the bottom and on the right, to whole patches.
+    Images of any size are padded with zeros to whole patches, at the bottom and on the right.
     """
 
     stride: int | None = None
@@ -125,20 +125,20 @@ class LocalVim(Isotropic):
 
     @nn.nowrap
     def grid_of(self, size: tuple[int, int], field: str = "images") -> tuple[int, int]:
-        """See `Isotropic`; the last patches may reach over the edge."""
+        """See `Isotropic`; the last patches may extend beyond the edge."""
         if min(size) < 1:
             raise ValueError(f"{field}: (height, width) {size} is not valid, expected at least one pixel")
         return tuple(-(-max(side - self.patch_size, 0) // self.stride) + 1 for side in size)
 
     def prepare(self, images: jax.Array) -> jax.Array:
-        """See `Isotropic`; padded to whole patches."""
+        """See `Isotropic`; pads images to whole patches."""
         images = super().prepare(images)
         size = images.shape[1:3]
         missing = ((n - 1) * self.stride + self.patch_size - side for n, side in zip(self.grid_of(size), size))
         return jnp.pad(images, ((0, 0), *((0, max(pixels, 0)) for pixels in missing), (0, 0)))
 
     def rotation(self, grid: tuple[int, int]) -> Rotation:
-        """See `Isotropic`; for another grid the tables themselves are resized, as published. Class tokens stay."""
+        """See `Isotropic`; for another grid the tables are resized, as published. Class tokens are not rotated."""
         angles = rotary_angles(self.grid, None, self.embed_dim)
         cosines, sines = (
             resize_positions(table[None], self.grid, grid, None)[0] for table in (jnp.cos(angles), jnp.sin(angles))
@@ -149,15 +149,15 @@ class LocalVim(Isotropic):
 
     @staticmethod
     def decays(path: tuple[str, ...]) -> bool:
-        """See `Network`; the search's weights shrink too, as published."""
+        """See `Network`; the search's weights decay too, as published."""
         return Network.decays(path) or path[-1] == "direction_weights"
 
 
 class Mixer(nn.Module):
-    """LocalVim's mixer: several scans from one projection, gated by z, then by a channel gate, and added up.
+    """LocalVim's mixer: several scans of one projection, gated by z, then by a channel gate, and summed.
 
     Attributes:
-      search: weigh the directions instead.
+      search: combine the directions by `DirectionWeights` instead of summing them.
     """
 
     depth: int
@@ -167,7 +167,7 @@ class Mixer(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, order: ScanOrder) -> jax.Array:
-        """Maps x (batch, tokens, dim) to the same shape, `order` being that of the layer's directions."""
+        """Maps x (batch, tokens, dim) to the same shape; `order` is that of the layer's directions."""
         dim = x.shape[-1]
         in_proj = nn.Dense(2 * EXPAND * dim, use_bias=False, kernel_init=normal, dtype=self.dtype, name="in_proj")
         x, z = (to_sequences(part, order) for part in jnp.split(in_proj(x), 2, axis=-1))
@@ -186,7 +186,7 @@ class Mixer(nn.Module):
 
 
 class DirectionWeights(nn.Module):
-    """The search's relaxation of a choice: results, normalised, are averaged by a softmax of learned weights."""
+    """The search's relaxation: an average of normalised results, weighted by a softmax of learned numbers."""
 
     @nn.compact
     def __call__(self, y: jax.Array) -> jax.Array:
@@ -199,8 +199,8 @@ class DirectionWeights(nn.Module):
 MODELS = {
     "local_vim_tiny": partial(LocalVim, embed_dim=192),
     "local_vim_tiny_middle_token": partial(LocalVim, embed_dim=192, class_token="middle", rope=False),
-    # The original registers two networks under this name. The second, without a search, is the one it makes; the paper
-    # describes the first, directions=SEARCHED.
+    # The original registers two networks under this name. The second, without a search, overrides the first, which the
+    # paper describes (directions=SEARCHED).
     "local_vim_small": partial(LocalVim, embed_dim=384, directions=UNSEARCHED),
     "local_vim_search": partial(LocalVim, embed_dim=128, directions=None),
 }

@@ -1,8 +1,8 @@
 """LocalVMamba, VMamba with windowed scans (Huang et al., "LocalMamba: Visual State Space Model with Windowed Selective
 Scan", 2024, https://arxiv.org/abs/2403.09338).
 
-VMamba's stages and blocks; what differs is that every block has four directions of its own, found by the search of
-local_vim.py, and that a gate weighs the channels of what each brings.
+VMamba's stages and blocks, with two differences: every block has four directions of its own, found by the search of
+local_vim.py, and a gate weights the channels of each direction's result.
 """
 
 from functools import partial
@@ -25,7 +25,7 @@ from vimd_jax.models.scan_order import (
 )
 from vimd_jax.models.vmamba import SS2D, VSSBlock
 
-# What the search found for each block, one stage after the other.
+# The published results of the search, a line for each block, stage after stage.
 SEARCHED_TINY = parse_directions("""
     h h_flip w7 w7_flip
     h_flip v_flip w2 w2_flip
@@ -84,10 +84,10 @@ class LocalVMamba(Hierarchical):
     """Image classifier; the options of `Hierarchical`, and:
 
     Attributes:
-      directions: names of the ways that each block scans (see scan_order.py), a tuple for each block, stage after
-        stage, or one for all; equally many in every block. Networks of fewer blocks than a published list has read its
-        beginning. None is the network of the search: all ways in every block, each result normalised and weighed by a
-        learned softmax.
+      directions: names of the directions that each block scans (see scan_order.py), a tuple for each block, stage after
+        stage, or one for all; the same number in every block. A network with fewer blocks than a published list uses
+        the beginning of the list. None is the network of the search: all directions in every block, each result
+        normalised and weighted by a learned softmax.
       vertical_reverse: "correct", or "published": on maps that are not square the original returns the results of
         vertical scans to the wrong tokens (see `scan_order.reverse_map`).
     """
@@ -117,15 +117,15 @@ class LocalVMamba(Hierarchical):
 
     @staticmethod
     def decays(path: tuple[str, ...]) -> bool:
-        """See `Network`; the search's weights shrink too, as published."""
+        """See `Network`; the search's weights decay too, as published."""
         return Hierarchical.decays(path) or path[-1] == "direction_weights"
 
 
 class LocalSS2D(SS2D):
-    """`SS2D` whose results pass a channel gate before they are added up.
+    """`SS2D` with a channel gate before the results are summed.
 
     Attributes:
-      search: weigh the directions instead.
+      search: combine the directions by `DirectionWeights` instead of summing them.
     """
 
     search: bool

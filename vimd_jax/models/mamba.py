@@ -1,4 +1,4 @@
-"""The selective state-space model of Mamba in its parts (Gu & Dao, "Mamba: Linear-Time Sequence Modeling with Selective
+"""The parts of Mamba's selective state-space model (Gu & Dao, "Mamba: Linear-Time Sequence Modeling with Selective
 State Spaces", 2023, https://arxiv.org/abs/2312.00752, algorithm 2): short convolution, projections, scan and gate.
 """
 
@@ -10,19 +10,19 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from kernels import selective_scan
-from vimd_jax.models.layers import apart, uniform, uniform_fan_in
+from vimd_jax.models.layers import materialized, uniform, uniform_fan_in
 
 CONV_WIDTH = 4
-EXPAND = 2  # channels of a mixer over those of a token
+EXPAND = 2  # ratio of a mixer's channels to those of a token
 
 
 class SSM(nn.Module):
     """One scan direction: short convolution, step sizes and matrices from its output, selective scan, gate.
 
     Attributes:
-      state_size: state of the scan per channel.
-      reverse: look and run from the last token to the first, by index: nothing is flipped.
-      delta_bias_init: what the step sizes start from.
+      state_size: state dimension of the scan per channel.
+      reverse: convolve and scan from the last token to the first, by indexing, without flipping the arrays.
+      delta_bias_init: initialiser of the bias of the step sizes.
       dtype: of the projections.
     """
 
@@ -45,15 +45,15 @@ class SSM(nn.Module):
 
 
 class GroupedSSM(nn.Module):
-    """Several scan directions at once, each with weights of its own: projections, and one scan with a group for each.
+    """Several scan directions at once, each with its own weights: projections, and one scan with a group per direction.
 
     Attributes:
-      state_size: state of the scan per channel.
-      x_proj_init: of the projection to steps and matrices, (directions, channels, delta_rank + 2 state_size).
-      dt_proj_init: of the projection of the steps, (directions, delta_rank, channels).
-      dt_bias_init: what the step sizes start from, (directions, channels).
+      state_size: state dimension of the scan per channel.
+      x_proj_init: of the projection to step sizes and matrices, (directions, channels, delta_rank + 2 state_size).
+      dt_proj_init: of the projection of the step sizes, (directions, delta_rank, channels).
+      dt_bias_init: of the bias of the step sizes, (directions, channels).
       dtype: of the projections.
-      expand: channels here over those of a token outside the mixer.
+      expand: ratio of the channels here to those of a token outside the mixer.
     """
 
     state_size: int
@@ -65,7 +65,7 @@ class GroupedSSM(nn.Module):
 
     @nn.compact
     def __call__(self, u: jax.Array, z: jax.Array | None = None) -> jax.Array:
-        """Maps u and, where there is one, the gate z (batch, length, directions, channels) to the same shape."""
+        """Maps u and the optional gate z, both (batch, length, directions, channels), to the same shape."""
         *sequence, groups, channels = u.shape
         rank, state = delta_rank(channels, self.expand), self.state_size
         x_proj = self.param("x_proj_kernel", self.x_proj_init, (groups, channels, rank + 2 * state), jnp.float32)
@@ -95,11 +95,11 @@ class GroupedSSM(nn.Module):
 def selective_projections(
     u: jax.Array, state_size: int, delta_bias_init: nn.initializers.Initializer, dtype: Any
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Step sizes and matrices from the input; call it inside a compact module, which gets "x_proj" and "dt_proj".
+    """Step sizes and matrices from the input; for compact modules, to which it adds "x_proj" and "dt_proj".
 
     Args:
       u: (batch, length, channels).
-      state_size: state of the scan per channel.
+      state_size: state dimension of the scan per channel.
       delta_bias_init: initialiser of the bias of the step sizes.
       dtype: of the projections.
 
@@ -117,12 +117,12 @@ def selective_projections(
 
 
 def delta_rank(channels: int, expand: float = EXPAND) -> int:
-    """Numbers per token that the step sizes of all channels are made from: a sixteenth of the token's channels."""
+    """Rank of the projection to step sizes: a sixteenth of a token's channels, rounded up."""
     return math.ceil(channels // expand / 16)
 
 
 def state_matrix(module: nn.Module, name: str, channels: int, state_size: int) -> jax.Array:
-    """A = -exp(parameter), (channels, state_size); the parameter belongs to the module."""
+    """A = -exp(parameter), (channels, state_size); adds the parameter to the module."""
     return -jnp.exp(module.param(name, log_of_counting, (channels, state_size), jnp.float32))
 
 
@@ -137,12 +137,12 @@ class ShortConv(nn.Module):
         channels = x.shape[-1]
         kernel = self.param("kernel", uniform_fan_in, (CONV_WIDTH, 1, channels), jnp.float32)
         bias = self.param("bias", uniform(CONV_WIDTH**-0.5), (channels,), jnp.float32)
-        # Computed again in the backward pass, which would otherwise keep every shifted copy of x.
+        # Recomputed in the backward pass, which would otherwise keep every shifted copy of x.
         return jax.checkpoint(_silu_of_conv, static_argnums=3, prevent_cse=False)(x, kernel, bias, self.reverse)
 
 
 class GroupedShortConv(nn.Module):
-    """`ShortConv` for several scan directions at once, each with filters of its own."""
+    """`ShortConv` for several scan directions at once, each with its own filters."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -160,16 +160,16 @@ def _silu_of_conv(x, kernel, bias, reverse):
     # A sum of shifted copies: on a CPU over ten times faster than XLA's grouped convolution, on a GPU one fused loop.
     length, past = x.shape[1], CONV_WIDTH - 1
     padded = jnp.pad(x, ((0, 0), (0, past) if reverse else (past, 0), (0, 0)))
-    weights = apart(jnp.concatenate([kernel[::-1, 0] if reverse else kernel[:, 0], bias[None]]))
-    taps, bias = weights[:-1], weights[-1]  # the last tap meets the current token
+    weights = materialized(jnp.concatenate([kernel[::-1, 0] if reverse else kernel[:, 0], bias[None]]))
+    taps, bias = weights[:-1], weights[-1]  # the last tap is that of the current token
     # Broadcast in one step, so that the gradient of a tap is one sum over images and tokens: over tokens alone, XLA's
     # sum of products is far slower (on a CPU, JAX 0.10).
-    y = sum(padded[:, k : k + length] * jnp.broadcast_to(taps[k], x.shape) for k in range(CONV_WIDTH)) + bias
+    y = sum(padded[:, k : k + length] * jnp.broadcast_arrays(taps[k], x)[0] for k in range(CONV_WIDTH)) + bias
     return jax.nn.silu(y).astype(x.dtype)
 
 
 class DeltaProjection(nn.Module):
-    """Step sizes from their low-rank code, and their bias."""
+    """Projection of low-rank codes to step sizes, which returns the bias separately."""
 
     channels: int
     bias_init: nn.initializers.Initializer

@@ -1,4 +1,4 @@
-"""What stands between a backbone and a dense head: a norm for each map, or maps of four resolutions out of one."""
+"""Necks between a backbone and a dense head: a norm for each map, or a pyramid of four resolutions from one."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,15 +20,15 @@ class OutputNorms(nn.Module):
 
 
 class Pyramid(nn.Module):
-    """Maps of one resolution to resolutions that halve from one to the next, the first a quarter of the image's.
+    """Rescales maps of one resolution to a pyramid: 1/4 of the image's resolution, 1/8, and so on.
 
-    Deconvolutions enlarge and maxima shrink them, as in BEiT (Bao et al., 2022), from which Vim's segmenter has them.
+    Deconvolutions enlarge maps and max pooling shrinks them, as in the segmenters of BEiT (Bao et al., 2022) and Vim.
 
     Attributes:
       stride: pixels from one token to the next, 4, 8 or 16.
-      normalize_last: normalise the last map first. The norm is there in any case, as in the authors' files.
-      train: normalise by the batch, and update running averages.
-      bn_axis_name: axis of devices whose batches are normalised together; None: each device for itself.
+      normalize_last: normalise the last map first. The norm has its parameters in any case, as in the authors' files.
+      train: normalise by batch statistics, and update the running averages.
+      bn_axis_name: axis of devices across which batches are normalised together; None: each device normalises its own.
       dtype: of the deconvolutions.
     """
 
@@ -40,16 +40,18 @@ class Pyramid(nn.Module):
 
     @nn.compact
     def __call__(self, maps: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
-        """Maps arrays (batch, rows, columns, channels); map i has stride 4 · 2^i pixels then."""
+        """Maps arrays (batch, rows, columns, channels) to arrays of which number i has a stride of 4 · 2^i pixels."""
         normalized = rms_norm(name="final_norm")(maps[-1])
         maps = (*maps[:-1], normalized if self.normalize_last else maps[-1])
         return tuple(self.rescale(x, i) for i, x in enumerate(maps))
 
     def rescale(self, x: jax.Array, level: int) -> jax.Array:
-        """One map at the resolution of its level."""
+        """The map at the resolution of a level of the pyramid."""
         stride = 4 * 2**level
         if stride >= self.stride:
-            window = tuple(min(stride // self.stride, side) for side in x.shape[1:3])  # of a short side one is left
+            window = tuple(
+                min(stride // self.stride, side) for side in x.shape[1:3]
+            )  # one pixel is left of a short side
             return nn.max_pool(x, window, window)
         x = Deconvolution(self.dtype, name=f"deconv_{level}_0")(x)
         if self.stride // stride == 4:
@@ -59,7 +61,7 @@ class Pyramid(nn.Module):
 
 
 class Deconvolution(nn.Module):
-    """Twice the resolution: 2×2 pixels from each, by a linear layer for each of the four; starts like PyTorch's."""
+    """A 2×2 transposed convolution with stride 2, which doubles the resolution; initialised as in PyTorch."""
 
     dtype: Any
 

@@ -1,11 +1,9 @@
 """The base class of every registered network, a Flax module whose dataclass fields are its options, and of composites.
 
-The fields are the only place where an option is written down. Configs, `--option`, `create_model`, the checks and their
+The fields are the only place where an option is declared. Configs, `--option`, `create_model`, the checks and their
 messages all derive from them.
 """
 
-import argparse
-import ast
 import dataclasses
 from collections.abc import Sequence
 from types import UnionType
@@ -18,24 +16,24 @@ import typeguard
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
-# Options that say how a network is computed. The others say which network it is, and belong to a checkpoint.
+# Options of how a network is computed. The others define the network, and are saved in a checkpoint.
 COMPUTATION = ("dtype", "remat", "bn_axis_name", "drop_path_rate")
 
 
 class Network(nn.Module):
-    """A module whose options are checked when it is made.
+    """A module whose options are checked when it is created.
 
     Attributes:
-      num_classes: number of scores that it gives an image; 0 where it gives none.
-      image_size: side, or (height, width), in pixels of the images that it classifies; None where any are as good.
-      grid: (rows, columns) of patches that its position table is made for; None where there is none.
-      class_token: where its class tokens stand among the patches; None where there are none.
+      num_classes: number of scores for each image; 0 for none.
+      image_size: side, or (height, width), in pixels of the images that it is meant for; None if any size will do.
+      grid: (rows, columns) of patches that its position table is made for; None if it has none.
+      class_token: position of its class tokens among the patches; None if it has none.
 
     Raises:
       ValueError: an option has a wrong type or value; the message starts with the option's name.
     """
 
-    # Of a network that has no field or property of that name.
+    # Defaults for networks without a field or property of that name.
     num_classes = 0
     image_size = None
     grid = None
@@ -50,18 +48,18 @@ class Network(nn.Module):
 
     @property
     def parts(self) -> dict[str, "Network"]:
-        """The networks that this one is made of, by the name of their sub-tree of variables; a simple one has none."""
+        """The networks that a composite is made of, by the name of their sub-tree of variables; empty for others."""
         fields = {name: getattr(self, name) for name in options_of(type(self))}
         return {name: value for name, value in fields.items() if isinstance(value, Network)}
 
     @property
     def input_size(self) -> tuple[int, int]:
-        """(height, width) in pixels of images that `init` can be given."""
+        """(height, width) in pixels of valid images for `init`."""
         return square(self.image_size or 16)
 
     @classmethod
     def option_types(cls, chosen: dict[str, Any]) -> dict[str, Any]:
-        """Name → type of what `from_options` takes; of some networks that depends on options chosen."""
+        """Name → type of the options of `from_options`; for some networks they depend on the options chosen."""
         return options_of(cls)
 
     @classmethod
@@ -70,14 +68,14 @@ class Network(nn.Module):
         return cls(**options)
 
     def to_options(self) -> dict[str, Any]:
-        """The options from which `from_options` makes it again, but for `COMPUTATION`; fit for JSON."""
+        """The options, except `COMPUTATION`, with which `from_options` recreates this network; values for JSON."""
         return {option: getattr(self, option) for option in options_of(type(self)) if option not in COMPUTATION}
 
     @staticmethod
     def decays(path: tuple[str, ...]) -> bool:
-        """Whether weight decay shrinks the parameter at this path, as in the authors' training.
+        """True if weight decay applies to the parameter at this path, as in the authors' training.
 
-        The rule of Vim: kernels and state matrices do; biases, scales, D, class tokens and positions do not.
+        Vim's rule: kernels and state matrices decay; biases, scales, D, class tokens and positions do not.
         """
         return path[-1].endswith("kernel") or path[-1].startswith("A_log")
 
@@ -86,7 +84,7 @@ class Composite(Network):
     """A network made of networks: each is a field, and its variables are the sub-tree of that field's name."""
 
     def decays(self, path: tuple[str, ...]) -> bool:
-        """See `Network`: each part by its own rule."""
+        """See `Network`; each part follows its own rule."""
         return self.parts[path[0]].decays(path[1:])
 
 
@@ -146,25 +144,14 @@ def _floating_point(dtype: Any) -> np.dtype:
 
 
 def from_plain(value: Any) -> Any:
-    """An option's value from JSON, a config or a command line: lists become tuples, NumPy scalars Python's."""
+    """An option's value from JSON, a config or a command line: tuples for lists, Python's numbers for NumPy's."""
     if isinstance(value, tuple | list):
         return tuple(from_plain(part) for part in value)
     return value.item() if isinstance(value, np.generic) else value
 
 
-def parse_option(text: str) -> tuple[str, Any]:
-    """`NAME=VALUE` of a command line, VALUE as Python writes it or else a string; a type for argparse."""
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
-    try:
-        return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return name, value
-
-
 def check_layers(layers: Sequence[int] | None, count: int) -> tuple[int, ...]:
-    """Numbers of layers, None standing for all; ValueError if one of them is not below `count`, or there are none."""
+    """The numbers of the chosen layers, of all for None; ValueError if there are none or one is not below `count`."""
     layers = tuple(range(count)) if layers is None else tuple(layers)
     if not layers or not set(layers) <= set(range(count)):
         raise ValueError(f"layers: {layers} is not valid, expected numbers from 0 to {count - 1}")
@@ -182,5 +169,5 @@ def variable_shapes(model: Network) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def square(size: int | tuple[int, int]) -> tuple[int, int]:
-    """(height, width) from a side or from such a pair."""
+    """(height, width), from a side or from such a pair."""
     return (size, size) if isinstance(size, int) else tuple(size)

@@ -1,4 +1,4 @@
-"""Where class tokens stand in a sequence of patches, position tables for another grid, rotary positions."""
+"""Positions of class tokens among patches, position tables for other grids, rotary position embeddings."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ def class_token_positions(class_token: str | None, num_patches: int) -> tuple[in
 
 
 def insert_tokens(patches: jax.Array, tokens: Sequence[jax.Array], positions: Sequence[int]) -> jax.Array:
-    """Puts tokens, each (batch, 1, dim), into patches (batch, patches, dim): token k ends up at positions[k]."""
+    """Inserts tokens, each (batch, 1, dim), into patches (batch, patches, dim), token k at positions[k]."""
     pieces, start = [], 0
     for k, (token, position) in enumerate(zip(tokens, positions)):
         pieces += [patches[:, start : position - k], token]
@@ -24,7 +24,7 @@ def insert_tokens(patches: jax.Array, tokens: Sequence[jax.Array], positions: Se
 
 
 def remove_tokens(tokens: jax.Array, positions: Sequence[int]) -> jax.Array:
-    """The others of tokens (batch, tokens, dim) than those at these positions, in ascending order."""
+    """The tokens (batch, tokens, dim) without those at `positions`, which ascend."""
     starts, ends = [0, *(position + 1 for position in positions)], [*positions, tokens.shape[1]]
     return jnp.concatenate([tokens[:, start:end] for start, end in zip(starts, ends)], axis=1)
 
@@ -32,7 +32,7 @@ def remove_tokens(tokens: jax.Array, positions: Sequence[int]) -> jax.Array:
 def resize_positions(
     table: jax.Array, grid: tuple[int, int], new_grid: tuple[int, int], class_token: str | None
 ) -> jax.Array:
-    """Position embeddings for another grid of patches; the rows of class tokens are kept and move to their new places.
+    """Position embeddings for another grid of patches; those of class tokens move unchanged to their new positions.
 
     Args:
       table: (1, tokens, dim) in sequence order, for a grid of (rows, columns) patches.
@@ -62,8 +62,8 @@ def resize_positions(
 def bicubic_matrix(size: int, new_size: int) -> np.ndarray:
     """Bicubic interpolation of a row of samples as a (new_size, size) float32 matrix.
 
-    PyTorch's kernel: cubic convolution with a = -0.75, four taps around (i + 0.5) size / new_size - 0.5 also when
-    shrinking (no antialiasing), taps outside the row read its edge. `jax.image.resize` differs in all three.
+    PyTorch's kernel: cubic convolution with a = -0.75; four taps around (i + 0.5) size / new_size - 0.5, also when
+    shrinking (no antialiasing); taps outside the row read its edge. `jax.image.resize` differs in all three.
     """
     centre = (np.arange(new_size) + 0.5) * size / new_size - 0.5
     first = np.floor(centre).astype(int) - 1
@@ -83,9 +83,9 @@ def _cubic(t: np.ndarray, a: float = -0.75) -> np.ndarray:
 def rotary_angles(grid: tuple[int, int], class_token: str | None, dim: int) -> np.ndarray:
     """Angles of rotary position embeddings in two dimensions (Su et al., "RoFormer", 2021, as Vim uses them).
 
-    The first half of the channels turns with a patch's row, the second with its column, each pair of channels at a
-    frequency of its own. Positions span 14 on any grid. Class tokens do not turn; one in the middle is taken, as
-    published, to be the first token, so that the patches before it turn by their successor's angle.
+    The first half of the channels rotates with a patch's row, the second with its column, each pair of channels at its
+    own frequency. Positions span 14 on any grid. Class tokens are not rotated. One in the middle is an exception: as
+    published, it is treated as if at the head, so that it and each patch before it get the angles of the patch before.
 
     Args:
       grid: (rows, columns) of patches.
@@ -107,7 +107,7 @@ def rotary_angles(grid: tuple[int, int], class_token: str | None, dim: int) -> n
 
 
 def rotate(x: jax.Array, cosines: jax.Array, sines: jax.Array) -> jax.Array:
-    """Turns neighbouring pairs of channels (a, b) to (a cos - b sin, b cos + a sin); x (..., tokens, dim)."""
+    """Rotates adjacent pairs of channels (a, b) of x (..., tokens, dim) to (a cos - b sin, b cos + a sin)."""
     a, b = x[..., ::2], x[..., 1::2]
     turned = jnp.stack([-b, a], axis=-1).reshape(x.shape)
     return x * cosines + turned * sines

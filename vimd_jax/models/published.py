@@ -1,15 +1,15 @@
-"""What the authors of each network publish: results, files with weights, and how those want to see an image."""
+"""Published results and weights of each network, and the image preprocessing that the weights expect."""
 
 from typing import NamedTuple
 
 
 class Family(NamedTuple):
-    """Where a family of networks comes from.
+    """Sources of a family of networks.
 
     Attributes:
-      paper: its short name and address.
-      source: of the results, costs and files below.
-      licence: of the weights, and who says so; None if none was found.
+      paper: short name and address of the paper.
+      source: where the results, costs and files below are published.
+      licence: licence of the weights and where it is stated; None if none was found.
     """
 
     paper: str
@@ -18,18 +18,18 @@ class Family(NamedTuple):
 
 
 class Published(NamedTuple):
-    """What is published of one network.
+    """Published figures and weights of one network.
 
     Attributes:
       family: a key of `FAMILIES`.
-      parameters: trainable numbers of the original.
+      parameters: number of trainable parameters of the original.
       top1: accuracy on ImageNet-1k in %.
       operations: billions of operations, as the authors count them.
       file: the weights, `hf://owner/repository/file` or the address of a file; None if there are none.
       mebibytes: size of that file, where known.
-      crop: share of the short side that it was measured on; of classifiers the central 224 of 256 pixels.
-      input_normalization: whether it was trained on images with ImageNet's mean and deviation taken out.
-      mean_iou: of a segmenter, on ADE20K's validation images at one scale, in %.
+      crop: share of the short side in the evaluation crop; for classifiers the central 224 of 256 pixels.
+      input_normalization: whether it was trained on images normalised by ImageNet's mean and standard deviation.
+      mean_iou: mean IoU of a segmenter on ADE20K's validation images, at a single scale, in %.
     """
 
     family: str

@@ -1,7 +1,6 @@
 """The networks by name, as `vimd_jax.models` offers them.
 
-Composites are made of networks of other names, so that their files import this one; `vimd_jax.models` adds them to
-`MODELS`.
+Composites create their parts by name, so their modules import this one; `vimd_jax.models` adds them to `MODELS`.
 """
 
 import difflib
@@ -18,7 +17,7 @@ _HIERARCHICAL = vmamba.MODELS | vmamba2.MODELS | local_vmamba.MODELS | efficient
 CLASSIFIERS = _ISOTROPIC | _HIERARCHICAL
 SR_NETWORKS = srresnet.MODELS
 
-# By name a class of networks, or such a class with the options that the name stands for.
+# Name → a class of networks, or such a class with the options that the name stands for.
 MODELS: dict[str, Callable[..., Network]] = CLASSIFIERS | SR_NETWORKS
 
 
@@ -27,11 +26,12 @@ def create_model(name: str, **options: Any) -> Network:
 
     Args:
       name: one of `list_models()`.
-      **options: fields of the module that differ from the name's defaults. For srvm_* those of its classifier, the
-        classifier's name, and sr ("srresnet" or "bicubic"), scale, sr_channels, sr_num_blocks.
+      **options: fields of the module that differ from the name's defaults. For srvm_*: those of its classifier, the
+        classifier's name, and sr ("srresnet" or "bicubic"), scale, sr_channels, sr_num_blocks. For upernet_*: those of
+        its backbone and of `Segmenter.from_options`.
 
     Raises:
-      ValueError: no such network or option, or a value that is not valid; one line that says what is.
+      ValueError: no such network or option, or an invalid value; the message, one line, names the valid ones.
     """
     allowed = model_options(name, **options)
     for option in options:
@@ -56,9 +56,9 @@ def model_options(name: str, **chosen: Any) -> dict[str, Any]:
 
 
 def describe(model: Network) -> dict[str, Any]:
-    """What a network is: {"architecture": its name, "options": every option that decides a number}, fit for JSON.
+    """Describes a network for JSON: {"architecture": its name, "options": every option that changes a result}.
 
-    `create_model(architecture, **options)` makes it again. Left out is how it is computed (`network.COMPUTATION`).
+    `create_model(architecture, **options)` recreates it. Options of `network.COMPUTATION` are left out.
     """
     options = model.to_options()
 

@@ -1,6 +1,6 @@
-"""Maps at another resolution, as dense heads need them: bilinear resizing and adaptive average pooling.
+"""Resampling of maps for dense heads: bilinear resizing and adaptive average pooling.
 
-Both treat rows and columns as PyTorch does, so that trained heads keep their numbers at any size, odd ones included.
+Both follow PyTorch, so that heads trained there give the same results at any size, odd ones included.
 """
 
 import jax
@@ -9,16 +9,16 @@ import numpy as np
 
 
 def resize_bilinear(x: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """Bilinear interpolation between the centres of pixels; what lies outside the map repeats its border.
+    """Bilinear interpolation between pixel centres; beyond the border, the map repeats its edge.
 
-    Shrinking reads two neighbours like enlarging does, without averaging over what is left out (no antialiasing).
+    Shrinking also reads two neighbours only (no antialiasing).
 
     Args:
       x: (batch, rows, columns, channels) floats.
       size: the (rows, columns) wanted.
 
     Returns:
-      (batch, *size, channels), x itself where it has that size.
+      (batch, *size, channels); x itself where it has that size.
     """
     if x.shape[1:3] == tuple(size):
         return x
@@ -48,11 +48,11 @@ def resize_into(x: jax.Array, size: jax.Array, canvas: tuple[int, int]) -> jax.A
 
 
 def adaptive_average_pool(x: jax.Array, bins: int) -> jax.Array:
-    """The averages of bins × bins windows that cover a map evenly; they overlap where its sides are no multiples.
+    """Averages over bins × bins windows that cover a map evenly; they overlap unless `bins` divides its sides.
 
     Args:
       x: (batch, rows, columns, channels) floats. A side may be shorter than `bins`.
-      bins: windows along each side.
+      bins: number of windows along each side.
 
     Returns:
       (batch, bins, bins, channels).

@@ -1,11 +1,11 @@
-"""Ways through a grid of tokens, as index maps (Huang et al., "LocalMamba: Visual State Space Model with Windowed
-Selective Scan", 2024, https://arxiv.org/abs/2403.09338, section 3.2).
+"""Orders of traversal of a grid of tokens, as index maps (Huang et al., "LocalMamba: Visual State Space Model with
+Windowed Selective Scan", 2024, https://arxiv.org/abs/2403.09338, section 3.2).
 
-A direction is "h" (row by row), "v" (column by column) or "w" and a number (window by window of that side, row by row
-among the windows and inside each); with "_flip" the same way from its end. A grid that windows do not fill is padded
-with zero tokens at the bottom and on the right. They belong to the sequence and are scanned like the others.
+A direction is "h" (row by row), "v" (column by column) or "w" and a number (windows of that side, row by row among the
+windows and inside each); with "_flip" it is reversed. A grid that windows do not fill is padded with zero tokens at the
+bottom and on the right, which are part of the sequence and scanned like the others.
 
-Tokens count row by row. The maps are NumPy arrays.
+Tokens are numbered row by row. The maps are NumPy arrays.
 """
 
 import functools
@@ -23,14 +23,14 @@ Grid = tuple[int, int]  # rows, columns
 LayerDirections = tuple[tuple[str, ...], ...]  # names of directions, for each layer
 VerticalReverse = Literal["correct", "published"]
 
-# All that LocalMamba's search chooses from, in its order.
+# The candidates of LocalMamba's search, in its order.
 DIRECTIONS = ("h", "h_flip", "v", "v_flip", "w2", "w2_flip", "w7", "w7_flip")
 
 PADDING = -1
 
 
 def check_direction(direction: str) -> None:
-    """Raises ValueError unless this is the name of a direction."""
+    """Raises ValueError unless this names a direction."""
     if not re.fullmatch(r"(h|v|w[1-9]\d*)(_flip)?", direction):
         raise ValueError(
             f'directions: {direction!r} is not valid, expected "h", "v" or "w2", "w3", …, or one + "_flip"'
@@ -38,45 +38,45 @@ def check_direction(direction: str) -> None:
 
 
 def check_directions(directions: LayerDirections | None, depth: int, published: Sequence[LayerDirections]) -> None:
-    """Raises ValueError unless the option `directions` fits the layers; a published list may be for more of them."""
+    """Raises ValueError unless the option `directions` fits the layers; a published list may have more of them."""
     if directions is None:
         return
     if len(directions) not in (1, depth) and not (directions in published and depth < len(directions)):
         raise ValueError(f"directions: {len(directions)} for {depth} layers, expected a tuple for each or one for all")
     if len({len(names) for names in directions}) != 1 or not directions[0]:
-        raise ValueError("directions: layers differ in how many they have, or have none; expected equally many in each")
+        raise ValueError("directions: expected at least one in each layer, and the same number in all")
     for names in directions:
         for name in names:
             check_direction(name)
 
 
 def layer_directions(directions: LayerDirections | None, depth: int) -> LayerDirections:
-    """The directions of each layer; None: all in every layer."""
+    """The directions of each layer; all directions in every layer for None."""
     directions = (DIRECTIONS,) if directions is None else directions
     return directions * depth if len(directions) == 1 else directions[:depth]
 
 
 def parse_directions(text: str) -> LayerDirections:
-    """Names of directions, a line for each layer."""
+    """The directions of each layer, from text with a line for each."""
     return tuple(tuple(line.split()) for line in text.strip().splitlines())
 
 
 @functools.cache
 def scan_map(direction: str, grid: Grid) -> np.ndarray:
-    """The token at each place of the sequence, (length,) integers; PADDING where a zero token is scanned."""
+    """The token at each position of the sequence, (length,) integers; PADDING for a zero token."""
     check_direction(direction)
-    way = direction.removesuffix("_flip")
+    forward = direction.removesuffix("_flip")
     tokens = np.arange(grid[0] * grid[1]).reshape(grid)
-    if way == "v":
+    if forward == "v":
         tokens = tokens.T
-    elif way != "h":
-        tokens = _windows(tokens, int(way[1:]))
+    elif forward != "h":
+        tokens = _windows(tokens, int(forward[1:]))
     order = tokens.reshape(-1)
     return _constant(order[::-1] if direction.endswith("_flip") else order)
 
 
 def _windows(tokens: np.ndarray, side: int) -> np.ndarray:
-    """(rows, columns) to (window rows, window columns, side, side)."""
+    """Splits tokens (rows, columns) into windows (window rows, window columns, side, side)."""
     rows, columns = (-size % side for size in tokens.shape)
     tokens = np.pad(tokens, ((0, rows), (0, columns)), constant_values=PADDING)
     return tokens.reshape(len(tokens) // side, side, -1, side).swapaxes(1, 2)
@@ -84,11 +84,11 @@ def _windows(tokens: np.ndarray, side: int) -> np.ndarray:
 
 @functools.cache
 def reverse_map(direction: str, grid: Grid, vertical_reverse: VerticalReverse = "correct") -> np.ndarray:
-    """The place in the sequence that each token's result is read from, (tokens,) integers.
+    """The position in the sequence from which each token's result is read, (tokens,) integers.
 
-    That is where `scan_map` put the token, so that results return to where they belong. With `vertical_reverse`
-    "published" it is not on grids that are not square: the original transposes the results of "v" and "v_flip" as if
-    they stood row by row, which mixes up the tokens. Detectors that the authors trained have learned to live with it.
+    This is the token's position in `scan_map`, so that each result returns to its own token. With `vertical_reverse`
+    "published" it differs on grids that are not square: the original transposes the results of "v" and "v_flip" as if
+    they were in row order, which permutes the tokens. The authors' detectors were trained with that permutation.
     """
     order = scan_map(direction, grid)
     if vertical_reverse == "published" and direction.startswith("v"):
@@ -100,12 +100,13 @@ def reverse_map(direction: str, grid: Grid, vertical_reverse: VerticalReverse = 
 
 
 class ScanOrder(NamedTuple):
-    """How tokens, counted row by row, become sequences, and where the sequences' results go.
+    """Index maps from tokens, numbered row by row, to sequences, and from sequences back to tokens.
 
     Attributes:
-      tokens: (length, directions) integers, the token at each place of each direction's sequence, PADDING where it has
-        a zero there, which is scanned like a token.
-      places: (tokens, visits) integers, the places in the flattened (length, directions) that pass each token.
+      tokens: (length, directions) integers, the token at each position of each direction's sequence, or PADDING for a
+        zero token.
+      places: (tokens, visits) integers, the positions in the flattened (length, directions) at which each token is
+        visited.
     """
 
     tokens: Any
@@ -118,10 +119,10 @@ def local_scan_order(
     class_token: Literal["middle", "head"] | None = None,
     vertical_reverse: VerticalReverse = "correct",
 ) -> ScanOrder:
-    """The order of named directions, the shorter ones padded at their ends; a visit is a direction.
+    """The order of named directions, shorter ones padded at their ends; every direction visits each token once.
 
-    A class token in the "middle" of the tokens is scanned at just that place of every sequence, padded or not, as
-    published. One at the "head" comes first, or last where a direction is flipped.
+    A class token in the "middle" of the tokens has the same position in every sequence, padded or not, as published.
+    One at the "head" comes first, or last in a flipped direction.
     """
     pairs = [_with_class_token(direction, grid, class_token, vertical_reverse) for direction in directions]
     length = max(len(tokens) for tokens, _ in pairs)
@@ -139,17 +140,17 @@ def _with_class_token(direction, grid, class_token, vertical_reverse) -> tuple[n
     return tokens, places
 
 
-def scan_order_of(ways: np.ndarray) -> ScanOrder:
-    """The order of ways (directions, length) that pass every token equally often; PADDING is not a token."""
-    directions, length = ways.shape
-    visits = np.argsort(ways, axis=None, kind="stable")[np.count_nonzero(ways == PADDING) :]
+def scan_order_of(sequences: np.ndarray) -> ScanOrder:
+    """The order of sequences (directions, length) of tokens and PADDING, which visit every token equally often."""
+    directions, length = sequences.shape
+    visits = np.argsort(sequences, axis=None, kind="stable")[np.count_nonzero(sequences == PADDING) :]
     direction, place = np.divmod(visits, length)
-    places = (place * directions + direction).reshape(ways.max() + 1, -1)
-    return ScanOrder(np.int32(ways.T), np.int32(places))
+    places = (place * directions + direction).reshape(sequences.max() + 1, -1)
+    return ScanOrder(np.int32(sequences.T), np.int32(places))
 
 
 def stack_orders(orders: Sequence[ScanOrder]) -> ScanOrder:
-    """The orders of several blocks on a leading axis; the shorter sequences are padded at their ends."""
+    """Stacks the orders of several blocks on a leading axis; shorter sequences are padded at their ends."""
     longest = max(len(order.tokens) for order in orders)
     tokens = [
         np.pad(order.tokens, ((0, longest - len(order.tokens)), (0, 0)), constant_values=PADDING) for order in orders
@@ -158,27 +159,27 @@ def stack_orders(orders: Sequence[ScanOrder]) -> ScanOrder:
 
 
 def to_sequences(tokens: jax.Array, order: ScanOrder) -> jax.Array:
-    """(batch, tokens, channels) along each direction: (batch, length, directions, channels)."""
-    if order.tokens.size > order.places.size:  # there is padding: a token of zeros at the end, which -1 refers to
+    """Gathers tokens (batch, tokens, channels) as sequences (batch, length, directions, channels)."""
+    if order.tokens.size > order.places.size:  # padding: -1 refers to a token of zeros at the end
         tokens = jnp.pad(tokens, ((0, 0), (0, 1), (0, 0)))
     return tokens.at[:, order.tokens].get(mode="promise_in_bounds")
 
 
 def to_tokens(sequences: jax.Array, order: ScanOrder) -> jax.Array:
-    """What each visit brought: (batch, length, directions, channels) to (batch, tokens, visits, channels)."""
+    """Gathers sequences (batch, length, directions, channels) by token: (batch, tokens, visits, channels)."""
     batch, length, directions, channels = sequences.shape
     rows = sequences.reshape(batch, length * directions, channels)
     return rows.at[:, order.places].get(mode="promise_in_bounds")
 
 
 def sum_visits(y: jax.Array) -> jax.Array:
-    """(batch, tokens, visits, channels) added up to (batch, tokens, channels)."""
+    """Sums (batch, tokens, visits, channels) over visits to (batch, tokens, channels)."""
     # Not y.sum(axis=2): on a CPU, XLA takes over ten times longer for a sum along a short axis in the middle.
     return functools.reduce(jnp.add, (y[:, :, k] for k in range(y.shape[2])))
 
 
 def _constant(array: np.ndarray) -> np.ndarray:
-    """A copy that nobody can change: what a cached function returns is shared by its callers."""
+    """A read-only copy, since callers share the result of a cached function."""
     array = array.astype(np.int32)
     array.flags.writeable = False
     return array

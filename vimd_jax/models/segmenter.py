@@ -1,7 +1,7 @@
-"""Semantic segmentation: a classifier's trunk, whose maps at several depths a head makes a label map of.
+"""Semantic segmentation: a head that predicts a label map from a classifier's feature maps at several depths.
 
 The networks are those of the families' authors (Vim, LocalMamba, VMamba, EfficientVMamba), who all train UperNet with
-an auxiliary head of convolutions; V2M's is built like Vim's. Defaults are the published settings, but for mistakes.
+a convolutional auxiliary head; V2M's is built like Vim's. Defaults are the published settings, with mistakes corrected.
 """
 
 import inspect
@@ -29,13 +29,13 @@ class Segmenter(Composite):
 
     Attributes:
       backbone: a classifier without its head.
-      decode_head: makes class scores of the backbone's maps.
-      auxiliary_head: makes class scores of one of the maps, for a second loss while training; or None.
-      taps: the layers, or the stages, that the maps are taken after, counted from 0; None: the last of each quarter of
-        the layers, or all stages.
-      auxiliary_tap: which of the maps the auxiliary head reads, counted from 0; None: the last but one.
-      tapped: what is taken there, see `Isotropic.feature_maps`; of networks with stages the "stream".
-      normalize_last: normalise the last map, an option of Vim's segmenters that no published one uses; also of V2M's.
+      decode_head: computes class scores from the backbone's maps.
+      auxiliary_head: computes class scores from one of the maps, for a second training loss; or None.
+      taps: the layers or stages after which maps are taken, counted from 0; None: the last layer of each quarter of the
+        layers, or all stages.
+      auxiliary_tap: the map that the auxiliary head reads, counted from 0; None: the second to last.
+      tapped: the state that is taken there, see `Isotropic.feature_maps`; for networks with stages the "stream".
+      normalize_last: normalise the last map, an option of Vim's and V2M's segmenters that no published one uses.
     """
 
     backbone: Network
@@ -48,21 +48,23 @@ class Segmenter(Composite):
 
     def __post_init__(self):
         super().__post_init__()
+        if not self.num_classes:
+            raise ValueError("num_classes: 0 is not valid, expected at least 1")
         depth = self.backbone.depth if self.isotropic else len(self.backbone.depths)
         if self.taps == () or not set(self.taps or ()) <= set(range(depth)):
             raise ValueError(f"taps: {self.taps} is not valid, expected numbers from 0 to below {depth}")
-        if self.auxiliary_tap is not None and self.auxiliary_tap >= len(self.taps or self._all_taps):
-            raise ValueError(f"auxiliary_tap: {self.auxiliary_tap} is not valid, there are not as many taps")
+        if self.auxiliary_head and not 0 <= self._auxiliary_index < len(self._layers):
+            raise ValueError(f"auxiliary_tap: {self.auxiliary_tap} is not valid with {len(self._layers)} taps")
         if self.tapped != "stream" and not self.isotropic:
-            raise ValueError(f'tapped: {self.tapped!r} is not valid, of networks with stages it is the "stream"')
+            raise ValueError(f'tapped: {self.tapped!r} is not valid, networks with stages have only the "stream"')
         if self.normalize_last and not self._pyramid:
-            raise ValueError("normalize_last: True is not valid, here every map has a norm")
+            raise ValueError("normalize_last: True is not valid, every map of this network has a norm already")
         if self._pyramid and self.backbone.stride not in (4, 8, 16):
             raise ValueError(f"stride: {self.backbone.stride} is not valid in a segmenter, expected 4, 8 or 16")
 
     @property
     def isotropic(self) -> bool:
-        """Whether the backbone has layers of one shape, not stages."""
+        """True if the backbone's layers all have one shape; False if it has stages."""
         return isinstance(self.backbone, Isotropic)
 
     @property
@@ -72,7 +74,7 @@ class Segmenter(Composite):
 
     @property
     def image_size(self) -> int | tuple[int, int]:
-        """Side, or (height, width), in pixels, of the crops that it is meant for."""
+        """Side, or (height, width), in pixels, of the crops that the network is meant for."""
         return self.backbone.image_size
 
     @property
@@ -110,7 +112,7 @@ class Segmenter(Composite):
         Args:
           backbone: name of a classifier.
           num_classes: classes of the label map.
-          head: "upernet", or "linear" to see what the backbone's maps tell without further layers.
+          head: "upernet", or "linear" to probe what the backbone's maps encode.
           head_channels: width of UperNet's convolutions.
           head_dropout_rate: see `heads.Head`; of both heads.
           auxiliary_channels: width of the auxiliary head; 0 for none.
@@ -118,7 +120,7 @@ class Segmenter(Composite):
           taps: see the attributes.
           tapped: see the attributes.
           normalize_last: see the attributes.
-          bn_axis_name: axis of devices whose batches are normalised together while training.
+          bn_axis_name: axis of devices across which training batches are normalised together.
           dtype: of all parts.
           **options: of the backbone.
         """
@@ -150,9 +152,9 @@ class Segmenter(Composite):
         return backbone["options"] | own
 
     def decays(self, path: tuple[str, ...]) -> bool:
-        """See `Network`: Vim's rule for Vim and V2M, for the other families all but norms and positions.
+        """See `Network`: Vim's rule for Vim and V2M; for the other families, all but norms, positions and class tokens.
 
-        Those of the authors follow names, so that the norms of heads and stems shrink there as well.
+        The authors select parameters by name, so that the norms of heads and stems decay in their training as well.
         """
         if self._pyramid:
             return super().decays(path)
@@ -161,42 +163,46 @@ class Segmenter(Composite):
     def __call__(
         self, images: jax.Array, *, train: bool = False, return_features: bool = False
     ) -> jax.Array | tuple[jax.Array, dict[str, Any]]:
-        """Class scores of every 4×4 pixels, or of every token where the first map is coarser.
+        """Class scores for every 4×4 pixels, or for every token where the first map is coarser.
 
         Args:
           images: (batch, height, width, 3) floats in [0, 1].
           train: apply stochastic depth and dropout, which need the rng stream "drop_path" where a rate is above 0;
-            normalise by the batch and update running averages: pass mutable=["batch_stats"].
+            normalise by batch statistics and update the running averages: pass mutable=["batch_stats"].
           return_features: also return the features below.
 
         Returns:
-          logits (batch, rows, columns, num_classes) float32; with `return_features` the pair (logits, features):
+          logits (batch, rows, columns, num_classes) float32; with `return_features`, the pair (logits, features):
           features["hidden_states"]: the maps that the heads read, a tuple of (batch, rows, columns, channels) float32;
           features["auxiliary_logits"]: class scores of the auxiliary head, where there is one, at its map's resolution.
 
         Raises:
-          ValueError: images have a wrong rank, channel count or dtype, or are too small; or, while training, a single
-            one.
+          ValueError: images have a wrong rank, channel count or dtype, or are too small; or a training batch has a
+            single image.
         """
         kind = {"state": self.tapped} if self.isotropic else {}
-        maps = self.backbone.feature_maps(
-            images, self.taps or self._all_taps, train=train, neck=self._neck(train), **kind
-        )
+        maps = self.backbone.feature_maps(images, self._layers, train=train, neck=self._neck(train), **kind)
         logits, features = self.decode_head(maps, train=train), {"hidden_states": maps}
         if self.auxiliary_head is not None and (return_features or self.is_initializing()):
-            tap = -2 if self.auxiliary_tap is None else self.auxiliary_tap
-            features["auxiliary_logits"] = self.auxiliary_head(maps[tap], train=train)
+            features["auxiliary_logits"] = self.auxiliary_head(maps[self._auxiliary_index], train=train)
         return (logits, features) if return_features else logits
 
     @property
-    def _all_taps(self) -> tuple[int, ...]:
+    def _layers(self) -> tuple[int, ...]:
+        """The taps: by default the last layer of each quarter, or all stages."""
+        if self.taps is not None:
+            return self.taps
         if not self.isotropic:
             return tuple(range(len(self.backbone.depths)))
         return tuple(max(self.backbone.depth * quarter // 4, 1) - 1 for quarter in (1, 2, 3, 4))
 
     @property
+    def _auxiliary_index(self) -> int:
+        return len(self._layers) - 2 if self.auxiliary_tap is None else self.auxiliary_tap
+
+    @property
     def _pyramid(self) -> bool:
-        """Whether the maps, all of one resolution, are brought to four: all isotropic networks but LocalVim's."""
+        """True if the neck is a `Pyramid`: for all isotropic backbones but LocalVim."""
         return self.isotropic and not isinstance(self.backbone, LocalVim)
 
     def _neck(self, train: bool) -> Callable[..., nn.Module]:
@@ -219,16 +225,16 @@ class Segmenter(Composite):
         window: int | tuple[int, int] | None = None,
         stride: int | tuple[int, int] | None = None,
     ) -> jax.Array:
-        """Class scores of every pixel of images of any size.
+        """Class scores for every pixel of images of any size.
 
         Args:
           variables: of this network.
           images: (batch, height, width, 3) floats in [0, 1].
-          mode: "whole" images at once, or the mean of what windows that "slide" over them say.
-          window: side, or (height, width), of the windows in pixels; None: the network's image_size. Where an image is
-            shorter, so is the window.
-          stride: pixels from one window to the next, or such a pair; None: two thirds of the window. The last windows
-            end at the border.
+          mode: "whole" images at once, or "slide" a window over them and average the scores of overlapping windows.
+          window: side, or (height, width), of the windows in pixels; None: the network's image_size. It is cropped to
+            the size of smaller images.
+          stride: pixels from one window to the next, or (vertical, horizontal); None: two thirds of the window. The
+            last windows end at the border.
 
         Returns:
           (batch, height, width, num_classes) float32.
@@ -261,7 +267,7 @@ class Segmenter(Composite):
         return total / hits
 
     def _scores(self, variables: dict[str, Any], images: jax.Array) -> jax.Array:
-        """Class scores of every pixel, of images padded to whole patches so that none is left out."""
+        """Class scores for every pixel, from images padded to whole patches so that no pixel is left out."""
         size = images.shape[1:3]
         patch = self.backbone.stride if self.isotropic else 4
         padded = [-(-side // patch) * patch for side in size]
@@ -272,13 +278,13 @@ class Segmenter(Composite):
 
 
 def _starts(side: int, window: int, stride: int) -> list[int]:
-    """Where windows start that cover a side."""
+    """Start positions of windows that cover a side."""
     count = max(side - window + stride - 1, 0) // stride + 1
     return [min(k * stride, side - window) for k in range(count)]
 
 
 def _named(prefix: str, head: type[Network], **options: Any) -> Network:
-    """A head; errors name its options as the segmenter does."""
+    """Creates a head; errors name its options as `Segmenter.from_options` does."""
     try:
         return head(**options)
     except ValueError as error:
@@ -287,10 +293,13 @@ def _named(prefix: str, head: type[Network], **options: Any) -> Network:
 
 _VIM = {"class_token": None, "image_size": 512}
 _LOCAL_VIM = {
-    **{"tapped": "update", "auxiliary_tap": 3, "normalization": "layer"},
-    **{"directions": SEARCHED, "image_size": 512},
+    "tapped": "update",
+    "auxiliary_tap": 3,
+    "normalization": "layer",
+    "directions": SEARCHED,
+    "image_size": 512,
 }
-_EFFICIENT_CHANNELS = {"tiny": 256, "small": 384, "base": 512}  # which the paper's parameter counts tell
+_EFFICIENT_CHANNELS = {"tiny": 256, "small": 384, "base": 512}  # inferred from the paper's parameter counts
 
 MODELS = {
     "upernet_vim_tiny": partial(Segmenter, backbone="vim_tiny", head_channels=192, tapped="update", **_VIM),

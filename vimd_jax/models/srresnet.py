@@ -1,8 +1,8 @@
 """SRResNet, the super-resolution network of SRGAN (Ledig et al., "Photo-Realistic Single Image Super-Resolution Using a
 Generative Adversarial Network", CVPR 2017, https://arxiv.org/abs/1609.04802, figure 4).
 
-Residual blocks at the low resolution, then one doubling of the resolution after the other by sub-pixel convolution.
-Convolutions start from PyTorch's default (uniform in ±1/√fan_in), which the original network was built with.
+Residual blocks at the low resolution are followed by sub-pixel convolutions that each double the resolution.
+Convolutions are initialised as in the original, by PyTorch's default (uniform in ±1/√fan_in).
 """
 
 import functools
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from vimd_jax.models.layers import BatchNorm, Conv, check_images, convolve
+from vimd_jax.models.layers import BatchNorm, Conv, check_images, convolve, on_cpu, portable
 from vimd_jax.models.network import Network
 
 
@@ -23,11 +23,11 @@ class SRResNet(Network):
     """Super-resolution network.
 
     Attributes:
-      scale: 2, 4 or 8, output side over input side.
+      scale: ratio of the output's side to the input's, 2, 4 or 8.
       channels: width of the residual blocks.
       num_blocks: number of residual blocks.
-      bn_axis_name: axis of devices (pmap, shard_map) whose batches are normalised together while training; None: each
-        device for itself.
+      bn_axis_name: axis of devices (pmap, shard_map) across which training batches are normalised together; None: each
+        device normalises its own.
     """
 
     scale: Literal[2, 4, 8] = 4
@@ -41,11 +41,11 @@ class SRResNet(Network):
 
         Args:
           images: (batch, height, width, 3) floats in [0, 1].
-          train: normalise by the batch instead of the running averages, and update these: pass
+          train: normalise by batch statistics instead of the running averages, and update these: pass
             mutable=["batch_stats"].
 
         Returns:
-          (batch, scale * height, scale * width, 3) float32, clamped to [0, 1]; no gradient passes where it was clamped.
+          (batch, scale * height, scale * width, 3) float32, clipped to [0, 1]; no gradient passes where it was clipped.
 
         Raises:
           ValueError: images are not (batch, height, width, 3) floats.
@@ -58,7 +58,7 @@ class SRResNet(Network):
             variable_axes={"params": 0, "batch_stats": 0},
             split_rngs={"params": True},
             length=self.num_blocks,
-            # Training is not a compiled loop: inside one, XLA's gradient of a convolution is 20 times slower on a CPU.
+            # Unrolled in training: inside a loop, XLA's gradient of a convolution is 20 times slower on a CPU.
             unroll=self.num_blocks if train else 1,
         )
         x, _ = blocks(self.channels, train, self.bn_axis_name, name="blocks")(shallow)
@@ -67,12 +67,12 @@ class SRResNet(Network):
 
         for i in range(self.scale.bit_length() - 1):
             x = Doubling(self.channels, name=f"upsample_{i}")(x)
-        x = Conv(3, 9, name="conv_out")(x)
+        x = Conv(3, 9, convolve=convolve_to_few if portable.value else convolve, name="conv_out")(x)
         return jnp.clip(x, 0.0, 1.0)
 
 
 class ResidualBlock(nn.Module):
-    """x + norm(conv(prelu(norm(conv(x))))), as a step of nn.scan."""
+    """x + norm(conv(prelu(norm(conv(x))))), as the body of nn.scan."""
 
     channels: int
     train: bool
@@ -95,25 +95,35 @@ class Doubling(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        # Feature 4k + 2i + j is channel k, row i, column j, as in PyTorch. Sorted by the pixel instead, all channels of
-        # a pixel move as one, and the weights are cheaper to sort than what they make.
+        # In PyTorch's order, feature 4k + 2i + j is channel k of the pixel in row i, column j. Sorting the features by
+        # pixel first makes all channels of a pixel contiguous, and sorting the weights is cheaper than sorting outputs.
         x = Conv(4 * self.channels, 3, name="conv")(x, lambda kernel, bias: (_pixel_first(kernel), _pixel_first(bias)))
         return pixel_shuffle(PReLU(name="prelu")(x))
 
 
 def trunk_convolve(train: bool) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """How to convolve at the low resolution: on a CPU, unless `train`, by `winograd`.
+    """The convolution at the low resolution: `winograd` on a CPU, unless `train`; else `convolve`.
 
     XLA's own convolution (JAX 0.10) runs on a single core where it has no more than 64 features.
     """
     if train:
         return convolve
-    return lambda x, kernel: jax.lax.platform_dependent(x, kernel, cpu=winograd, default=convolve)
+    return partial(on_cpu, winograd, convolve)
+
+
+def convolve_to_few(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`convolve` for few features, which ONNX Runtime would pad to 16: first each column of the filter, then their sum."""
+    size, _, inputs, features = kernel.shape
+    margin, width = size // 2, x.shape[2]
+    columns = kernel.swapaxes(1, 2).reshape(size, 1, inputs, size * features)
+    padding = ((margin, margin), (margin, margin))
+    y = jax.lax.conv_general_dilated(x, columns, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return sum(y[:, :, j : j + width, j * features : (j + 1) * features] for j in range(size))
 
 
 def winograd(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`convolve` by 3×3 kernels, 4×4 pixels at a time with 36 multiplications instead of 144 (Lavin & Gray, "Fast
-    Algorithms for Convolutional Neural Networks", CVPR 2016, section 4.3), which are 36 products of matrices.
+    """`convolve` for 3×3 kernels, 4×4 pixels at a time with 36 multiplications instead of 144 (Lavin & Gray, "Fast
+    Algorithms for Convolutional Neural Networks", CVPR 2016, section 4.3), computed as 36 matrix products.
     """
     pixels, taps, results = _winograd_matrices()
     size = len(pixels)
@@ -126,15 +136,15 @@ def winograd(x: jax.Array, kernel: jax.Array) -> jax.Array:
     products = jnp.einsum("kbrci,kif->kbrcf", jnp.stack(sum(tiles, [])), kernels.reshape(size**2, inputs, features))
     lines = _combine(results, list(products.reshape(size, size, batch, rows, columns, features)))
     y = jnp.stack([jnp.stack(_combine(results, list(line)), axis=3) for line in lines], axis=2)
-    return y.reshape(batch, 4 * rows, 4 * columns, features)[:, :height, :width]
+    return merge_tiles(y)[:, :height, :width]
 
 
 @functools.cache
 def _winograd_matrices() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The transforms of six pixels, of three taps and back to four results, by the algorithm of Toom and Cook.
+    """The transforms of six pixels, of three taps, and back to four results, by the Toom-Cook algorithm.
 
-    Polynomials are multiplied by their values at five points and their highest coefficient. With these points rounding
-    errors are smaller than with the usual 0, ±1, ±2.
+    It multiplies polynomials through their values at five points and their highest coefficients. These points give
+    smaller rounding errors than the usual 0, ±1, ±2.
     """
     points = np.array([0, 2**0.5, -(2**0.5), 0.5**0.5, -(0.5**0.5)])
     others = [np.delete(points, i) for i in range(5)]
@@ -142,11 +152,11 @@ def _winograd_matrices() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     pixels.append(np.polynomial.polynomial.polyfromroots(points))
     taps = [point ** np.arange(3) / np.prod(point - roots) for point, roots in zip(points, others)] + [[0, 0, 1]]
     results = np.column_stack([points ** np.arange(4)[:, None], [0, 0, 0, 1]])
-    return tuple(np.round(matrix, 15) for matrix in (pixels, taps, results))  # so that zeros are zeros
+    return tuple(np.round(matrix, 15) for matrix in (pixels, taps, results))  # so that zeros are exact
 
 
 def _combine(matrix: np.ndarray, parts: list) -> list:
-    """The product of a matrix and a vector of arrays."""
+    """The product of a matrix with a vector whose entries are arrays."""
     return [sum(float(factor) * part for factor, part in zip(row, parts) if factor) for row in matrix]
 
 
@@ -157,16 +167,26 @@ def _pixel_first(features: jax.Array) -> jax.Array:
 def pixel_shuffle(x: jax.Array) -> jax.Array:
     """(batch, h, w, 4c) to (batch, 2h, 2w, c): feature (2i + j) c + k is channel k, row i, column j."""
     batch, height, width, features = x.shape
-    x = x.reshape(batch, height, width, 2, 2, features // 4).swapaxes(2, 3)
-    return x.reshape(batch, 2 * height, 2 * width, features // 4)
+    return merge_tiles(x.reshape(batch, height, width, 2, 2, features // 4).swapaxes(2, 3))
+
+
+def merge_tiles(x: jax.Array) -> jax.Array:
+    """(batch, rows, height, columns, width, channels) to (batch, rows * height, columns * width, channels)."""
+    batch, rows, height, columns, width, channels = x.shape
+    x = x.reshape(
+        batch, rows * height, columns, width, channels
+    )  # one side at a time, to preserve the batch's sharding
+    return x.reshape(batch, rows * height, columns * width, channels)
 
 
 class PReLU(nn.Module):
-    """x where positive, alpha x elsewhere, with one learned alpha that starts at 1/4."""
+    """x where positive, alpha x elsewhere, with one learned alpha, initially 1/4."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         alpha = self.param("alpha", nn.initializers.constant(0.25), (1,), jnp.float32)
+        if portable.value:
+            return jnp.maximum(x, 0) + alpha * jnp.minimum(x, 0)  # `where` is slow in ONNX Runtime
         return jnp.where(x > 0, x, alpha * x)
 
 

@@ -1,5 +1,5 @@
-"""SRVM-Net, the student of ViMD: enlarge, then classify (Chen et al., "Vision Mamba Distillation for Low-resolution
-Fine-grained Image Classification", IEEE SPL 2025, https://arxiv.org/abs/2411.17980, figure 1).
+"""SRVM-Net, the student of ViMD: super-resolution, then classification (Chen et al., "Vision Mamba Distillation for
+Low-resolution Fine-grained Image Classification", IEEE SPL 2025, https://arxiv.org/abs/2411.17980, figure 1).
 """
 
 import inspect
@@ -9,21 +9,19 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from vimd_jax.models import network
 from vimd_jax.models.network import Composite, Network, square
-from vimd_jax.models.network import part as part
 from vimd_jax.models.registry import CLASSIFIERS, create_model, describe, model_options
 from vimd_jax.models.srresnet import SRResNet
 
-_CLASSIFIER = "vim_tiny_stride8"  # unless another is chosen
+_CLASSIFIER = "vim_tiny_stride8"  # the default
 
 
 class SRVM(Composite):
     """A frozen super-resolution network followed by a classifier.
 
     Attributes:
-      sr: the super-resolution network; None is bicubic interpolation to the classifier's image_size.
-      classifier: what reads the enlarged image, any classifier of `list_models()`.
+      sr: the super-resolution network; None: bicubic interpolation to the classifier's image_size.
+      classifier: any classifier of `list_models()`, which reads the enlarged image.
     """
 
     sr: SRResNet | None
@@ -36,7 +34,7 @@ class SRVM(Composite):
 
     @property
     def image_size(self) -> int | tuple[int, int]:
-        """Side, or (height, width), in pixels of the enlarged images, which the classifier reads."""
+        """Side, or (height, width), in pixels, of the enlarged images that the classifier reads."""
         return self.classifier.image_size
 
     @property
@@ -99,8 +97,8 @@ class SRVM(Composite):
           return_features: also return the features below.
 
         Returns:
-          logits (batch, num_classes); with `return_features` the pair (logits, features): the classifier's features and
-          features["super_resolved"], the image that it saw.
+          logits (batch, num_classes); with `return_features`, the pair (logits, features): the classifier's features
+          and features["super_resolved"], the images that it read.
         """
         image = self.enlarge(images)
         output = self.classifier(image, train=train, return_features=return_features)
@@ -116,20 +114,15 @@ class SRVM(Composite):
         return self.classifier.feature_maps(self.enlarge(images), layers, **options)
 
     def enlarge(self, images: jax.Array) -> jax.Array:
-        """What the classifier reads of low-resolution images, without a gradient."""
+        """Enlarges low-resolution images for the classifier, without a gradient."""
         enlarged = bicubic(images, self.classifier.image_size) if self.sr is None else self.sr(images)
         return jax.lax.stop_gradient(enlarged)
 
 
-def join(sr: dict[str, Any] | None, classifier: dict[str, Any]) -> dict[str, Any]:
-    """The variables of an SRVM from those of its parts; `sr` is None where there is no such network."""
-    return network.join({"classifier": classifier} | ({} if sr is None else {"sr": sr}))
-
-
 def bicubic(images: jax.Array, size: int | tuple[int, int]) -> jax.Array:
-    """Enlarges images (batch, height, width, channels) to size, a side or (height, width), clamped to [0, 1].
+    """Enlarges images (batch, height, width, channels) to `size`, a side or (height, width), and clips to [0, 1].
 
-    Pillow's kernel, without its rounding to bytes: a = -0.5, weights renormalised at the edges (PyTorch's a is -0.75).
+    Uses Pillow's kernel, without rounding to bytes: a = -0.5 (PyTorch's is -0.75), weights renormalised at the edges.
     """
     resized = jax.image.resize(images, (images.shape[0], *square(size), images.shape[3]), "bicubic")
     return jnp.clip(resized, 0.0, 1.0)

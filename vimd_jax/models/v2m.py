@@ -1,10 +1,10 @@
 """V2M, the classifier with a two-dimensional state-space model (Wang et al., "V2M: Visual 2-Dimensional Mamba for Image
 Representation Learning", 2024, https://arxiv.org/abs/2410.10382, equations 13 to 15).
 
-Patches stay a grid. A Roesser model whose horizontal state feeds the vertical one, but not the reverse, is two passes
-of independent scans: one along every line of the grid, and one across the lines over what the first yields. Four views
-of the grid, one from each corner, go through the same two passes; their sum is the layer's update. There is no class
-token: the head reads the mean of the tokens (see isotropic.py).
+Patches stay a grid. A Roesser model in which the horizontal state feeds the vertical one, but not the reverse, amounts
+to two passes of independent scans: one along every line of the grid, then one across the lines, over the output of the
+first. Four views of the grid, one from each corner, go through the same two passes; their sum is the layer's update.
+There is no class token: the head reads the mean of the tokens (see isotropic.py).
 """
 
 from collections.abc import Callable
@@ -33,13 +33,13 @@ class V2M(Isotropic):
 
     Attributes:
       class_token: None; the published networks have none.
-      merge: "mean" halves the sum of the four views, as published, "sum" does not.
-      routing: which four views there are, and where their outputs go.
-        "four_corners", as in the paper: from each corner one, every output at its own patch.
+      merge: "mean" divides the sum of the four views by two, as published; "sum" does not.
+      routing: the four views, and the patches that their outputs go to.
+        "four_corners", as in the paper: one view from each corner, every output at its own patch.
         "aligned": the views of the authors' code (two from the top left, one from the top right, one from the bottom
         left), every output at its own patch.
-        "published": the authors' code to the letter, for weights trained with it. Its views are those of "aligned", but
-        outputs end up at the transposed or mirrored patch, whence square grids only.
+        "published": exactly the authors' code, for weights trained with it. The views are those of "aligned", but
+        outputs end up at the transposed or mirrored patch, so the grid must be square.
     """
 
     class_token: None = None
@@ -71,7 +71,7 @@ class V2M(Isotropic):
 
 
 class View(NamedTuple):
-    """How the two passes walk through the grid.
+    """Directions of the two passes through the grid.
 
     Attributes:
       columns: the lines are the columns of the grid, not its rows.
@@ -84,14 +84,15 @@ class View(NamedTuple):
     up: bool
 
 
-# The grid turned counter-clockwise by 0, 90, 180 and 270 degrees: the corner at its top left is then the view's.
+# The grid rotated counter-clockwise by 0, 90, 180 and 270 degrees; each view starts from the corner that is then at the
+# top left.
 FOUR_CORNERS = (View(False, False, False), View(True, False, True), View(False, True, True), View(True, True, False))
 # In the authors' code the second pass never runs backwards, so that no view starts at the bottom right.
 AUTHORS = (View(False, False, False), View(True, False, False), View(False, True, False), View(True, True, False))
 
 
 class Mixer(nn.Module):
-    """V2M's mixer: the views share every parameter, and the gate is applied after each of the two passes."""
+    """V2M's mixer: the views share all parameters, and the gate is applied after each of the two passes."""
 
     depth: int
     state_size: int
@@ -102,7 +103,7 @@ class Mixer(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, inputs: None = None) -> jax.Array:
-        """Maps x (batch, tokens, dim), the tokens row by row, to the same shape."""
+        """Maps x (batch, tokens, dim), with tokens in row order, to the same shape."""
         batch, tokens, dim = x.shape
         channels = EXPAND * dim
         in_proj = nn.Dense(2 * channels, use_bias=False, kernel_init=uniform_fan_in, dtype=self.dtype, name="in_proj")
@@ -112,11 +113,11 @@ class Mixer(nn.Module):
         return out_projection(dim, self.depth, self.dtype)(y)
 
     def scan(self, x: jax.Array, z: jax.Array) -> jax.Array:
-        """The four views, summed: x and the gate z (batch, rows, columns, channels) to the same shape."""
+        """Sums the four views: maps x and the gate z, both (batch, rows, columns, channels), to the same shape."""
         line_pass = partial(LinePass, state_size=self.state_size, dtype=self.dtype)
         along = line_pass(selective="B", delta_bias_init=inverse_softplus_of_steps, name="along")
-        # The second bias starts at 0, a step of 0.69 against 0.001 to 0.1 in the first pass: an oversight of the
-        # original, with which its results were obtained.
+        # The second bias is initialised to 0: a step size of 0.69, against 0.001 to 0.1 in the first pass. This is an
+        # oversight of the original, with which its results were obtained.
         across = line_pass(selective="C", delta_bias_init=nn.initializers.zeros, name="across")
 
         def output(view: View) -> jax.Array:
@@ -134,14 +135,14 @@ class Mixer(nn.Module):
 
 
 class LinePass(nn.Module):
-    """Selective scans of every line of a grid, each on its own: short convolution, projections, scan, gate.
+    """Independent selective scans of all lines of a grid: short convolution, projections, scan, gate.
 
-    One of the matrices B and C depends on the token; the other is all ones. The state ends in one number per channel.
+    One of the matrices B and C depends on the token; the other is all ones.
 
     Attributes:
-      state_size: state of the scan per channel.
+      state_size: state dimension of the scan per channel.
       selective: the matrix that depends on the token, "B" or "C".
-      delta_bias_init: what the step sizes start from.
+      delta_bias_init: initialiser of the bias of the step sizes.
       dtype: of the projections.
     """
 
@@ -152,7 +153,7 @@ class LinePass(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, z: jax.Array, reverse: bool) -> jax.Array:
-        """Maps x and the gate z (batch, lines, length, channels) to the same shape; `reverse` starts at lines' ends."""
+        """Maps x and the gate z, both (batch, lines, length, channels), to the same shape."""
         batch, lines, length, channels = shape = x.shape
         x, z = (array.reshape(batch * lines, length, channels) for array in (x, z))
         u = ShortConv(reverse, name="conv")(x)
@@ -175,7 +176,7 @@ def _keep(x: jax.Array) -> jax.Array:
 
 
 def _transpose(x: jax.Array) -> jax.Array:
-    """Rows become columns: (batch, rows, columns, channels) to (batch, columns, rows, channels)."""
+    """Transposes (batch, rows, columns, channels) to (batch, columns, rows, channels)."""
     return x.swapaxes(1, 2)
 
 

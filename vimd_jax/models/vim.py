@@ -1,8 +1,8 @@
 """Vim, the bidirectional state-space classifier (Zhu et al., "Vision Mamba: Efficient Visual Representation Learning
 with Bidirectional State Space Model", ICML 2024, https://arxiv.org/abs/2401.09417, algorithm 1).
 
-Patches become a sequence with a class token in its middle; every layer adds to it what two selective scans, one from
-each end, make of it; the class token, normalised, goes to a linear head (see isotropic.py).
+Patches become a sequence with a class token in its middle; every layer adds the outputs of two selective scans, one
+from each end; a linear head reads the normalised class token (see isotropic.py).
 """
 
 from collections.abc import Callable
@@ -33,7 +33,7 @@ class Vim(Isotropic):
 
 
 class Mixer(nn.Module):
-    """Vim's bidirectional mixer: the two directions share the projections in and out, and nothing else."""
+    """Vim's bidirectional mixer: the two directions share only the input and output projections."""
 
     depth: int
     state_size: int
@@ -51,11 +51,11 @@ class Mixer(nn.Module):
         return out_projection(dim, self.depth, self.dtype)(y)
 
     def scan(self, x: jax.Array, z: jax.Array) -> jax.Array:
-        """Both directions, merged: x and the gate z (batch, tokens, channels) to the same shape."""
+        """Merges both directions: maps x and the gate z, both (batch, tokens, channels), to the same shape."""
         ssm = partial(SSM, state_size=self.state_size, dtype=self.dtype)
         forward = ssm(reverse=False, delta_bias_init=inverse_softplus_of_steps, name="forward")(x, z)
-        # The backward bias starts at 0, a step of 0.69 against 0.001 to 0.1 forward: an oversight of the original, with
-        # which its published weights were trained.
+        # The backward bias is initialised to 0: a step size of 0.69, against 0.001 to 0.1 forward. This is an oversight
+        # of the original, with which its published weights were trained.
         backward = ssm(reverse=True, delta_bias_init=nn.initializers.zeros, name="backward")(x, z)
         return (forward + backward) / 2 if self.merge == "mean" else forward + backward
 

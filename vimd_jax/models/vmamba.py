@@ -1,8 +1,8 @@
 """VMamba (Liu et al., "VMamba: Visual State Space Model", NeurIPS 2024, https://arxiv.org/abs/2401.10166), in its first
-published form ("v0"): every block adds to a map what selective scans along four ways through it make of it.
+published form ("v0"): every block adds to a map the outputs of selective scans along four paths through it.
 
-The 2D selective scan `SS2D` takes the ways as index maps, so that LocalVMamba and EfficientVMamba can go others. The
-stages and the head are those of hierarchical.py.
+The 2D selective scan `SS2D` takes the scan paths as index maps, so that LocalVMamba and EfficientVMamba can use other
+paths. The stages and the head are those of hierarchical.py.
 """
 
 import functools
@@ -33,7 +33,7 @@ class VMamba(Hierarchical):
         return partial(VSSBlock, drops=drops, mixer=partial(SS2D, state_size=self.state_size, dtype=self.dtype))
 
     def block_inputs(self, stage: int, grid: tuple[int, int]) -> ScanOrder:
-        """The way of each block through the map: the same for all."""
+        """The scan order of each block, the same for all of them."""
         return stack_orders([cross_scan_order(grid)] * self.depths[stage])
 
 
@@ -54,19 +54,19 @@ class VSSBlock(Block):
 
 
 class SS2D(nn.Module):
-    """The 2D selective scan: sequences along several ways through a map, a scan for each, and the results added up.
+    """The 2D selective scan: the sum of selective scans along several paths through a map.
 
-        u, z = split(W_in x);  y = norm(merge(SSM_k(way_k(silu(conv(u))))));  W_out (y · silu(z))
+        u, z = split(W_in x);  y = norm(merge(SSM_k(path_k(silu(conv(u))))));  W_out (y · silu(z))
 
     Attributes:
-      state_size: state of the scan per channel.
+      state_size: state dimension of the scan per channel.
       dtype: of the projections.
     """
 
     state_size: int
     dtype: Any
 
-    expand = EXPAND  # channels of the scans over those of the map
+    expand = EXPAND  # ratio of the scans' channels to those of the map
 
     @nn.compact
     def __call__(self, x: jax.Array, order: ScanOrder) -> jax.Array:
@@ -80,7 +80,7 @@ class SS2D(nn.Module):
         return projection(dim, self.dtype, "out_proj")(y)
 
     def scan(self, u: jax.Array, order: ScanOrder) -> jax.Array:
-        """What every direction makes of every token: (batch, tokens, channels) to (batch, tokens, visits, channels)."""
+        """Scans (batch, tokens, channels) in all directions; returns (batch, tokens, visits, channels)."""
         ssm = GroupedSSM(
             state_size=self.state_size,
             x_proj_init=_uniform_fan_in,
@@ -93,21 +93,21 @@ class SS2D(nn.Module):
         return to_tokens(ssm(to_sequences(u, order)), order)
 
     def merge(self, y: jax.Array) -> jax.Array:
-        """The directions' results (batch, tokens, visits, channels) as one, (batch, tokens, channels)."""
+        """Merges the directions' results (batch, tokens, visits, channels) into (batch, tokens, channels)."""
         return sum_visits(y.astype(jnp.float32))
 
 
 @functools.cache
 def cross_scan_order(grid: tuple[int, int]) -> ScanOrder:
-    """The order of `cross_scan`."""
+    """`cross_scan` as a `ScanOrder`."""
     return scan_order_of(cross_scan(grid))
 
 
 def cross_scan(grid: tuple[int, int]) -> np.ndarray:
-    """Row by row, column by column, and both from the end: the token at each place, (4, rows * columns) integers."""
+    """Row by row, column by column, and both reversed: the token at each position, (4, rows * columns) integers."""
     tokens = np.arange(grid[0] * grid[1]).reshape(grid)
-    ways = np.stack([tokens.reshape(-1), tokens.T.reshape(-1)])
-    return np.concatenate([ways, ways[:, ::-1]])
+    forward = np.stack([tokens.reshape(-1), tokens.T.reshape(-1)])
+    return np.concatenate([forward, forward[:, ::-1]])
 
 
 MODELS = {

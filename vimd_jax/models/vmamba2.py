@@ -1,8 +1,8 @@
 """VMamba in its second release (the authors' code calls its scan "v05_noz"; the networks of the paper's final version,
 https://arxiv.org/abs/2401.10166, table 1, and most published weights are of this kind).
 
-Blocks have an MLP too; the scan has one state per channel, no gate, and as many channels as the map or twice as many;
-the stem and what stands between stages are 3×3 convolutions with stride 2. Ways and stages are those of vmamba.py.
+Blocks also have an MLP; the scan has one state per channel, no gate, and as many channels as the map or twice as many;
+the stem and the layers between stages are 3×3 convolutions with stride 2. Scan paths and stages are those of vmamba.py.
 """
 
 from collections.abc import Callable
@@ -29,10 +29,10 @@ class VMamba2(Hierarchical):
     """Image classifier; the options of `Hierarchical`, and:
 
     Attributes:
-      expand: channels of the scans over those of the map.
-      mlp_ratio: hidden channels of the MLPs over those of the map.
+      expand: ratio of the scans' channels to those of the map.
+      mlp_ratio: ratio of the MLPs' hidden channels to those of the map.
 
-    Images of any size: a convolution with stride 2 makes ⌈side/2⌉ of a side.
+    Images may have any size: a convolution with stride 2 maps a side to ⌈side/2⌉.
     """
 
     depths: tuple[int, ...] = (2, 2, 5, 2)
@@ -45,10 +45,10 @@ class VMamba2(Hierarchical):
         if self.widths[0] % 2:
             raise ValueError(f"dims: {self.dims} is not valid, the stem needs an even number in the first stage")
         if self.mlp_ratio * min(self.widths) < 1:
-            raise ValueError(f"mlp_ratio: {self.mlp_ratio} is not valid, expected enough for a channel")
+            raise ValueError(f"mlp_ratio: {self.mlp_ratio} is not valid, expected enough for one hidden channel")
 
     def embed(self, images: jax.Array) -> jax.Array:
-        """See `Hierarchical`; a quarter of the resolution by two convolutions."""
+        """See `Hierarchical`; reduces the resolution to a quarter by two convolutions."""
         check_images(images)
         x = normalize_images(images) if self.input_normalization else images
         x = Halving(dim=self.widths[0] // 2, dtype=self.dtype, name="stem_0")(x)
@@ -61,7 +61,7 @@ class VMamba2(Hierarchical):
         return partial(MLPBlock, drops=drops, mixer=mixer, mlp_ratio=self.mlp_ratio)
 
     def block_inputs(self, stage: int, grid: tuple[int, int]) -> ScanOrder:
-        """The way of each block through the map: the same for all."""
+        """The scan order of each block, the same for all of them."""
         return stack_orders([cross_scan_order(grid)] * self.depths[stage])
 
     def make_downsampling(self, stage: int) -> nn.Module:
@@ -70,7 +70,7 @@ class VMamba2(Hierarchical):
 
 
 class Halving(nn.Module):
-    """Half the resolution by a 3×3 convolution with stride 2, and a norm; zeros lie around the borders."""
+    """Halves the resolution by a 3×3 convolution with stride 2 and zero padding, then a norm."""
 
     dim: int
     dtype: jnp.dtype
@@ -96,7 +96,7 @@ class MLPBlock(Block):
 
     Attributes:
       mixer: makes the mixer, given a name; it maps (x, `ScanOrder`) to an update.
-      mlp_ratio: hidden channels of the MLP over those of the map.
+      mlp_ratio: ratio of the MLP's hidden channels to those of the map.
     """
 
     mixer: Callable[..., nn.Module]
@@ -112,10 +112,10 @@ class MLPBlock(Block):
 
 
 class UngatedSS2D(SS2D):
-    """`SS2D` without its gate: W_out norm(merge(SSM_k(way_k(silu(conv(W_in x)))))), the convolution without bias.
+    """`SS2D` without its gate: W_out norm(merge(SSM_k(path_k(silu(conv(W_in x)))))), with a convolution without bias.
 
     Attributes:
-      expand: channels of the scans over those of the map.
+      expand: ratio of the scans' channels to those of the map.
     """
 
     expand: int

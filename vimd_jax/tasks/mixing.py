@@ -133,7 +133,7 @@ def _weights(
 
 
 def _box(key: jax.Array, height: int, width: int, outside: jax.Array) -> jax.Array:
-    """Which pixels (height, width) lie in a random box of the image's aspect ratio and 1 - outside times its area.
+    """Mask (height, width) of a random box of the image's aspect ratio and 1 - outside times its area.
 
     Its centre is uniform over the pixels, and what reaches over the border is cut off (Yun et al., eq. 2).
     """

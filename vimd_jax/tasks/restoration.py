@@ -33,6 +33,16 @@ def scores(total: dict[str, np.ndarray]) -> dict[str, float]:
     return {name: float(total[name]) / float(total["count"]) for name in ("psnr", "psnr_bicubic")}
 
 
+def remark(scores: dict[str, float]) -> str | None:
+    """A warning if the network is worse than bicubic interpolation."""
+    if scores["psnr"] >= scores["psnr_bicubic"]:
+        return None
+    return (
+        f"the SR network is worse than bicubic interpolation, PSNR {scores['psnr']:.2f} dB against "
+        f"{scores['psnr_bicubic']:.2f} dB: train it longer, or give a student --config.sr.name=bicubic"
+    )
+
+
 def panel(restored: np.ndarray, *_: Any) -> tuple[dict[str, np.ndarray], list[str]]:
     return {"super-resolved": restored}, [""] * len(restored)
 
@@ -52,5 +62,6 @@ RESTORATION = Task(
     axis="PSNR (dB)",
     view="low",
     truth=("high",),
+    remark=remark,
     panel=panel,
 )

@@ -16,9 +16,10 @@ from vimd_jax.data.label_maps import IGNORED
 from vimd_jax.data.sources import Record
 from vimd_jax.drawing import blended, palette
 from vimd_jax.models import SEGMENTERS
+from vimd_jax.models.network import part
 from vimd_jax.models.resize import resize_bilinear, resize_into
 from vimd_jax.models.segmenter import Segmenter
-from vimd_jax.models.srvm import SRVM, part
+from vimd_jax.models.srvm import SRVM
 from vimd_jax.settings import ANY, SHARE, Rule, Setting, at_least, one_of
 from vimd_jax.tasks.task import Batch, Output, Sums, Table, Task, Terms
 
@@ -33,7 +34,7 @@ SETTINGS = {
     "loss.auxiliary_weight": Setting(0.4, at_least(0), "of the auxiliary head's loss; 0 switches it off"),
     "loss.class_weights": Setting((), _POSITIVE, "of the pixels of each class; empty: 1"),
     "dataset.classes": Setting(
-        "", ANY, "a file of class names, or the name of one in configs/; empty: classes.txt in the directory", True
+        "", ANY, "a file of class names, one a line; empty: classes.txt in the directory", changeable=True
     ),
     "dataset.label_values": Setting(
         "", ANY, 'values of the classes in the label maps, as "1..150" or "0,255"; empty: 0, 1, ...'

@@ -71,6 +71,7 @@ class Task:
       scores: total sums, see `Sums` -> scores by name, in the order of the log; without "count".
       drawn: the scores that curves.png shows; more of the first one means a better network.
       axis: title of their axis.
+      remark: scores of a finished network -> a warning that they call for, if any.
       target: (record, view) -> what stands beside an image in a batch, an array of one shape; for a record without
         target, an array that does not count. None: nothing.
       outputs: the dataset's class names -> the names of the network's outputs; () where it has no such outputs.
@@ -98,6 +99,7 @@ class Task:
     scores: Callable[[dict[str, np.ndarray]], dict[str, float]]
     drawn: tuple[str, ...]
     axis: str
+    remark: Callable[[dict[str, float]], str | None] = _nothing
     target: Callable[[Record, View], Any] | None = None
     outputs: Callable[[tuple[str, ...]], tuple[str, ...]] = lambda class_names: ()
     maps: bool = False

@@ -8,12 +8,15 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import linen as nn
 from ml_collections import ConfigDict
 
-from vimd_jax.data.geometry import View, central_view, crop_view, fitted_size, low_resolution_view
-from vimd_jax.data.pipeline import FILL, VIEWS, Batch, eval_passes, read_or_skip
+from vimd_jax.data.geometry import View, central_view, crop_view, fitted_size
+from vimd_jax.data.pipeline import FILL, VIEWS, Batch, eval_passes, network_view, read_or_skip, scaled_views
+from vimd_jax.data.preparation import prepare_views
 from vimd_jax.data.sources import Record, Source
 from vimd_jax.errors import TrainingError
+from vimd_jax.tasks import restoration
 from vimd_jax.tasks.task import Sums, Task, unit
 from vimd_jax.training import parallel, plots
 from vimd_jax.training.roles import Networks
@@ -77,29 +80,51 @@ def evaluate(
     return {**scores, "count": float(total["count"])}, Sums(total, images)
 
 
+def _spread(source: Source, config: ConfigDict, count: int) -> list[Record]:
+    """Records spread over a source, up to `count`, without unreadable ones."""
+    chosen = np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int)
+    records = [read_or_skip(source, i, config.dataset.on_error) for i in dict.fromkeys(map(int, chosen))]
+    return [record for record in records if record is not None]
+
+
+@partial(jax.jit, static_argnums=0, static_argnames="return_features")
+def _output(network: nn.Module, variables: Any, images: jax.Array, return_features: bool) -> Any:
+    """Compiled once for all panels of a run."""
+    options = {"return_features": True} if return_features else {}
+    return network.apply(variables, images, **options)
+
+
+def check_restorer(config: ConfigDict, networks: Networks, variables: Any, source: Source, most: int = 16) -> None:
+    """Warns if a frozen SR network restores images, up to `most` of a source, worse than bicubic interpolation."""
+    records = _spread(source, config, most)
+    views = [_panel_view(config.dataset, record, source.maps) for record in records]
+    seen = [_seen(config.dataset, record, view, source.maps) for record, view in zip(records, views)]
+    batch = {view: np.stack([images[view] for images in seen]) for view in ("low", "high")}
+    restored = jax.jit(networks.restorer.apply)(variables, unit(batch["low"]))
+    sums = restoration.sums(restored, batch | {"weight": np.ones(len(seen), np.float32)})
+    if remark := restoration.remark(restoration.scores(sums)):
+        log.warning("config.%s.init: %s", networks.stage.restorer, remark)
+
+
 def save_panel(
     config: ConfigDict, networks: Networks, variables: Any, source: Source, path: Path, rows: int = 6
 ) -> None:
     """Draws images spread over a source: low, restored and high resolution, and the network's answers."""
-    chosen = np.linspace(0, len(source) - 1, min(rows, len(source))).round().astype(int)
-    records = [read_or_skip(source, i, config.dataset.on_error) for i in dict.fromkeys(map(int, chosen))]
-    records = [record for record in records if record is not None]
+    records = _spread(source, config, rows)
     if not records:
         return
     task = networks.task
     views = [_panel_view(config.dataset, record, source.maps) for record in records]
-    seen = [view.pad(view.apply(record.image), FILL) for view, record in zip(views, records)]
-    high = np.stack([np.asarray(image) for image in seen])
-    low = np.stack([np.asarray(low_resolution_view(image, config.dataset.low_resolution)) for image in seen])
+    seen = [_seen(config.dataset, record, view, source.maps) for record, view in zip(records, views)]
+    high, low = (np.stack([images[view] for images in seen]) for view in ("high", "low"))
     targets = [task.target(record, view) if task.target else None for record, view in zip(records, views)]
 
     columns = {"low resolution": low, "super-resolved": None, "high resolution": high}
     images = unit(low if networks.view == "low" else high)
+    output = _output(networks.product, variables, images, return_features=bool(networks.stage.restorer))
     if networks.stage.restorer:
-        output, features = jax.jit(partial(networks.product.apply, return_features=True))(variables, images)
+        output, features = output
         columns["super-resolved"] = features["super_resolved"]
-    else:
-        output = jax.jit(networks.product.apply)(variables, images)
     drawn, captions = task.panel(np.asarray(output), targets, networks.outputs, high, source.colours)
     columns = {title: np.asarray(x) for title, x in (columns | drawn).items() if x is not None}
     plots.save_panel(columns, captions, path)
@@ -112,3 +137,10 @@ def _panel_view(config: ConfigDict, record: Record, maps: bool) -> View:
         return central_view(full_size, side, config.eval_crop)
     scaled = fitted_size(full_size, config.size_limits)
     return crop_view(full_size, scaled, tuple(max(0, (length - side) // 2) for length in scaled), side)
+
+
+def _seen(config: ConfigDict, record: Record, view: View, maps: bool) -> Batch:
+    """An image in high and low resolution as a panel shows it."""
+    if not maps:
+        return prepare_views(record.image, network_view(config))
+    return scaled_views(view.pad(view.apply(record.image), FILL), config)

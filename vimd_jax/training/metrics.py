@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.summary import scalar
 
 from vimd_jax.errors import TrainingError
 from vimd_jax.files import replace_file
+from vimd_jax.log import extra, warn_once
 from vimd_jax.training import parallel
 
 log = logging.getLogger(__name__)
@@ -24,6 +27,8 @@ NOT_A_TERM = ("loss", "gradient_norm", "parameter_norm")  # metrics of a step th
 
 class MetricWriter:
     """Appends to workdir/metrics.jsonl, one object a line, and to TensorBoard events in workdir/tensorboard.
+
+    A context, which ends the event file.
 
     Lines that an interrupted run wrote after `resumed_step` are dropped first, since those steps are run again. The
     events are written again from the lines that stay.
@@ -50,40 +55,89 @@ class MetricWriter:
             and "best_step" not in line["metrics"]  # the last line, which is written again
         ]
         replace_file(self._path, "".join(json.dumps(line) + "\n" for line in kept).encode())
-        shutil.rmtree(workdir / "tensorboard", ignore_errors=True)
-        self._events = SummaryWriter(str(workdir / "tensorboard"))
+        self._events = _Events(workdir / "tensorboard")
         for line in kept:
-            self._add_events(line["step"], line["split"], line["metrics"])
+            self._events.add(line["step"], line["split"], line["metrics"])
 
     def write(self, step: int, split: str, metrics: dict[str, float]) -> None:
         """Records the metrics of a split ("train", "validation", "test") after `step` steps."""
         if not self._speaks:
             return
         epoch = round(step / self._steps_per_epoch, 3)
-        with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, "epoch": epoch, "split": split, "metrics": metrics}) + "\n")
-        self._add_events(step, split, metrics)
-        self._events.flush()
+        line = json.dumps({"step": step, "epoch": epoch, "split": split, "metrics": metrics}) + "\n"
+        try:
+            with self._path.open("a") as file:
+                file.write(line)
+        except OSError as error:
+            raise TrainingError(
+                f"{self._path} cannot be written ({error.strerror}): make room there; the same command continues."
+            ) from error
+        self._events.add(step, split, metrics)
 
-    def _add_events(self, step: int, split: str, metrics: dict[str, float]) -> None:
-        for name, value in metrics.items():
-            self._events.add_scalar(f"{split}/{name}", value, step)
+    def __enter__(self) -> "MetricWriter":
+        return self
 
-    def close(self) -> None:
-        """Ends the event file."""
+    def __exit__(self, *_: object) -> None:
         if self._speaks:
             self._events.close()
 
 
+class _Events:
+    """A file of TensorBoard events, written anew; given up, with a warning, if that fails.
+
+    Written in this thread: in one of its own, as tensorboardX's SummaryWriter has, an error would be lost and the run
+    would then wait for that thread for ever.
+    """
+
+    def __init__(self, folder: Path):
+        self._writer: EventsWriter | None = None
+        with extra(f"TensorBoard events in {folder}"):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            self._folder, self._writer = folder, EventsWriter(str(folder / "events"))
+
+    def add(self, step: int, split: str, metrics: dict[str, float]) -> None:
+        """Adds the metrics of a split."""
+        if self._writer is None:
+            return
+        writer, self._writer = self._writer, None
+        with extra(f"TensorBoard events in {self._folder}"):
+            for name, value in metrics.items():
+                summary = scalar(f"{split}/{name}", value)
+                writer.write_event(Event(wall_time=time.time(), step=step, summary=summary))
+            writer.flush()
+            self._writer = writer
+        if self._writer is None:
+            with contextlib.suppress(Exception):
+                writer.close()
+
+    def close(self) -> None:
+        """Ends the file."""
+        if self._writer is not None:
+            with extra(f"TensorBoard events in {self._folder}"):
+                self._writer.close()
+
+
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """The lines of workdir/metrics.jsonl; a last line that a kill cut short is left out."""
+    """The lines of workdir/metrics.jsonl; one that a kill cut short or that is damaged is left out."""
     path, lines = workdir / "metrics.jsonl", []
-    for text in path.read_text().splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
+    for number, text in enumerate(path.read_bytes().splitlines() if path.exists() else [], 1):
+        if (line := _line(text)) is not None:
+            lines.append(line)
+        else:
+            warn_once(f"{path}: line {number} is damaged and left out.")
     return lines
+
+
+def _line(text: bytes) -> dict[str, Any] | None:
+    """A line of metrics.jsonl; None if it is damaged."""
+    try:
+        line = json.loads(text)
+        numbers = [line["step"], line["epoch"], *line["metrics"].values()]
+        whole = isinstance(line["split"], str) and all(isinstance(x, int | float) for x in numbers)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    return line if whole else None
 
 
 class Progress:

@@ -14,7 +14,7 @@ import sys
 import traceback
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -111,9 +111,28 @@ def join(address: str, count: int | None, index: int | None, wait_seconds: int) 
         raise ValueError(
             f"--num_processes is {count} and --process_id is {index}: give how many there are, and 0 to one less."
         )
+    _initialize(wait_seconds, coordinator_address=address, num_processes=count, process_id=index)
+
+
+def join_job(wait_seconds: int) -> None:
+    """The same, with what SLURM, Open MPI or Kubernetes tell the processes of a job.
+
+    Raises:
+      ValueError: this process is in no such job.
+    """
+    try:
+        _initialize(wait_seconds)
+    except ValueError as error:
+        raise ValueError(
+            f"--distributed: JAX found no job of SLURM, Open MPI or Kubernetes around this process ({error}); name the "
+            "processes with --coordinator_address, --num_processes and --process_id."
+        ) from error
+
+
+def _initialize(wait_seconds: int, **processes: Any) -> None:
     _leave_last_words()
     # JAX ends a process, through abort, this long after it last heard of the others.
-    jax.distributed.initialize(address, count, index, initialization_timeout=wait_seconds, heartbeat_timeout_seconds=30)
+    jax.distributed.initialize(initialization_timeout=wait_seconds, heartbeat_timeout_seconds=30, **processes)
 
 
 def _leave_last_words() -> None:
@@ -132,6 +151,14 @@ def _say_goodbye() -> None:
         _goodbyes.pop()()
 
 
+def leave(status: int) -> NoReturn:
+    """Ends this process at once, whatever its other threads do."""
+    _say_goodbye()
+    logging.shutdown()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 @contextlib.contextmanager
 def together() -> Iterator[None]:
     """Ends this process at once, with one line, if it fails or loses the others: they wait for it, or it for them."""
@@ -143,10 +170,7 @@ def together() -> Iterator[None]:
             raise
         if not isinstance(error, SystemExit):
             traceback.print_exception(error)
-        _say_goodbye()  # an orderly exit would wait for the others for minutes
-        logging.shutdown()
-        sys.stderr.flush()
-        os._exit(1)
+        leave(1)  # an orderly exit would wait for the others for minutes
 
 
 @contextlib.contextmanager

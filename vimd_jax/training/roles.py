@@ -17,12 +17,13 @@ from vimd_jax.checkpoints.adapt import MODES
 from vimd_jax.config import DERIVED, STAGES, Stage, given_options
 from vimd_jax.load import load_variables
 from vimd_jax.models import create_model, model_options
-from vimd_jax.models.network import input_images, variable_shapes
-from vimd_jax.models.srvm import SRVM, bicubic, join
+from vimd_jax.models.network import input_images, join, variable_shapes
+from vimd_jax.models.srvm import SRVM, bicubic
 from vimd_jax.tasks.task import Task, unit
-from vimd_jax.training import parallel
+from vimd_jax.training import classes, parallel
 from vimd_jax.training.parallel import AXIS
-from vimd_jax.training.workdirs import init_path
+from vimd_jax.training.workdirs import init_source, is_begun
+from weight_convert.hub import resolve
 
 Variables = dict[str, Any]
 
@@ -72,9 +73,16 @@ class Networks:
         by_role = {self.stage.restorer: self.restorer, self.stage.teacher: self.teacher}
         return {role: model for role, model in by_role.items() if model is not None}
 
+    def read(self, workdir: Path) -> list[str]:
+        """The roles whose weights are read from elsewhere: in a run that continues, those of frozen networks only."""
+        return [*self.frozen, *([] if is_begun(workdir) else [self.stage.trained])]
+
     def product_variables(self, trained: Variables, frozen: dict[str, Variables]) -> Variables:
         """The variables of the product, from those of the trained network and of the frozen ones."""
-        return join(frozen.get(self.stage.restorer), trained) if self.stage.restorer else trained
+        if not self.stage.restorer:
+            return trained
+        restorer = {} if self.restorer is None else {"sr": frozen[self.stage.restorer]}
+        return join(restorer | {"classifier": trained})
 
     def images(self, frozen: dict[str, Variables], batch: dict[str, jax.Array]) -> jax.Array:
         """The images of a batch that the trained network reads, in [0, 1]; restored ones without a gradient."""
@@ -145,22 +153,26 @@ def _check_resolutions(config: ConfigDict, role: str, restorer: nn.Module | None
 def check_sources_of_weights(config: ConfigDict, networks: Networks, workdir: Path, made_before: set[Path]) -> None:
     """Raises unless every network that needs weights has a path to them, and something is there or will be.
 
+    Weights with a name are downloaded, see `weight_convert.hub`. A run that continues does not read again what its
+    network began with.
+
     Args:
       config: of one stage.
       networks: of the stage.
       workdir: its folder.
       made_before: workdirs that earlier stages of the same command make.
     """
-    for role in (*networks.frozen, networks.stage.trained):
-        section, init = config[role], init_path(config, role, workdir)
+    for role in networks.read(workdir):
+        section, init = config[role], init_source(config, role, workdir)
         if role in networks.frozen and not init:
             raise ValueError(
                 f"config.{role}.init is empty, but a {config.stage} needs a trained {role} network: name the workdir "
                 f'of a "{role}" run, a converted checkpoint or a PyTorch file.'
             )
-        if init and not init.exists() and init.resolve() not in made_before:
-            raise FileNotFoundError(f"config.{role}.init: {init}: no such workdir, converted checkpoint or file.")
-        if section.init_key and (not init or init.is_dir()):
+        path = _local(init, section.name)
+        if init and not path.exists() and path.resolve() not in made_before:
+            raise FileNotFoundError(f"config.{role}.init: {path}: no such workdir, converted checkpoint or file.")
+        if section.init_key and (not init or path.is_dir()):
             raise ValueError(f"config.{role}.init_key is {section.init_key!r}, but only a PyTorch file has keys.")
         if section.init_position_mode not in MODES:
             raise ValueError(
@@ -168,25 +180,45 @@ def check_sources_of_weights(config: ConfigDict, networks: Networks, workdir: Pa
             )
 
 
+def _local(init: str, architecture: str) -> Path:
+    """The file or folder of weights for an architecture, downloaded if they have a name."""
+    return resolve(init, architecture).expanduser()
+
+
 def initial_variables(config: ConfigDict, networks: Networks, workdir: Path) -> tuple[Variables, dict[str, Variables]]:
     """The variables that the stage starts from: of the trained network, and by role those of the frozen ones.
 
-    Of several processes only the first one reads files. The others get zeros of the same shapes, see `from_first`.
+    Of several processes only the first one reads files. The others get zeros of the same shapes, see `from_first`; and
+    so does the trained network of a run that continues from a checkpoint.
+
+    Raises:
+      ValueError, FileNotFoundError: weights cannot be read, do not fit, or are for other classes.
     """
 
-    def load(role: str, model: nn.Module, adapt: bool = False) -> Variables:
+    def load(role: str, model: nn.Module, adapt: bool = False) -> tuple[Variables, Path]:
         section = config[role]
+        path = _local(init_source(config, role, workdir), section.name)
         options = {"key": section.init_key or None, "position_mode": section.init_position_mode}
-        return load_variables(init_path(config, role, workdir), model, adapt=adapt, **options)
+        return load_variables(path, model, adapt=adapt, **options), path
 
     trained, role = networks.trained, networks.stage.trained
     if not parallel.is_first():
         return zeros(trained), {role: zeros(model) for role, model in networks.frozen.items()}
-    frozen = {role: load(role, model) for role, model in networks.frozen.items()}
-    if config[role].init:
-        return load(role, trained, adapt=True), frozen
-    images = input_images(trained)
-    return jax.jit(trained.init)(jax.random.key(config.seed), jnp.zeros(images.shape, images.dtype)), frozen
+    frozen = {}
+    for name, model in networks.frozen.items():
+        frozen[name], path = load(name, model)
+        if name == networks.stage.teacher and config.loss.logits_weight:
+            frozen[name] = classes.in_order(frozen[name], path, networks.outputs)
+    if is_begun(workdir):
+        return zeros(trained), frozen
+
+    def fresh() -> Variables:
+        images = input_images(trained)
+        return jax.jit(trained.init)(jax.random.key(config.seed), jnp.zeros(images.shape, images.dtype))
+
+    if not config[role].init:
+        return fresh(), frozen
+    return classes.in_order_or_anew(*load(role, trained, adapt=True), networks.outputs, fresh), frozen
 
 
 def zeros(model: nn.Module) -> Variables:

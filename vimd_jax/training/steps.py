@@ -5,6 +5,7 @@ tasks/task.py.
 """
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,9 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import linen as nn
 from ml_collections import ConfigDict
 
+from kernels import selective_scan
 from vimd_jax.data.pipeline import blank_example
+from vimd_jax.models.layers import BatchNorm
 from vimd_jax.tasks.task import Batch, Output, unit
 from vimd_jax.training import hidden_map
 from vimd_jax.training.parallel import AXIS, over_devices
@@ -44,9 +48,20 @@ def create_state(config: ConfigDict, variables: Any, optimizer: optax.GradientTr
     )
 
 
-def trained_variables(config: ConfigDict, state: TrainState) -> Any:
-    """Variables of the trained network to evaluate and save: the average where it is kept."""
-    variables = state.average if config.ema_decay else _variables(state.params, state.batch_stats)
+def ema_decay(config: ConfigDict, step: Any) -> Any:
+    """The decay of the moving average at a step, counted from 1."""
+    return jnp.minimum(config.ema_decay, (1 + step) / (10 + step)) if config.ema_warmup else config.ema_decay
+
+
+def average_is_young(config: ConfigDict, step: int) -> bool:
+    """Whether the initial weights still are more than 1 % of a moving average without warm-up."""
+    return config.ema_decay**step > 0.01 and not config.ema_warmup
+
+
+def trained_variables(config: ConfigDict, state: TrainState, averaged: bool = True) -> Any:
+    """Variables of the trained network to evaluate and save: the average where it is kept, unless `averaged` is off."""
+    is_average = averaged and config.ema_decay
+    variables = state.average if is_average else _variables(state.params, state.batch_stats)
     params = {name: leaf for name, leaf in variables["params"].items() if name != hidden_map.NAME}
     return {**variables, "params": params}
 
@@ -64,15 +79,17 @@ def _objective(config: ConfigDict, networks: Networks) -> Callable:
     options = {"return_features": True} if task.reads_features else {}
 
     def objective(variables, frozen, batch, rngs):
-        made, updated = networks.trained.apply(
-            variables, networks.images(frozen, batch), train=True, rngs=rngs, mutable=["batch_stats"], **options
-        )
+        images = networks.images(frozen, batch)
+        with nn.intercept_methods(_freezing(config.optimizer.freeze)):
+            made, updated = networks.trained.apply(
+                variables, images, train=True, rngs=rngs, mutable=["batch_stats"], **options
+            )
         output = Output(*made) if task.reads_features else Output(made)
         if networks.teacher is not None:
             high = unit(batch["high"])
             teacher = networks.teacher.apply(frozen[networks.stage.teacher], high, return_features=True)
             output = output._replace(teacher=Output(*teacher))
-        with _blaming("config.loss"):
+        with blaming("config.loss"):
             if networks.teacher is not None and config.loss.hidden_map:
                 output = hidden_map.apply(variables["params"], networks, output, high.shape[1:3])
             loss, terms = task.loss(output, batch, config)
@@ -81,13 +98,42 @@ def _objective(config: ConfigDict, networks: Networks) -> Callable:
     return objective
 
 
+def _freezing(pattern: str) -> Callable:
+    """Has batch norms whose scale and bias do not train normalise by their running averages, which then stay too.
+
+    Args:
+      pattern: config.optimizer.freeze.
+    """
+
+    def call(method: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
+        norm = context.module
+        if pattern and isinstance(norm, BatchNorm) and context.method_name == "__call__" and norm.train:
+            paths = ["/".join((*norm.path, name)) for name in ("scale", "bias")]
+            if all(re.search(pattern, path) for path in paths):
+                return norm.clone(parent=None, name=None, train=False).apply(norm.variables, *args, **kwargs)
+        return method(*args, **kwargs)
+
+    return call
+
+
 @contextlib.contextmanager
-def _blaming(field: str) -> Iterator[None]:
+def blaming(field: str) -> Iterator[None]:
     """A context whose ValueErrors name the field that is at fault."""
     try:
         yield
     except ValueError as error:
         raise ValueError(f"{field}: {error}") from error
+
+
+def check_scan(config: ConfigDict) -> None:
+    """Raises ValueError if config.scan_implementation cannot run here."""
+    if not (name := config.scan_implementation):
+        return
+    u, matrix = np.zeros((1, 8, 8), np.float32), np.zeros((8, 8), np.float32)
+    try:
+        jax.eval_shape(lambda: selective_scan(u, u, matrix, u, u, implementation=name))
+    except ValueError as error:
+        raise ValueError(f"config.scan_implementation: {str(error).removeprefix('implementation: ')}") from error
 
 
 def check_objective(config: ConfigDict, networks: Networks) -> None:
@@ -99,7 +145,7 @@ def check_objective(config: ConfigDict, networks: Networks) -> None:
     networks.task.check(config, len(networks.outputs))
     variables = {}
     for role, model in {networks.stage.trained: networks.trained, **networks.frozen}.items():
-        with _blaming(f"config.{role}"):
+        with blaming(f"config.{role}"):
             variables[role] = zeros(model)
     trained = variables.pop(networks.stage.trained)
     # Two images, because batch normalisation leaves nothing of a single one.
@@ -151,7 +197,8 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         average = state.average
         if config.ema_decay:
-            average = optax.incremental_update(_variables(params, batch_stats), average, 1 - config.ema_decay)
+            share = 1 - ema_decay(config, state.step + 1)
+            average = optax.incremental_update(_variables(params, batch_stats), average, share)
         metrics |= {"gradient_norm": optax.tree.norm(gradients), "parameter_norm": optax.tree.norm(params)}
         return TrainState(state.step + 1, params, batch_stats, opt_state, average), metrics
 

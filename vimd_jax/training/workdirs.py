@@ -1,9 +1,9 @@
 """The folder of a run: which settings and data it belongs to, and which folder each stage of a config gets."""
 
 import contextlib
-import fcntl
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,9 +15,14 @@ from vimd_jax.config import STAGES, default_config, settings
 from vimd_jax.data.sources import Source, Splits
 from vimd_jax.errors import DatasetError
 from vimd_jax.files import replace_file
-from vimd_jax.training import parallel
+from vimd_jax.training import lock, parallel
+from weight_convert.hub import is_name
+
+log = logging.getLogger(__name__)
 
 HERE = "{workdir}"  # in the `init` of a network: the folder of the stage, so that one stage can name another's
+
+_LENGTH = "config.schedule.num_epochs"
 
 
 def stages(config: ConfigDict, workdir: Path) -> list[tuple[ConfigDict, Path]]:
@@ -27,15 +32,16 @@ def stages(config: ConfigDict, workdir: Path) -> list[tuple[ConfigDict, Path]]:
     config = config.copy_and_resolve_references()
     for role in STAGES[config.stage].roles:
         init = config[role].init
-        if init and not init.startswith(HERE):
+        if init and not init.startswith(HERE) and not is_name(init):
             config[role].init = str(Path(init).expanduser().absolute())
-    return [(config, workdir.absolute())]
+    if config.continue_from:
+        config.continue_from = str(Path(config.continue_from).expanduser().absolute())
+    return [(config, workdir.expanduser().absolute())]
 
 
-def init_path(config: ConfigDict, role: str, workdir: Path) -> Path | None:
-    """Where the weights of a network come from; None: from scratch."""
-    init = config[role].init.replace(HERE, str(workdir.absolute()))
-    return Path(init).expanduser() if init else None
+def init_source(config: ConfigDict, role: str, workdir: Path) -> str:
+    """Where the weights of a network come from, a path or a name; empty: from scratch."""
+    return config[role].init.replace(HERE, str(workdir.absolute()))
 
 
 @contextlib.contextmanager
@@ -58,11 +64,7 @@ def locked(workdir: Path) -> Iterator[None]:
         yield
         return
     workdir.mkdir(parents=True, exist_ok=True)
-    with (workdir / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
-        except BlockingIOError:
-            raise ValueError(f"{workdir}: another process is already training there; wait for it or stop it.") from None
+    with lock.hold(workdir):
         yield
 
 
@@ -72,13 +74,26 @@ def check(workdir: Path, config: ConfigDict, data: Splits) -> None:
         raise ValueError(f"--workdir: checkpoints in {workdir} could not be read again; use no [, ] or \\ in the path.")
     if not is_begun(workdir):
         return
+    for name in ("config.json", "data.json"):
+        if not (workdir / name).is_file():
+            raise ValueError(
+                f"{workdir} holds checkpoints, but its {name} is gone, so what they are of is not known: put it back, "
+                "or choose another --workdir."
+            )
     now, then = _flat(_as_json(config)), _flat(_as_json(read_config(workdir)))
-    fixed = [key for key in sorted(now.keys() | then.keys()) if not _is_changeable(config.stage, key)]
+    keys = sorted(now.keys() | then.keys())
+    fixed = [key for key in keys if not (key.endswith(".init") or _is_changeable(config.stage, key))]
     differences = [
         f"config.{key} was {then.get(key)!r}, is {now.get(key)!r}" for key in fixed if now.get(key) != then.get(key)
     ]
     if differences:
-        raise ValueError(f"{workdir} belongs to another run: {'; '.join(differences)}. Choose another --workdir.")
+        longer = f" To train on, add --config.continue_from={workdir}." if _LENGTH in "".join(differences) else ""
+        raise ValueError(
+            f"{workdir} belongs to another run: {'; '.join(differences)}. Choose another --workdir.{longer}"
+        )
+    start = f"{STAGES[config.stage].trained}.init"
+    if now[start] != then[start]:
+        log.info("%s began with config.%s=%s, which is not read again.", workdir, start, then[start])
     known, found = _read_json(workdir / "data.json"), fingerprint(data)
     for split in found:
         if known.get(split) != found[split]:
@@ -86,6 +101,24 @@ def check(workdir: Path, config: ConfigDict, data: Splits) -> None:
             raise ValueError(
                 f"{workdir} was trained on other images: of the {split} images, {change}. Restore the data, or choose "
                 "another --workdir."
+            )
+
+
+def check_frozen(workdir: Path, config: ConfigDict, known: dict[str, str], found: dict[str, str]) -> None:
+    """Raises ValueError if a frozen network has other weights than when the run began, wherever they lie now.
+
+    Args:
+      workdir: of the run.
+      config: of the stage.
+      known: checksums by role from a checkpoint; {} in one of an earlier version.
+      found: the same of the networks that are there now.
+    """
+    for role in known.keys() & found.keys():
+        if known[role] != found[role]:
+            raise ValueError(
+                f"config.{role}.init: {config[role].init} holds another network than the one that {workdir} was "
+                f"trained with (checksum {found[role][:16]}, was {known[role][:16]}): put that back, or choose another "
+                "--workdir."
             )
 
 
@@ -136,16 +169,26 @@ def claim(workdir: Path, config: ConfigDict, data: Splits) -> None:
     if is_begun(workdir) or not parallel.is_first():
         return
     workdir.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(workdir / "best", ignore_errors=True)
+    set_aside(workdir / "best")
     (workdir / "metrics.jsonl").unlink(missing_ok=True)
     replace_file(workdir / "classes.txt", "".join(f"{name}\n" for name in data.train.class_names).encode())
     replace_file(workdir / "data.json", json.dumps(fingerprint(data)).encode())
     replace_file(workdir / "config.json", json.dumps(_as_json(config), indent=2).encode())
 
 
+def set_aside(folder: Path) -> None:
+    """Renames a folder that another one is to replace, since it may be all that is left of a run."""
+    if not folder.exists():
+        return
+    aside = folder.with_name(f"{folder.name}-before")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+    log.info("%s is of before and is now %s.", folder, aside)
+
+
 def is_begun(workdir: Path) -> bool:
     """Whether the folder is that of a run that has saved a checkpoint; until then another run may claim it."""
-    return (workdir / "config.json").is_file() and any(path.name.isdigit() for path in workdir.glob("checkpoints/*"))
+    return any(path.name.isdigit() for path in workdir.glob("checkpoints/*"))
 
 
 def read_config(workdir: Path) -> ConfigDict:

@@ -310,5 +310,5 @@ def passes_in(jaxpr):
     if any(equation.primitive.name == "pallas_call" for equation in jaxpr.eqns):
         yield jaxpr
     for equation in jaxpr.eqns:
-        if "call" in equation.params:
-            yield from passes_in(equation.params["call"].jaxpr)
+        for name in {"call", "call_jaxpr"} & equation.params.keys():
+            yield from passes_in(equation.params[name].jaxpr)

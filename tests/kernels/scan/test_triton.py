@@ -130,12 +130,12 @@ def compile_for(architecture, name, arguments, outputs, warps, constants):
 
 
 @needs_triton
-@pytest.mark.parametrize("architecture", [80, 90])
-def test_compiles_ahead_of_time(architecture, monkeypatch, tmp_path):
+@pytest.mark.parametrize(("architecture", "constant"), [(80, ""), (90, ""), (90, "B"), (90, "C"), (90, "BC")])
+def test_compiles_ahead_of_time(architecture, constant, monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     shapes = dict(
         u=(2, 730, 384), delta=(2, 730, 384), A=(384, 16), B=(2, 730, 1, 16), C=(2, 730, 1, 16), z=(2, 730, 384)
-    )
+    ) | dict.fromkeys(constant, (384, 16))
     inputs = {
         name: jax.ShapeDtypeStruct(x, jnp.bfloat16 if name in ("u", "delta", "z") else jnp.float32)
         for name, x in shapes.items()

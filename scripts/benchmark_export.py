@@ -1,0 +1,177 @@
+"""Exported programs beside this library: time, memory, start, size, and what rounded weights cost.
+
+    python scripts/benchmark_export.py --checkpoint workdir/student [--images 500]
+    python scripts/benchmark_export.py --model srvm_tiny
+
+With --checkpoint, a run's workdir: the images are the test images of its config, and the table ends with top-1. With
+--model: that network with 200 classes, random weights and random images, for times alone. Every row is a process of its
+own that imports what it needs and nothing else. "start" is from there to the first answer, compiling included, "ms" the
+median for one image after that, "memory" the peak of the process, "off" the largest difference of a probability from
+the first row.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+OURS = ("native", "sequential")
+FORMATS = ("stablehlo", "onnx")
+WEIGHTS = ("float32", "bfloat16", "int8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--checkpoint", type=Path, help="workdir of a classifier or student")
+    source.add_argument("--model", help="architecture, with random weights")
+    source.add_argument("--row", nargs=4, help=argparse.SUPPRESS)  # a process of its own: kind, file, images, answers
+    parser.add_argument("--images", type=int, default=500, help="of the test images, for top-1 (default 500)")
+    parser.add_argument("--weights", nargs="*", default=WEIGHTS, choices=WEIGHTS)
+    parser.add_argument("--repeats", type=int, default=10, help="of one image, for the time (default 10)")
+    parser.add_argument("--json", type=Path, help="also write everything here")
+    options = parser.parse_args()
+    if options.row:
+        measure(*options.row, options.repeats)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        rows = benchmark(options, Path(folder))
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1))
+
+
+def benchmark(options: argparse.Namespace, folder: Path) -> list[dict]:
+    """Prints and returns the rows of the table."""
+    from vimd_jax import export
+    from vimd_jax.checkpoints.format import read_model, save_model
+
+    trained = read_model(options.checkpoint) if options.checkpoint else random_network(options.model)
+    if options.checkpoint:
+        images, targets = test_images(options.checkpoint, trained, options.images)
+    else:
+        images, targets = random_images(trained, 4), None
+    save_model(folder / "network", trained)
+    np.save(folder / "images.npy", images)
+    size = sum(path.stat().st_size for path in (folder / "network").iterdir())
+    rows = [(kind, "float32", folder / "network", size) for kind in OURS]
+    for kind in FORMATS:
+        for weights in options.weights:
+            file = folder / f"{weights}.{kind}"
+            file.write_bytes({"stablehlo": export.to_stablehlo, "onnx": export.to_onnx}[kind](trained, weights))
+            rows.append((kind, weights, file, file.stat().st_size))
+    heads = zip(("ms", "ratio", "start s", "memory MB", "size MB", "off", "top-1"), (8, 7, 9, 11, 9, 10, 8))
+    print(f"{'':<12}{'weights':<10}" + "".join(f"{head:>{width}}" for head, width in heads))
+    table, first = [], {}
+    for kind, weights, file, size in rows:
+        row = {"program": kind, "weights": weights, "size_mb": size / 1e6}
+        arguments = ["--row", kind, file, folder / "images.npy", folder / "answers.npy", "--repeats", options.repeats]
+        command = [sys.executable, __file__, *map(str, arguments)]
+        row |= json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+        answers = np.load(folder / "answers.npy")
+        first = first or {"ms": row["ms"], "answers": answers}
+        row |= {"ratio": row["ms"] / first["ms"], "off": float(np.abs(answers - first["answers"]).max())}
+        if targets is not None:
+            row["top1"] = 100 * float(np.mean(answers.argmax(1) == targets))
+        print(
+            f"{kind:<12}{weights:<10}{row['ms']:>8.1f}{row['ratio']:>7.2f}{row['start_s']:>9.2f}{row['memory_mb']:>11.0f}"
+            f"{row['size_mb']:>9.1f}{row['off']:>10.1e}{row.get('top1', float('nan')):>8.1f}",
+            flush=True,
+        )
+        table.append(row)
+    return table
+
+
+def measure(kind: str, file: str, images: str, answers: str, repeats: int) -> None:
+    """Runs one program and prints what was measured as JSON; writes the answers."""
+    pictures = np.load(images)
+    began = time.perf_counter()
+    program = {"stablehlo": load_stablehlo, "onnx": load_onnx}.get(kind, load_ours)(file, kind)
+    program(pictures[:1])
+    start, seconds = time.perf_counter() - began, []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        program(pictures[:1])
+        seconds.append(time.perf_counter() - began)
+    np.save(answers, np.concatenate([program(pictures[i : i + 1]) for i in range(len(pictures))]))
+    print(json.dumps({"ms": 1e3 * statistics.median(seconds), "start_s": start, "memory_mb": peak_memory()}))
+
+
+def peak_memory() -> float:
+    """MB of this process at its highest; Linux counts for each program, where `getrusage` includes the one before."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1e3
+
+
+def load_ours(folder: str, scan: str) -> Callable[[np.ndarray], np.ndarray]:
+    import kernels
+    from vimd_jax import load_model
+
+    trained = load_model(folder)
+
+    def program(images):
+        with kernels.use(scan=scan):
+            return trained.probabilities(images)
+
+    return program
+
+
+def load_stablehlo(file: str, _: str) -> Callable[[np.ndarray], np.ndarray]:
+    import jax
+    from jax import export
+
+    program = jax.jit(export.deserialize(bytearray(Path(file).read_bytes())).call)
+    return lambda images: np.asarray(program(images))
+
+
+def load_onnx(file: str, _: str) -> Callable[[np.ndarray], np.ndarray]:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    return lambda images: session.run(None, {"images": images})[0]
+
+
+def test_images(workdir: Path, trained, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """Test images of a run, spread over its test set, as its network reads them, and their classes."""
+    from ml_collections import ConfigDict
+
+    from vimd_jax.data.sources import load_source
+
+    config = ConfigDict(json.loads((workdir / "config.json").read_text()))
+    source = load_source(config.dataset, "test", seed=config.seed)
+    chosen = np.linspace(0, len(source) - 1, min(most, len(source))).astype(int)
+    records = [source.read(int(i)) for i in chosen]
+    images = np.stack([trained.prepare(record.image, downsample=True) for record in records])
+    return images, np.array([record.target for record in records])
+
+
+def random_network(name: str) -> Any:
+    """A network of 200 classes with the weights that training starts from."""
+    import jax
+    import jax.numpy as jnp
+
+    from vimd_jax.checkpoints.trained_model import TrainedModel
+    from vimd_jax.models import create_model
+    from vimd_jax.models.network import input_images
+
+    model = create_model(name, num_classes=200)
+    images = input_images(model)
+    variables = jax.tree.map(np.asarray, jax.jit(model.init)(jax.random.key(0), jnp.zeros(images.shape)))
+    low = model.input_size[0] if model.input_size[0] != model.image_size else 0
+    return TrainedModel(model, variables, tuple(map(str, range(200))), low)
+
+
+def random_images(trained, count: int) -> np.ndarray:
+    height, width = trained.view.low_resolution or trained.view.size
+    return np.random.default_rng(0).random((count, height, width, 3), np.float32)
+
+
+if __name__ == "__main__":
+    main()

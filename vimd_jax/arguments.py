@@ -1,0 +1,16 @@
+"""Arguments of a command line that several programs take; types for argparse."""
+
+import argparse
+import ast
+from typing import Any
+
+
+def parse_option(text: str) -> tuple[str, Any]:
+    """`NAME=VALUE`, an option of a network: VALUE as Python writes it, or else a string."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
