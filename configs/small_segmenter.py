@@ -8,7 +8,10 @@ Networks    crops of 96 pixels; 4 layers of 64 channels, or 4 stages of 24 to 19
 Measured    docs/segmentation.md
 """
 
+from collections.abc import Sequence
 from pathlib import Path
+
+from ml_collections import ConfigDict
 
 from vimd_jax.config import default_config
 
@@ -26,10 +29,15 @@ OPTIONS = {
 
 
 def get_config(model: str = "upernet_vim_tiny"):
+    return small(default_config("segmenter"), model)
+
+
+def small(config: ConfigDict, model: str, roles: Sequence[str] = ("segmenter",)) -> ConfigDict:
+    """A stage with small networks in these roles, for CamVid."""
     if model not in OPTIONS:
         raise ValueError(f"The network is {model!r}: choose one of {', '.join(OPTIONS)}.")
-    config = default_config("segmenter")
-    config.segmenter.update({"name": model, "head_channels": 48, "auxiliary_channels": 48} | OPTIONS[model])
+    for role in roles:
+        config[role].update({"name": model, "head_channels": 48, "auxiliary_channels": 48} | OPTIONS[model])
     config.batch_size = 16
     config.eval_batch_size = 8
     config.eval_every_epochs = 5

@@ -20,6 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import jax
+import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
@@ -180,7 +181,7 @@ def _train(config: ConfigDict, workdir: Path, data: Splits, stop: StopRequest, u
         if evaluation_is_due(step):  # and not only the best network lost
             writer.write(step, config.selection, scores)
         compare_with_trained(step, scores)
-        save_if_best(workdir, config, nets, variables, step, scores[task.drawn[0]])
+        save_if_best(workdir, config, nets, variables, step, scores[task.drawn[0]], data.train.colours)
         save_pictures(workdir, config, nets, variables, data.held_out)
         evaluated_step = step
 
@@ -317,6 +318,7 @@ def save_if_best(
     variables: dict,
     step: int,
     score: float,
+    colours: np.ndarray | None = None,
 ) -> None:
     """Writes the network to best/ unless the one that is there scored as well."""
     folder = workdir / "best"
@@ -325,6 +327,9 @@ def save_if_best(
     if (folder / "network.json").exists() and score <= read_description(folder)["provenance"]["score"]:
         return
     provenance = {"library": f"vimd_jax {version('vimd-jax')}", "stage": config.stage, "step": step, "score": score}
+    if nets.task.maps:  # how predict prepares an image, and draws its label map
+        provenance["size_limits"] = list(config.dataset.size_limits)
+        provenance["colours"] = None if colours is None else colours.tobytes().hex()
     save_model(
         folder,
         TrainedModel(
