@@ -416,6 +416,21 @@ def test_wrong_requests_are_refused_before_anything_is_written(tmp_path, changes
     assert not (tmp_path / "run").exists()
 
 
+def test_images_that_are_not_square(tmp_path):
+    """A student that learns from labels alone, behind bicubic interpolation; trained twice, it is finished already."""
+    sizes = {"dataset__high_resolution": (32, 16), "dataset__low_resolution": (8, 4)}
+    alone = {"sr__name": "bicubic", "loss__logits_weight": 0.0, "loss__hidden_weight": 0.0}
+    config = tiny_config("student", schedule__num_epochs=1, schedule__warmup_epochs=0, **sizes, **alone)
+    for _ in range(2):
+        train.train(config, tmp_path / "run")
+    student = load_model(tmp_path / "run")
+    assert (student.image_size, student.low_resolution) == ((32, 16), (8, 4))
+    assert student.predict(np.zeros((2, 8, 4, 3), np.uint8)).shape == (2, 4)
+    with pytest.raises(ValueError, match=r"set config.dataset.low_resolution to \(8, 4\)"):
+        config = tiny_config("sr", dataset__high_resolution=(32, 16), dataset__low_resolution=(8, 8))
+        train.train(config, tmp_path / "sr")
+
+
 def test_a_student_needs_trained_networks(tmp_path, trained):
     with pytest.raises(ValueError, match="config.sr.init is empty"):
         train.train(tiny_config("student"), tmp_path / "a")
@@ -587,9 +602,9 @@ def test_evaluate_looks_at_images_as_the_checkpoint_says(trained, tmp_path, monk
     )
     config = tiny_config("teacher")
     evaluate.evaluate_run(config, tmp_path, "test", tmp_path / "half")
-    evaluate.measure(config, tmp_path, "test", tmp_path / "half", keep_crop=True)
+    evaluate.measure(config, tmp_path, "test", tmp_path / "half", given=lambda field: field == "dataset.eval_crop")
     assert crops == [0.5, 1.0]
-    assert any("names a crop of 0.5, which is taken; the config has 1" in line for line in caplog.messages)
+    assert any("was trained with eval_crop 0.5, which is taken; the config has 1.0" in line for line in caplog.messages)
 
 
 def test_classes_in_another_order_are_matched_by_name(trained, tmp_path, caplog):
@@ -684,7 +699,7 @@ def test_a_signal_before_there_is_anything_to_save_ends_at_once(number):
     """Even while the main thread is in a compilation, here in a lock, where handlers of Python do not run."""
     code = (
         "import time, vimd_jax.command as c\n"
-        "stop = c.StopRequest(); c.show_log(); print('ready', flush=True)\n"
+        "stop = c.StopRequest(at_once=True); c.show_log(); print('ready', flush=True)\n"
         "import ctypes; ctypes.CDLL(None).sleep(50) or ctypes.CDLL(None).sleep(50)"
     )
     process = subprocess.Popen(

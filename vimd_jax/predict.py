@@ -2,7 +2,7 @@
 
 DIR is the workdir of a training run or a converted checkpoint; a PyTorch file works too, with --model. A student reads
 images of its own low resolution as they are, and others with --downsample; a classifier of high-resolution images takes
-every size (short side resized, centre cropped).
+every size (short side resized, centre cropped). --explain FOLDER also draws where each answer comes from.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from vimd_jax import explain
 from vimd_jax.arguments import parse_option
 from vimd_jax.checkpoints.trained_model import TrainedModel
 from vimd_jax.data.images import find_images, narrow_range
@@ -41,6 +42,17 @@ def label(
         if sys.stderr.isatty() and not sys.stdout.isatty():
             done = min(first + batch_size, len(paths))
             print(f"{done:,} of {len(paths):,} images", end="\r" if done < len(paths) else "\n", file=sys.stderr)
+
+
+def explained(
+    classifier: TrainedModel, labelled: Iterable[tuple[Path, np.ndarray]], folder: Path, downsample: bool
+) -> Iterator[tuple[Path, np.ndarray]]:
+    """Yields what `label` does, and draws for each image where its first label comes from: FOLDER/0001_<name>.png, …"""
+    for number, (path, probabilities) in enumerate(labelled, 1):
+        image = classifier.prepare(path, downsample)
+        values = explain.evidence(classifier.probabilities, image, int(np.argmax(probabilities)))
+        explain.draw(image, values).save(folder / f"{number:04d}_{path.stem[:50]}.png")
+        yield path, probabilities
 
 
 def named(classifier: TrainedModel, path: Path, probabilities: np.ndarray, top: int) -> dict:
@@ -113,6 +125,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--top", type=_positive, default=5, help="labels for each image (default 5)")
     parser.add_argument("--format", choices=["table", "json", "csv"], default="table", help="of standard output")
     parser.add_argument("--downsample", action="store_true", help="resize images of other sizes than a student reads")
+    parser.add_argument(
+        "--explain", type=Path, metavar="FOLDER", help="draw there which parts of each image its first label comes from"
+    )
     parser.add_argument("--batch_size", type=_positive, default=32, help="images at a time (default 32)")
     return parser.parse_args()
 
@@ -138,6 +153,9 @@ def main() -> None:
         if not classifier.value_range and (text := narrow_range(paths[:: max(1, len(paths) // 8)])):
             print(f"warning: {text}", file=sys.stderr)
         labelled = label(classifier, paths, arguments.batch_size, arguments.downsample)
+        if arguments.explain:
+            arguments.explain.mkdir(parents=True, exist_ok=True)
+            labelled = explained(classifier, labelled, arguments.explain, arguments.downsample)
         count = write((named(classifier, *image, arguments.top) for image in labelled), arguments.format)
         if count < len(paths):
             raise DatasetError(f"{len(paths) - count} of {len(paths)} images were not labelled; named above.")

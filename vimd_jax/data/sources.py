@@ -37,6 +37,8 @@ def load_source(config: ConfigDict, split: str, *, seed: int = 0) -> Source:
     if split not in SPLITS:
         raise DatasetError(f"split is {split!r}; choose one of {', '.join(SPLITS)}")
     source = _format(config)(config, split, seed)
+    if odd := [name for name in source.class_names if not name.isprintable()]:
+        raise DatasetError(f"config.dataset.name: in these data a class is called {odd[0]!r}; rename it")
     if config.num_classes not in (0, len(source.class_names)):
         raise DatasetError(
             f"config.dataset.num_classes is {config.num_classes}, but the data have {len(source.class_names)} classes; "

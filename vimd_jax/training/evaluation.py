@@ -97,9 +97,15 @@ def _output(network: nn.Module, variables: Any, images: jax.Array, return_featur
 
 
 def check_restorer(config: ConfigDict, networks: Networks, variables: Any, source: Source, most: int = 16) -> None:
-    """Warns if a frozen SR network restores images, up to `most` of a source, worse than bicubic interpolation."""
-    records = _spread(source, config, most)
-    seen = [prepare_views(record.image, network_view(config.dataset)) for record in records]
+    """Warns if a frozen SR network restores images, up to `most` of a source, worse than bicubic interpolation.
+
+    Images that are of the low resolution already say nothing about that.
+    """
+    view = network_view(config.dataset)
+    records = [record for record in _spread(source, config, most) if not view.is_ready(record.image)]
+    if not records:
+        return
+    seen = [prepare_views(record.image, view) for record in records]
     batch = {view: np.stack([images[view] for images in seen]) for view in ("low", "high")}
     restored = jax.jit(networks.restorer.apply)(variables, unit(batch["low"]))
     sums = restoration.sums(restored, batch | {"weight": np.ones(len(seen), np.float32)})
@@ -107,13 +113,24 @@ def check_restorer(config: ConfigDict, networks: Networks, variables: Any, sourc
         log.warning("config.%s.init: %s", networks.stage.restorer, remark)
 
 
-def save_panel(
-    config: ConfigDict, networks: Networks, variables: Any, source: Source, path: Path, rows: int = 6
-) -> None:
-    """Draws images spread over a source: low, restored and high resolution, and the network's answers."""
+def save_panel(config: ConfigDict, networks: Networks, variables: Any, source: Source, path: Path) -> None:
+    """Draws the `panel` as a PNG."""
+    columns, captions = panel(config, networks, variables, source)
+    if captions:
+        plots.save_panel(columns, captions, path)
+
+
+def panel(
+    config: ConfigDict, networks: Networks, variables: Any, source: Source, rows: int = 6
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Images spread over a source: low, restored and high resolution, and the network's answers.
+
+    Returns:
+      Columns, title -> images (n, height, width, 3), float in [0, 1] or uint8; and n captions. n is up to `rows`.
+    """
     records = _spread(source, config, rows)
     if not records:
-        return
+        return {}, []
     task, side = networks.task, config.dataset.high_resolution
     views = [central_view(record.image.size, side, config.dataset.eval_crop) for record in records]
     seen = [prepare_views(record.image, network_view(config.dataset)) for record in records]
@@ -127,5 +144,4 @@ def save_panel(
         output, features = output
         columns["super-resolved"] = features["super_resolved"]
     drawn, captions = task.panel(np.asarray(output), targets, networks.outputs)
-    columns = {title: np.asarray(x) for title, x in (columns | drawn).items() if x is not None}
-    plots.save_panel(columns, captions, path)
+    return {title: np.asarray(x) for title, x in (columns | drawn).items() if x is not None}, captions
