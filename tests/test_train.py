@@ -659,6 +659,10 @@ def test_more_epochs_start_from_a_finished_run(trained, tmp_path, caplog):
     with pytest.raises(ValueError, match="is at step 6, and this run ends at 6: raise config.schedule.num_epochs"):
         train.train(config, tmp_path / "run")
     config.schedule.num_epochs = 3
+    other = config.copy_and_resolve_references()
+    other.dataset.synthetic_classes = 3
+    with pytest.raises(ValueError, match="continue_from: .* was trained on other classes: class .* is new or gone"):
+        train.train(other, tmp_path / "other")
     train.train(config, tmp_path / "run")
     assert [x["step"] for x in read_metrics(tmp_path / "run") if x["split"] == "train"] == [7, 8, 9]
     assert int(final_state(tmp_path / "run")["opt_state"][0]["count"]) == 9

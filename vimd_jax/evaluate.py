@@ -122,7 +122,7 @@ def write_tables(measurement: Measurement, workdir: Path, split: str) -> None:
         path = workdir / f"{split}_{name}.csv"
         with extra(str(path)):
             workdir.mkdir(parents=True, exist_ok=True)
-            with path.open("w", newline="") as file:
+            with path.open("w", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerows(rows)
     if confusion is not None:
         path = workdir / f"{split}_confusion.png"

@@ -21,8 +21,11 @@ from vimd_jax.arguments import parse_option
 from vimd_jax.checkpoints.trained_model import TrainedModel
 from vimd_jax.data.images import find_images, narrow_range
 from vimd_jax.errors import DatasetError, printable
+from vimd_jax.files import read_regular
 from vimd_jax.load import load_model
 from vimd_jax.log import readable_errors, show_log
+
+_MOST_BYTES = 4 * 2**20  # of a file of class names
 
 
 def label(
@@ -90,6 +93,14 @@ def write(images: Iterable[dict], form: str) -> int:
     return count
 
 
+def class_names(path: Path) -> list[str]:
+    """The class names in a text file, one a line."""
+    try:
+        return read_regular(path.expanduser(), _MOST_BYTES).decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"--classes {path}: not a text file in UTF-8") from None
+
+
 def _share(text: str) -> float:
     try:
         share = float(text)
@@ -140,7 +151,7 @@ def main() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal lacks
     with readable_errors():
         paths = find_images(arguments.images)
-        names = arguments.classes.read_text().splitlines() if arguments.classes else None
+        names = class_names(arguments.classes) if arguments.classes else None
         classifier = load_model(
             arguments.checkpoint, arguments.model, options=dict(arguments.option), class_names=names
         )

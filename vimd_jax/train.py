@@ -132,7 +132,7 @@ def _train(config: ConfigDict, workdir: Path, data: Splits, stop: StopRequest, u
         state, record = training_state.restore_state(checkpoints, state)
         workdirs.check_frozen(workdir, config, record.get("frozen", {}), frozen_checksums)
         if config.continue_from and not record:
-            state = last_state(config, state, total_steps)
+            state = last_state(config, state, total_steps, nets.outputs)
     state, frozen = parallel.from_first((state, frozen))
     first_step = int(state.step)
     evaluated_step = parallel.any_process(record.get("evaluated_step", 0))
@@ -254,16 +254,20 @@ def _train(config: ConfigDict, workdir: Path, data: Splits, stop: StopRequest, u
     log.info("Done. %s holds the best network, curves.png and panel.png.", workdir)
 
 
-def last_state(config: ConfigDict, state: steps.TrainState, total_steps: int) -> steps.TrainState:
+def last_state(
+    config: ConfigDict, state: steps.TrainState, total_steps: int, outputs: tuple[str, ...]
+) -> steps.TrainState:
     """The last state of the run that config.continue_from names.
 
     Raises:
-      ValueError: there is none, it does not fit, or this run would be no longer.
+      ValueError: there is none, it does not fit, its outputs have other names, or this run would be no longer.
     """
     folder = Path(config.continue_from).expanduser() / "checkpoints"
     if not folder.is_dir():
         raise ValueError(f"config.continue_from: {folder} does not exist, so there is no run to continue from.")
     with steps.blaming("config.continue_from"):
+        if outputs:
+            workdirs.check_classes(folder.parent, outputs)
         found, record = training_state.restore_state(training_state.open_folder(folder), state)
         if not record:
             raise ValueError(f"{folder} holds no checkpoint.")

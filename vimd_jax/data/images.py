@@ -166,6 +166,8 @@ def decode_image(
 
 def as_rgb(image: Image.Image, name: str, value_range: ValueRange = ()) -> Image.Image:
     """A copy of a Pillow image, as `read_image` would return it; error messages call it `name`."""
+    if 0 in image.size:
+        raise UnreadableImage(f"{name}: an image without pixels")
     try:
         return _to_rgb(ImageOps.exif_transpose(image), value_range)
     except Exception as error:  # see decode_image
