@@ -703,7 +703,7 @@ def test_a_signal_before_there_is_anything_to_save_ends_at_once(number):
     """Even while the main thread is in a compilation, here in a lock, where handlers of Python do not run."""
     code = (
         "import time, vimd_jax.command as c\n"
-        "stop = c.StopRequest(); c.show_log(); print('ready', flush=True)\n"
+        "stop = c.StopRequest(at_once=True); c.show_log(); print('ready', flush=True)\n"
         "import ctypes; ctypes.CDLL(None).sleep(50) or ctypes.CDLL(None).sleep(50)"
     )
     process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""95 % confidence intervals of scores over test images, and of the difference between two networks on the same images."""
+"""95 % confidence intervals of scores over test images, and of differences between two networks on the same images."""
 
 from collections.abc import Callable
 from typing import NamedTuple

@@ -81,7 +81,7 @@ def check(workdir: Path, config: ConfigDict, data: Splits) -> None:
                 f"{workdir} holds checkpoints, but its {name} is gone, so what they are of is not known: put it back, "
                 "or choose another --workdir."
             )
-    now, then = _flat(_as_json(config)), _flat(_as_json(read_config(workdir)))
+    now, then = flat(_as_json(config)), flat(_as_json(read_config(workdir)))
     keys = sorted(now.keys() | then.keys())
     fixed = [key for key in keys if not (key.endswith(".init") or _is_changeable(config.stage, key))]
     differences = [
@@ -105,14 +105,6 @@ def check(workdir: Path, config: ConfigDict, data: Splits) -> None:
             )
 
 
-def check_classes(workdir: Path, names: Sequence[str]) -> None:
-    """Raises ValueError if the run in a workdir learned other classes than these, or in another order."""
-    known = [name for name in _read_data(workdir).get("train", {}) if name]
-    if known != list(names):
-        change = _change(dict.fromkeys(known, []), dict.fromkeys(names, []))
-        raise ValueError(f"{workdir} was trained on other classes: {change}.")
-
-
 def check_frozen(workdir: Path, config: ConfigDict, known: dict[str, str], found: dict[str, str]) -> None:
     """Raises ValueError if a frozen network has other weights than when the run began, wherever they lie now.
 
@@ -131,9 +123,22 @@ def check_frozen(workdir: Path, config: ConfigDict, known: dict[str, str], found
             )
 
 
+def check_continue_from(config: ConfigDict, names: Sequence[str]) -> None:
+    """Raises ValueError if config.continue_from names no run with a checkpoint, or one of other classes than these, if any."""
+    if not config.continue_from:
+        return
+    workdir = Path(config.continue_from).expanduser()
+    if not is_begun(workdir):
+        raise ValueError(f"config.continue_from: {workdir} is no workdir with a checkpoint.")
+    known = [name for name in _read_data(workdir).get("train", {}) if name]
+    if names and known != list(names):
+        change = _change(dict.fromkeys(known, []), dict.fromkeys(names, []))
+        raise ValueError(f"config.continue_from: {workdir} was trained on other classes: {change}.")
+
+
 def identity(config: ConfigDict, data: Splits) -> str:
     """A short text that is the same for processes with the same settings and data."""
-    fixed = {k: v for k, v in _flat(_as_json(config)).items() if not _is_changeable(config.stage, k)}
+    fixed = {k: v for k, v in flat(_as_json(config)).items() if not _is_changeable(config.stage, k)}
     fixed = {k: v for k, v in fixed.items() if not k.endswith(".init")}
     text = json.dumps([fixed, fingerprint(data)], sort_keys=True)
     return f"settings and data {hashlib.sha256(text.encode()).hexdigest()[:8]}"
@@ -244,8 +249,9 @@ def _as_json(config: ConfigDict) -> dict[str, Any]:
     return json.loads(config.to_json())
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one level, under dotted names."""
+    fields: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+        fields |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return fields
