@@ -112,7 +112,8 @@ def _as_trained(config: ConfigDict, view: dict[str, Any], given: Callable[[str],
                 value,
                 config.dataset[field],
             )
-            config.dataset[field] = value
+            with config.dataset.ignore_type():  # of a size, which may be a number or a pair
+                config.dataset[field] = value
     return config
 
 

@@ -124,7 +124,7 @@ def check_frozen(workdir: Path, config: ConfigDict, known: dict[str, str], found
 
 
 def check_continue_from(config: ConfigDict, names: Sequence[str]) -> None:
-    """Raises ValueError if config.continue_from names no run with a checkpoint, or one of other classes than these, if any."""
+    """Raises ValueError if config.continue_from names no run with a checkpoint, or one of other classes."""
     if not config.continue_from:
         return
     workdir = Path(config.continue_from).expanduser()
