@@ -107,7 +107,10 @@ def test_other_names_of_the_validation_folder(dataset_config, image_folder, name
 def test_what_is_no_image_and_no_class(dataset_config, image_folder, caplog):
     """Service folders, directories, pipes: left out, and told apart from links, which are what they point to."""
     folder = image_folder({"train/a": 2, "test/a": 1, "elsewhere": 3})
-    for name in ("@eaDir", "lost+found", "__MACOSX", ".ipynb_checkpoints", ".thumbnails", "a/@eaDir", "a/x.jpg"):
+    for name in (
+        *("@eaDir", "lost+found", "__MACOSX", "#recycle", "$RECYCLE.BIN", "System Volume Information"),
+        *(".ipynb_checkpoints", ".thumbnails", "a/@eaDir", "a/x.jpg"),
+    ):
         (folder / "train" / name).mkdir()
         Image.new("RGB", (4, 4)).save(folder / "train" / name / "1.png")
     os.mkfifo(folder / "train/a/pipe.jpg")

@@ -16,7 +16,7 @@ EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif",
 if features.check("avif"):
     EXTENSIONS += (".avif",)
 # Folders that network drives, file systems and archive programs add; most others are hidden.
-SERVICE_FOLDERS = ("@eadir", "lost+found", "__macosx")
+SERVICE_FOLDERS = ("@eadir", "lost+found", "__macosx", "#recycle", "$recycle.bin", "system volume information")
 # JPEGs at least twice this size in both directions are decoded at 1/2, 1/4 or 1/8 scale: the networks see 224 pixels,
 # so a 100-megapixel photograph need not take 300 MB of memory.
 DRAFT_SIZE = 2048

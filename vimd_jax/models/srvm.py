@@ -74,7 +74,7 @@ class SRVM(Composite):
         """The network whose parts have these options; `options` are those of the classifier."""
         if sr not in ("srresnet", "bicubic"):
             raise ValueError(f'sr: {sr!r} is not valid, expected "srresnet" or "bicubic"')
-        if classifier not in CLASSIFIERS:
+        if classifier not in CLASSIFIERS and not classifier.startswith("upernet_"):
             raise ValueError(f"classifier: {classifier!r} is not a classifier, choose one of {', '.join(CLASSIFIERS)}")
         first = SRResNet(scale=scale, channels=sr_channels, num_blocks=sr_num_blocks) if sr == "srresnet" else None
         return cls(sr=first, classifier=create_model(classifier, **options))

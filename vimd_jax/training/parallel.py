@@ -124,7 +124,7 @@ def join_job(wait_seconds: int) -> None:
         _initialize(wait_seconds)
     except (ValueError, RuntimeError) as error:
         raise ValueError(
-            f"--distributed: SLURM, Open MPI or Kubernetes do not say which process of a job this is ({error}); "
+            f"--distributed: JAX cannot tell from SLURM, Open MPI or Kubernetes whose job this is ({error}); "
             "give --coordinator_address, --num_processes and --process_id."
         ) from error
 
