@@ -144,6 +144,12 @@ def test_composed_and_decomposed_names_are_one_class(dataset_config, image_folde
         load_source(config, "test")
 
 
+def test_spaces_of_any_width_are_spaces(dataset_config, image_folder):
+    names = ("blue\u3000jay", "grey\u00a0crow")  # Japanese and no-break spaces
+    folder = image_folder({f"{split}/{name}": 1 for split in ("train", "test") for name in names})
+    assert load_source(dataset_config(name="folder", directory=str(folder)), "test").class_names == names
+
+
 def test_a_small_part_of_16_bits_is_said_once_and_the_range_can_be_named(dataset_config, image_folder, caplog):
     folder = image_folder({"train/a": 1, "test/a": 1})
     for split in ("train", "test"):
