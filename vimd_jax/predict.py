@@ -23,10 +23,13 @@ from vimd_jax.checkpoints.trained_model import TrainedModel
 from vimd_jax.data.images import find_images, narrow_range
 from vimd_jax.data.label_maps import read_classes
 from vimd_jax.errors import DatasetError, printable
+from vimd_jax.files import read_regular
 from vimd_jax.load import load_model
 from vimd_jax.log import readable_errors, show_log
 from vimd_jax.models.segmenter import Segmenter
 from vimd_jax.segment import write_label_maps
+
+_MOST_BYTES = 4 * 2**20  # of a file of class names
 
 
 def label(
@@ -96,6 +99,14 @@ def write(images: Iterable[dict], form: str, measure: str = "probability") -> in
     return count
 
 
+def class_names(path: Path) -> list[str]:
+    """The class names in a text file, one a line."""
+    try:
+        return read_regular(path.expanduser(), _MOST_BYTES).decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"--classes {path}: not a text file in UTF-8") from None
+
+
 def _share(text: str) -> float:
     try:
         share = float(text)
@@ -147,7 +158,7 @@ def main() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal lacks
     with readable_errors():
         paths = find_images(arguments.images)
-        names = arguments.classes.read_text().splitlines() if arguments.classes else None
+        names = class_names(arguments.classes) if arguments.classes else None
         classifier = load_model(
             arguments.checkpoint, arguments.model, options=dict(arguments.option), class_names=names
         )

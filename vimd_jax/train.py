@@ -75,7 +75,7 @@ def check(config: ConfigDict, workdir: Path, made_before: set[Path] = frozenset(
         roles.check_sources_of_weights(config, nets, workdir, made_before)
         workdirs.check(workdir, config, data)
         if not workdirs.is_begun(workdir):
-            workdirs.check_continue_from(config)
+            workdirs.check_continue_from(config, data.train.class_names if nets.outputs else ())
             for split, source in {config.selection: data.held_out, "test": data.test}.items():
                 check_readable(source, split, config.dataset.on_error)
     return data
