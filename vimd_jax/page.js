@@ -28,8 +28,7 @@ for (const box of document.querySelectorAll(".confusion")) {
     found.set(row * count + column, number);
   }
   const view = { zoom: 1, x: 0, y: 0 };  // x, y: the first column and row that are seen
-  const margin = 84;
-  let side = 0, cell = 0, chosen = null;
+  let margin = 0, side = 0, cell = 0, chosen = null;
 
   const limit = (value, most) => Math.min(Math.max(value, 0), most);
   const shorten = (pen, text) => {
@@ -42,6 +41,7 @@ for (const box of document.querySelectorAll(".confusion")) {
     canvas.style.height = `${width}px`;
     canvas.width = canvas.height = Math.round(width * density);
     const pen = canvas.getContext("2d"), colour = style.getPropertyValue("--cell"), ink = style.color;
+    margin = Math.min(150, 0.28 * width);
     side = width - margin;
     cell = (side / count) * view.zoom;
     view.x = limit(view.x, count - count / view.zoom);

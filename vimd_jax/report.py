@@ -30,8 +30,8 @@ from vimd_jax.training.metrics import NOT_A_TERM, read_metrics
 
 log = logging.getLogger("vimd_jax.report")
 
-_MISTAKES, _PANEL_ROWS, _PAIRS = 36, 12, 12  # in a page; the first two are shared out among its runs
-_DIRECTIONLESS = ("loss",)  # scores of which less is better
+_MISTAKES, _PAIRS = 36, 12  # of a page, shared out among its runs; of a run
+_LESS_IS_BETTER = ("loss",)
 
 
 class Run(NamedTuple):
@@ -158,11 +158,11 @@ def differences(runs: Sequence[Run]) -> list[str]:
             low, high, method = x.interval
             sign = "+" if x.value > 0 else ""
             verdict = "no clear difference" if low <= 0 <= high else _verdict(x)
-            only = "–" if x.only is None else f"{x.only[0]} / {x.only[1]}"
+            only = "–" if x.only is None else (f"{x.only[1]} / {x.only[0]}", f"{run.title} / {runs[0].title}")
             span = (f"{page.number(low)} to {page.number(high)}", method)
             difference = (f"{sign}{page.number(x.value)}", verdict)
-            rows.append((f"{run.title} − {runs[0].title}", _words(x.score), difference, span, only, str(x.images)))
-    titles = ["", "score", "difference", "95 % interval", "only the first / second right", "images"]
+            rows.append(((_words(x.score), f"{run.title} − {runs[0].title}"), difference, span, only, x.images))
+    titles = ["", "difference", "95 % interval", "right in one only", "images"]
     parts = [page.table(titles, rows)] if rows else []
     if others:
         parts.append(
@@ -172,7 +172,7 @@ def differences(runs: Sequence[Run]) -> list[str]:
 
 
 def _verdict(difference: Difference) -> str:
-    return "better" if (difference.value > 0) != (difference.score in _DIRECTIONLESS) else "worse"
+    return "better" if (difference.value > 0) != (difference.score in _LESS_IS_BETTER) else "worse"
 
 
 def curves(runs: Sequence[Run]) -> list[str]:
@@ -273,10 +273,10 @@ def of_one_run(run: Run, number: int, count: int) -> str:
     matrix = task.confusion(measured.sums, len(names))
     parts = [page.section("Classes", *tables, level=3)]
     if matrix is not None:
-        pairs = page.table(["true", "predicted", "times", "% of the true class"], most_confused(matrix, names))
+        pairs = page.table(["true", "predicted", "times", "% of class"], most_confused(matrix, names))
         parts.append(page.section("Confusion", page.confusion(matrix, names), pairs, level=3))
     parts.append(page.section("Most confident mistakes", page.pictures(mistakes(run, _MISTAKES // count)), level=3))
-    parts.append(page.section("Images", page.pictures(examples(run, max(2, _PANEL_ROWS // count)), "panel"), level=3))
+    parts.append(page.section("Images", page.pictures(examples(run)), level=3))
     return page.section(run.title, *parts, name=f"run{number}")
 
 
@@ -314,10 +314,10 @@ def _reads_low(run: Run) -> bool:
     return run.measurement.networks.view == "low"
 
 
-def examples(run: Run, rows: int) -> list[tuple[dict[str, np.ndarray], str, str]]:
+def examples(run: Run) -> list[tuple[dict[str, np.ndarray], str, str]]:
     """The panel of a run: low, restored and high resolution, and the network's answer."""
     x = run.measurement
-    columns, captions = panel(x.config, x.networks, x.variables, x.source, rows)
+    columns, captions = panel(x.config, x.networks, x.variables, x.source)
     return [({title: images[i] for title, images in columns.items()}, captions[i], "") for i in range(len(captions))]
 
 
