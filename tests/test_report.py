@@ -17,7 +17,7 @@ from vimd_jax.tasks.classification import CLASSIFICATION, scores
 from vimd_jax.tasks.task import Sums
 
 HOSTILE = ("<script>alert(1)<b>", '"><img src=x onerror=alert(2)>', "plain & simple")
-VOID = {"meta", "img", "br", "line", "circle", "polyline"}
+VOID = {"meta", "img", "br", "wbr", "line", "circle", "polyline"}
 
 
 class Checked(HTMLParser):

@@ -41,7 +41,8 @@ for (const box of document.querySelectorAll(".confusion")) {
     canvas.style.height = `${width}px`;
     canvas.width = canvas.height = Math.round(width * density);
     const pen = canvas.getContext("2d"), colour = style.getPropertyValue("--cell"), ink = style.color;
-    margin = Math.min(150, 0.28 * width);
+    const named = ((0.72 * width) / count) * view.zoom >= 11;  // names fit beside the cells
+    margin = named ? Math.min(150, 0.28 * width) : 24;
     side = width - margin;
     cell = (side / count) * view.zoom;
     view.x = limit(view.x, count - count / view.zoom);
@@ -74,7 +75,7 @@ for (const box of document.querySelectorAll(".confusion")) {
     pen.strokeStyle = style.getPropertyValue("--line");
     pen.strokeRect(margin, margin, side, side);
     pen.fillStyle = style.getPropertyValue("--faint");
-    if (cell < 11) {
+    if (!named) {
       pen.textAlign = "center";
       pen.fillText("predicted", margin + side / 2, margin - 8);
       pen.save();

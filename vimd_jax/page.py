@@ -10,6 +10,7 @@ import html
 import io
 import json
 import math
+import re
 from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any, NamedTuple
@@ -111,7 +112,7 @@ def _cell(value: Any, right: bool) -> str:
         return f'<td class="number" data-value="{float(value)}">{text(number(value))}</td>'
     if isinstance(value, tuple):
         return f"<td>{text(value[0])}<small>{text(value[1])}</small></td>"
-    return f"<td>{text(value)}</td>"
+    return f"<td>{re.sub('([_./])', '\\\\1<wbr>', text(value))}</td>"  # where a long name may go on in the next line
 
 
 def chart(title: str, lines: Sequence[Line], logarithmic: bool = False) -> str:

@@ -149,25 +149,24 @@ def paired(first: Run, second: Run) -> list[Difference]:
 
 
 def differences(runs: Sequence[Run]) -> list[str]:
-    """A table of the paired differences of each run from the first."""
-    rows, others = [], []
-    for run in runs[1:]:
-        found = paired(runs[0], run)
-        others += [] if found else [run.title]
+    """A table of the paired differences of each run from the first one before it that it can be compared with."""
+    rows, alone = [], []
+    for i, run in enumerate(runs[1:], 1):
+        earlier = ((other, paired(other, run)) for other in runs[:i])
+        other, found = next((pair for pair in earlier if pair[1]), (run, []))
+        alone += [] if found else [run.title]
         for x in found:
             low, high, method = x.interval
             sign = "+" if x.value > 0 else ""
             verdict = "no clear difference" if low <= 0 <= high else _verdict(x)
-            only = "–" if x.only is None else (f"{x.only[1]} / {x.only[0]}", f"{run.title} / {runs[0].title}")
+            only = "–" if x.only is None else (f"{x.only[1]} / {x.only[0]}", f"{run.title} / {other.title}")
             span = (f"{page.number(low)} to {page.number(high)}", method)
             difference = (f"{sign}{page.number(x.value)}", verdict)
-            rows.append(((_words(x.score), f"{run.title} − {runs[0].title}"), difference, span, only, x.images))
+            rows.append(((_words(x.score), f"{run.title} − {other.title}"), difference, span, only, x.images))
     titles = ["", "difference", "95 % interval", "right in one only", "images"]
     parts = [page.table(titles, rows)] if rows else []
-    if others:
-        parts.append(
-            page.note(f"Not compared with {runs[0].title}, for other scores, classes or images: {', '.join(others)}.")
-        )
+    if alone:
+        parts.append(page.note(f"Not compared, since no run before has their scores, classes and images: {', '.join(alone)}."))
     return parts
 
 
@@ -189,15 +188,23 @@ def curves(runs: Sequence[Run]) -> list[str]:
     else:
         losses = [page.Line(run.title, points(i, "train", "loss"), i) for i, run in enumerate(runs)]
     charts = [page.chart("Training loss", losses, logarithmic=True)]
-    for score in dict.fromkeys(name for run in runs for name in run.measurement.networks.task.drawn):
+    for axis in dict.fromkeys(run.measurement.networks.task.axis for run in runs):
         drawn = [
-            page.Line(f"{run.title}, {split}", points(i, split, score), i, dashed=split == "test")
+            page.Line(_line(run, score, split), points(i, split, score), i + 3 * k, dashed=split == "test")
             for i, run in enumerate(runs)
+            for k, score in enumerate(run.measurement.networks.task.drawn)
             for split in ("validation", "test")
+            if run.measurement.networks.task.axis == axis
         ]
-        charts.append(page.chart(_words(score), drawn))
+        charts.append(page.chart(axis, drawn))
     rates = [page.Line(run.title, points(i, "train", "learning_rate"), i) for i, run in enumerate(runs)]
     return [*charts, page.chart("Learning rate", rates)]
+
+
+def _line(run: Run, score: str, split: str) -> str:
+    """The label of a score's line."""
+    several = len(run.measurement.networks.task.drawn) > 1
+    return f"{run.title}, {_words(score)}, {split}" if several else f"{run.title}, {split}"
 
 
 def facts(run: Run) -> dict[str, Any]:
