@@ -1,13 +1,13 @@
-"""Exported programs beside this library: time, memory, start, size, and what rounded weights cost.
+"""Compares exported programs with this library: time, memory, start-up, size, and the error of rounded weights.
 
     python scripts/benchmark_export.py --checkpoint workdir/student [--images 500]
     python scripts/benchmark_export.py --model srvm_tiny
 
-With --checkpoint, a run's workdir: the images are the test images of its config, and the table ends with top-1. With
---model: that network with 200 classes, random weights and random images, for times alone. Every row is a process of its
-own that imports what it needs and nothing else. "start" is from there to the first answer, compiling included, "ms" the
-median for one image after that, "memory" the peak of the process, "off" the largest difference of a probability from
-the first row.
+With --checkpoint, a run's workdir, the images are the test images of its config, and the table includes top-1. With
+--model, the network has 200 classes, random weights and random images, and only times are meaningful. Every row runs in
+its own process, which imports only what it needs. "start" is the time to load the program and get the first answer,
+with compilation, "ms" the median for one image after that, "memory" the peak of the process, "off" the largest
+difference of a probability from the first row.
 """
 
 import argparse
@@ -33,10 +33,10 @@ def main() -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--checkpoint", type=Path, help="workdir of a classifier or student")
     source.add_argument("--model", help="architecture, with random weights")
-    source.add_argument("--row", nargs=4, help=argparse.SUPPRESS)  # a process of its own: kind, file, images, answers
-    parser.add_argument("--images", type=int, default=500, help="of the test images, for top-1 (default 500)")
+    source.add_argument("--row", nargs=4, help=argparse.SUPPRESS)  # in its own process: kind, file, images, answers
+    parser.add_argument("--images", type=int, default=500, help="number of test images for top-1 (default 500)")
     parser.add_argument("--weights", nargs="*", default=WEIGHTS, choices=WEIGHTS)
-    parser.add_argument("--repeats", type=int, default=10, help="of one image, for the time (default 10)")
+    parser.add_argument("--repeats", type=int, default=10, help="timed runs on one image (default 10)")
     parser.add_argument("--json", type=Path, help="also write everything here")
     options = parser.parse_args()
     if options.row:
@@ -90,7 +90,7 @@ def benchmark(options: argparse.Namespace, folder: Path) -> list[dict]:
 
 
 def measure(kind: str, file: str, images: str, answers: str, repeats: int) -> None:
-    """Runs one program and prints what was measured as JSON; writes the answers."""
+    """Runs one program, prints the measurements as JSON, and writes the answers."""
     pictures = np.load(images)
     began = time.perf_counter()
     program = {"stablehlo": load_stablehlo, "onnx": load_onnx}.get(kind, load_ours)(file, kind)
@@ -105,7 +105,7 @@ def measure(kind: str, file: str, images: str, answers: str, repeats: int) -> No
 
 
 def peak_memory() -> float:
-    """MB of this process at its highest; Linux counts for each program, where `getrusage` includes the one before."""
+    """Peak memory of this process in MB, from Linux; `getrusage` would include the program that started it."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) / 1e3
 

@@ -588,12 +588,14 @@ def test_pictures_appear_during_a_run(tmp_path, monkeypatch):
 def test_evaluate_prints_before_it_draws(trained, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "write_tables", lambda *_: print("tables"))
     monkeypatch.setattr(evaluate, "is_given", lambda field: False)
+    monkeypatch.setattr(evaluate, "show_log", lambda: None)
     monkeypatch.setattr(evaluate, "flags", SimpleNamespace(FLAGS=SimpleNamespace(split="test", checkpoint=None)))
     evaluate.main(workdirs.read_config(trained / "teacher"), trained / "teacher")
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["teacher", "tables"]
 
 
 def test_evaluate_looks_at_images_as_the_checkpoint_says(trained, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO", "vimd_jax")
     save_model(tmp_path / "half", dataclasses.replace(load_model(trained / "teacher"), crop=0.5))
     crops = []
     real = evaluate.passes
@@ -602,12 +604,13 @@ def test_evaluate_looks_at_images_as_the_checkpoint_says(trained, tmp_path, monk
     )
     config = tiny_config("teacher")
     evaluate.evaluate_run(config, tmp_path, "test", tmp_path / "half")
-    evaluate.measure(config, tmp_path, "test", tmp_path / "half", keep_crop=True)
+    evaluate.measure(config, tmp_path, "test", tmp_path / "half", given=lambda field: field == "dataset.eval_crop")
     assert crops == [0.5, 1.0]
-    assert any("names a crop of 0.5, which is taken; the config has 1" in line for line in caplog.messages)
+    assert any("was trained with eval_crop 0.5, which is taken; the config has 1.0" in line for line in caplog.messages)
 
 
 def test_classes_in_another_order_are_matched_by_name(trained, tmp_path, caplog):
+    caplog.set_level("INFO", "vimd_jax")
     teacher = load_model(trained / "teacher")
     names = teacher.class_names[::-1]
     head = {name: leaf[..., ::-1] for name, leaf in teacher.variables["params"]["head"].items()}
@@ -653,6 +656,7 @@ def test_frozen_networks_are_what_they_hold_not_where_they_lie(trained, tmp_path
 
 
 def test_more_epochs_start_from_a_finished_run(trained, tmp_path, caplog):
+    caplog.set_level("INFO", "vimd_jax")
     train.train(tiny_config("teacher"), trained / "teacher")
     assert any(f"--config.continue_from={trained}/teacher" in line for line in caplog.messages)
     config = tiny_config("teacher", continue_from=str(trained / "teacher"))
@@ -699,7 +703,7 @@ def test_a_signal_before_there_is_anything_to_save_ends_at_once(number):
     """Even while the main thread is in a compilation, here in a lock, where handlers of Python do not run."""
     code = (
         "import time, vimd_jax.command as c\n"
-        "stop = c.StopRequest(); c.show_log(); print('ready', flush=True)\n"
+        "stop = c.StopRequest(at_once=True); c.show_log(); print('ready', flush=True)\n"
         "import ctypes; ctypes.CDLL(None).sleep(50) or ctypes.CDLL(None).sleep(50)"
     )
     process = subprocess.Popen(

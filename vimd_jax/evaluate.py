@@ -7,8 +7,9 @@ a classifier <split>_per_class.csv, <split>_confusion.csv and <split>_confusion.
 
 import csv
 import logging
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -23,7 +24,7 @@ from vimd_jax.models import describe
 from vimd_jax.tasks.task import Sums
 from vimd_jax.training import classes, parallel, plots, roles, steps, workdirs
 from vimd_jax.training.evaluation import evaluate, passes
-from weight_convert.hub import resolve
+from weight_convert.hub import is_name, resolve
 
 log = logging.getLogger("vimd_jax.evaluate")
 
@@ -58,42 +59,52 @@ def evaluate_run(
 
 
 def measure(
-    config: ConfigDict, workdir: Path, split: str, checkpoint: str | Path | None = None, keep_crop: bool = False
+    config: ConfigDict,
+    workdir: Path,
+    split: str,
+    checkpoint: str | Path | None = None,
+    given: Callable[[str], bool] = lambda field: False,
 ) -> Measurement:
-    """Runs a network on a split of a dataset.
+    """Runs a network on a split of a dataset, whose images it sees as its checkpoint says.
 
     Args:
       config: of one stage: the dataset, and the network that the checkpoint must hold.
       workdir: of the run.
       split: "train", "validation" or "test".
       checkpoint: a network to measure instead of the run's best.
-      keep_crop: look at the images with config.dataset.eval_crop, instead of as the checkpoint says.
+      given: whether a field of the config counts more than the checkpoint, as one that the command line sets does.
 
     Raises:
       ValueError, FileNotFoundError: found before anything is compiled.
     """
+    place = str(checkpoint or workdir)
+    known = None if is_name(place) else classes.description(Path(place).expanduser())
+    if known:
+        config = _as_trained(config, known["view"], given, place)
     check_settings(config)
     parallel.check_batch_size("eval_batch_size", config.eval_batch_size)
     source = load_source(config.dataset, split, seed=config.seed)
     nets = roles.build_networks(config, source.class_names)
-    path = resolve(checkpoint or workdir, describe(nets.product)["architecture"]).expanduser()
+    path = resolve(place, describe(nets.product)["architecture"]).expanduser()
     variables = classes.in_order(load_variables(path, nets.product), path, nets.outputs)
-    if not keep_crop and (known := classes.description(path)):
-        config = _with_crop(config, known["view"]["crop"], path)
     batches, title = next(passes(source, config, nets.task)), f"{path}, {split}"
     with kernels.use(scan=config.scan_implementation or None):
         step, replicated = steps.make_eval_step(nets), parallel.replicate(variables)
-        return Measurement(*evaluate(nets.task, step, replicated, batches, title), nets, config, source, variables)
+        scores, sums = evaluate(nets.task, step, replicated, batches, title)
+    if remark := nets.task.remark(scores):
+        log.warning("%s: %s", title, remark)
+    return Measurement(scores, sums, nets, config, source, variables)
 
 
-def _with_crop(config: ConfigDict, crop: float, path: Path) -> ConfigDict:
-    """The config with the crop that a checkpoint names."""
-    given = config.dataset.eval_crop
-    if given == crop:
-        return config
-    log.info("%s names a crop of %g, which is taken; the config has %g.", path, crop, given)
+def _as_trained(config: ConfigDict, view: dict[str, Any], given: Callable[[str], bool], place: str) -> ConfigDict:
+    """The config with the crop and the range of values that a checkpoint names."""
     config = config.copy_and_resolve_references()
-    config.dataset.eval_crop = crop
+    named = {"eval_crop": view["crop"], "value_range": tuple(view.get("value_range", ()))}
+    for field, value in named.items():
+        if config.dataset[field] != value and not given(f"dataset.{field}"):
+            text = "%s was trained with %s %r, which is taken; the config has %r."
+            log.info(text, place, field, value, config.dataset[field])
+            config.dataset[field] = value
     return config
 
 
@@ -109,7 +120,7 @@ def write_tables(measurement: Measurement, workdir: Path, split: str) -> None:
         path = workdir / f"{split}_{name}.csv"
         with extra(str(path)):
             workdir.mkdir(parents=True, exist_ok=True)
-            with path.open("w", newline="") as file:
+            with path.open("w", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerows(rows)
     if confusion is not None:
         path = workdir / f"{split}_confusion.png"
@@ -123,7 +134,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
     split, checkpoint = flags.FLAGS.split, flags.FLAGS.checkpoint
     with readable_errors():
         for stage, folder in workdirs.stages(config, workdir):
-            measurement = measure(stage, folder, split, checkpoint, is_given("dataset.eval_crop"))
+            measurement = measure(stage, folder, split, checkpoint, is_given)
             scores = measurement.scores
             text = "  ".join(f"{name} {value:.3f}" for name, value in scores.items() if name != "count")
             print(f"{stage.stage}  {split}  {text}  images {scores['count']:.0f}", flush=True)

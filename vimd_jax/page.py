@@ -112,7 +112,8 @@ def _cell(value: Any, right: bool) -> str:
         return f'<td class="number" data-value="{float(value)}">{text(number(value))}</td>'
     if isinstance(value, tuple):
         return f"<td>{text(value[0])}<small>{text(value[1])}</small></td>"
-    return f"<td>{re.sub('([_./])', '\\\\1<wbr>', text(value))}</td>"  # where a long name may go on in the next line
+    breakable = re.sub(r"([_./])", r"\1<wbr>", text(value))  # where a long name may go on in the next line
+    return f"<td>{breakable}</td>"
 
 
 def chart(title: str, lines: Sequence[Line], logarithmic: bool = False) -> str:

@@ -166,7 +166,9 @@ def differences(runs: Sequence[Run]) -> list[str]:
     titles = ["", "difference", "95 % interval", "right in one only", "images"]
     parts = [page.table(titles, rows)] if rows else []
     if alone:
-        parts.append(page.note(f"Not compared, since no run before has their scores, classes and images: {', '.join(alone)}."))
+        parts.append(
+            page.note(f"Not compared, since no run before has their scores, classes and images: {', '.join(alone)}.")
+        )
     return parts
 
 

@@ -75,6 +75,7 @@ def check(config: ConfigDict, workdir: Path, made_before: set[Path] = frozenset(
         roles.check_sources_of_weights(config, nets, workdir, made_before)
         workdirs.check(workdir, config, data)
         if not workdirs.is_begun(workdir):
+            workdirs.check_continue_from(config)
             for split, source in {config.selection: data.held_out, "test": data.test}.items():
                 check_readable(source, split, config.dataset.on_error)
     return data
@@ -107,7 +108,7 @@ def train(config: ConfigDict, workdir: Path, data: Splits | None = None, stop: S
 
 
 def _train(config: ConfigDict, workdir: Path, data: Splits, stop: StopRequest, until_end: contextlib.ExitStack) -> None:
-    # 1. The trained network, the frozen networks around it, the optimiser. Then the folder belongs to the run.
+    # 1. The trained network, the frozen networks around it, the optimiser.
     class_names = data.train.class_names
     nets = roles.build_networks(config, class_names)
     task = nets.task
@@ -118,8 +119,6 @@ def _train(config: ConfigDict, workdir: Path, data: Splits, stop: StopRequest, u
     schedule = create_schedule(scaled_schedule(config), epoch_steps)
     optimizer = create_optimizer(config.optimizer, variables["params"], schedule, nets.trained.decays)
     state = steps.create_state(config, variables, optimizer)
-    frozen_checksums = {role: checksum_of(weights) for role, weights in frozen.items()} if parallel.is_first() else {}
-    workdirs.claim(workdir, config, data)
     log.info(
         "Stage %s: %s parameters, %d images of %d classes, %d epochs of %d steps of %d images, learning rate %.3g, "
         "%d devices.",
@@ -128,14 +127,16 @@ def _train(config: ConfigDict, workdir: Path, data: Splits, stop: StopRequest, u
         jax.device_count(),
     )  # fmt: skip
 
-    # 2. The latest checkpoint, if there is one.
-    checkpoints, record = None, {}
+    # 2. The latest checkpoint, if there is one. Then the folder belongs to the run.
+    checkpoints, record, frozen_checksums = None, {}, {}
     if parallel.is_first():
+        frozen_checksums = {role: checksum_of(weights) for role, weights in frozen.items()}
         checkpoints = training_state.open_folder(workdir / "checkpoints")
         state, record = training_state.restore_state(checkpoints, state)
         workdirs.check_frozen(workdir, config, record.get("frozen", {}), frozen_checksums)
         if config.continue_from and not record:
             state = last_state(config, state, total_steps)
+        workdirs.claim(workdir, config, data)
     state, frozen = parallel.from_first((state, frozen))
     first_step = int(state.step)
     evaluated_step = parallel.any_process(record.get("evaluated_step", 0))
@@ -191,9 +192,7 @@ def _train(config: ConfigDict, workdir: Path, data: Splits, stop: StopRequest, u
             return
         variables = nets.product_variables(parallel.fetch(steps.trained_variables(config, state, False)), frozen)
         title = f"{config.selection}, without averaging"
-        trained, _ = evaluate(
-            task, eval_step, parallel.replicate(variables), next(held_out), title, stop.check
-        )  # fmt: skip
+        trained, _ = evaluate(task, eval_step, parallel.replicate(variables), next(held_out), title, stop.check)
         name = task.drawn[0]
         if trained[name] - scores[name] > 0.1 * abs(trained[name]):
             log.warning(
@@ -265,18 +264,14 @@ def last_state(config: ConfigDict, state: steps.TrainState, total_steps: int) ->
     """The last state of the run that config.continue_from names.
 
     Raises:
-      ValueError: there is none, it does not fit, or this run would be no longer.
+      ValueError: it cannot be read or does not fit, or this run would be no longer.
     """
-    folder = Path(config.continue_from).expanduser() / "checkpoints"
-    if not folder.is_dir():
-        raise ValueError(f"config.continue_from: {folder} does not exist, so there is no run to continue from.")
+    workdir = Path(config.continue_from).expanduser()
     with steps.blaming("config.continue_from"):
-        found, record = training_state.restore_state(training_state.open_folder(folder), state)
-        if not record:
-            raise ValueError(f"{folder} holds no checkpoint.")
+        found, _ = training_state.restore_state(training_state.open_folder(workdir / "checkpoints"), state)
         if int(found.step) >= total_steps:
             raise ValueError(
-                f"{folder} is at step {int(found.step)}, and this run ends at {total_steps}: raise "
+                f"{workdir} is at step {int(found.step)}, and this run ends at {total_steps}: raise "
                 "config.schedule.num_epochs."
             )
     return found
@@ -353,7 +348,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
             parallel.join(given.coordinator_address, given.num_processes, given.process_id, given.wait_seconds)
         elif given.distributed:
             parallel.join_job(given.wait_seconds)
-        stop = StopRequest()
+        stop = StopRequest(at_once=True)
         stages = workdirs.stages(config, workdir)
         made_before, checked = set(), []
         for stage, folder in stages:

@@ -33,7 +33,7 @@ Reduction = Callable[[int, int], int]
 
 
 class Listing(NamedTuple):
-    """What a folder holds, apart from hidden and service files; links are what they point to.
+    """The entries of a folder, apart from hidden and service files; a link counts as what it points to.
 
     Attributes:
         folders: their names, sorted.
@@ -46,10 +46,10 @@ class Listing(NamedTuple):
     others: list[str]
 
 
-def list_folder(folder: str | os.PathLike) -> Listing:
+def list_folder(folder: str | os.PathLike[str]) -> Listing:
     """Lists a folder, in the one way of training and prediction."""
     listing = Listing([], [], [])
-    with os.scandir(folder) as entries:
+    with os.scandir(os.fspath(folder)) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
             if entry.name.startswith(".") or entry.name.lower() in SERVICE_FOLDERS:
                 continue

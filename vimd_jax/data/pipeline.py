@@ -173,7 +173,7 @@ def _eval_example(source: Source, config: ConfigDict, target: Target | None, per
 
 
 def network_view(config: ConfigDict) -> NetworkView:
-    """What networks read of an image in evaluation, from `config.dataset`."""
+    """The view of an image that networks read in evaluation, from `config.dataset`."""
     return NetworkView(pair(config.high_resolution), config.eval_crop, pair(config.low_resolution))
 
 

@@ -36,8 +36,14 @@ def in_order(variables: Variables, path: Path, names: Sequence[str]) -> Variable
     if known is None:
         log.info("%s does not name its classes: they are taken to be those of the data, in the same order.", path)
         return variables
+    numbers = [str(i) for i in range(len(known))]
+    if sorted(names) == sorted(numbers):
+        log.info("%s: the data number their classes, which are taken for its classes in their order.", path)
+        known = numbers
     if sorted(known) != sorted(names):
         raise ValueError(f"{path} is for other classes than the data: {_difference(known, names)}.")
+    if known == names:
+        return variables
     log.info("%s: its classes have another order than the data's; they are matched by name.", path)
     index = {name: i for i, name in enumerate(known)}
     return _with_heads(variables, lambda _, leaf: np.take(leaf, [index[name] for name in names], axis=-1))

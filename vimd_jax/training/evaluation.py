@@ -97,9 +97,15 @@ def _output(network: nn.Module, variables: Any, images: jax.Array, return_featur
 
 
 def check_restorer(config: ConfigDict, networks: Networks, variables: Any, source: Source, most: int = 16) -> None:
-    """Warns if a frozen SR network restores images, up to `most` of a source, worse than bicubic interpolation."""
-    records = _spread(source, config, most)
-    seen = [prepare_views(record.image, network_view(config.dataset)) for record in records]
+    """Warns if a frozen SR network restores images, up to `most` of a source, worse than bicubic interpolation.
+
+    Images that are of the low resolution already say nothing about that.
+    """
+    view = network_view(config.dataset)
+    records = [record for record in _spread(source, config, most) if not view.is_ready(record.image)]
+    if not records:
+        return
+    seen = [prepare_views(record.image, view) for record in records]
     batch = {view: np.stack([images[view] for images in seen]) for view in ("low", "high")}
     restored = jax.jit(networks.restorer.apply)(variables, unit(batch["low"]))
     sums = restoration.sums(restored, batch | {"weight": np.ones(len(seen), np.float32)})

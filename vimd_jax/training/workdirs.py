@@ -122,6 +122,12 @@ def check_frozen(workdir: Path, config: ConfigDict, known: dict[str, str], found
             )
 
 
+def check_continue_from(config: ConfigDict) -> None:
+    """Raises ValueError if config.continue_from names no run with a checkpoint."""
+    if config.continue_from and not is_begun(Path(config.continue_from).expanduser()):
+        raise ValueError(f"config.continue_from: {config.continue_from} is no workdir with a checkpoint.")
+
+
 def identity(config: ConfigDict, data: Splits) -> str:
     """A short text that is the same for processes with the same settings and data."""
     fixed = {k: v for k, v in flat(_as_json(config)).items() if not _is_changeable(config.stage, k)}
