@@ -7,8 +7,8 @@ The image is divided into a grid of cells. The evidence of a cell is what the an
 (Zeiler and Fergus, "Visualizing and Understanding Convolutional Networks", ECCV 2014, section 4.2; the logarithm as in
 Robnik-Sikonja and Kononenko, "Explaining Classifications for Individual Instances", IEEE TKDE 2008). It needs only the
 probabilities of a network, so it serves every family, and the student, whose super-resolution network passes on no
-gradient; and it measures removal instead of deriving it from a linear approximation. An image takes rows * columns + 1 passes
-through the network.
+gradient; and it measures removal instead of deriving it from a linear approximation. An image takes rows * columns + 1
+passes through the network.
 """
 
 from collections.abc import Callable
