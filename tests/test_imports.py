@@ -41,6 +41,7 @@ ALLOWED = {
         "vimd_jax.losses",
         "vimd_jax.settings",
         "vimd_jax.tasks",
+        "vimd_jax.data.classes",
         "vimd_jax.data.geometry",
         "vimd_jax.data.sources",
     ],

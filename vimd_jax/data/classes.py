@@ -1,4 +1,4 @@
-"""The classes of label maps, from a text file."""
+"""The values of label maps: classes, whose names a text file holds, and pixels without a label."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,8 @@ import numpy as np
 
 from vimd_jax.errors import DatasetError, printable
 
-MOST_CLASSES = 255  # a map has 8 bits, of which one value stands for pixels without a label
+IGNORED = 255  # the value of pixels without a label, in the maps that sources yield
+MOST_CLASSES = 255
 
 
 class Classes(NamedTuple):

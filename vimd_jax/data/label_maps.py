@@ -20,13 +20,12 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from vimd_jax.data.classes import Classes, read_classes
+from vimd_jax.data.classes import IGNORED, Classes, read_classes
 from vimd_jax.data.images import EXTENSIONS, MAX_PIXELS, Reduction, check_header, find_images, read_image
 from vimd_jax.data.source import SPLIT_NAMES, Record, Source, choose, composed
 from vimd_jax.errors import DatasetError, UnreadableImage, printable
 from vimd_jax.files import open_regular
 
-IGNORED = 255  # the value of pixels without a label, in the maps that sources yield
 LAYOUT = "expected images/train/*.jpg and annotations/train/*.png with the same names, likewise val and perhaps test"
 SPLIT_FOLDERS = SPLIT_NAMES | {"training": "train", "testing": "test"}
 
