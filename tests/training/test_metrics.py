@@ -1,5 +1,7 @@
 """The log of a run that is interrupted reads like the log of one that is not."""
 
+import os
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -59,6 +61,12 @@ def test_a_damaged_line_costs_that_line_alone(tmp_path, damage):
 
 
 @pytest.mark.parametrize("when", ["start", "later"])
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(OSError, match="not a regular file"):
+        read_metrics(tmp_path)
+
+
 def test_event_files_never_stop_a_run(tmp_path, monkeypatch, caplog, when):
     if when == "start":
         (tmp_path / "tensorboard").symlink_to("/dev/null")
