@@ -106,3 +106,13 @@ def test_deep_images_with_a_small_range_are_said(checkpoint, tmp_path, monkeypat
     Image.fromarray(np.full((32, 32), 4095, np.uint16)).save(tmp_path / "x.png")
     _, err, status = run(monkeypatch, capfd, checkpoint, tmp_path)
     assert status == 0 and err.startswith("warning: 16-bit images with values from 4095 to 4095, a small part")
+
+
+def test_explanations_are_drawn_beside_the_labels(checkpoint, files, monkeypatch, capfd):
+    folder = files / "new" / "explained"
+    out, err, status = run(monkeypatch, capfd, checkpoint, files, "--top=1", f"--explain={folder}")
+    assert status == 0 and out.count("%") == 3, err
+    drawn = sorted(folder.iterdir())
+    assert [os.fsencode(path.name)[:7] for path in drawn] == [b"0001_a\x1b", b"0002_ca", b"0003_z."]
+    with Image.open(drawn[2]) as picture:
+        assert picture.size == (2 * 336 + 8, 336)

@@ -28,8 +28,7 @@ for (const box of document.querySelectorAll(".confusion")) {
     found.set(row * count + column, number);
   }
   const view = { zoom: 1, x: 0, y: 0 };  // x, y: the first column and row that are seen
-  const margin = 84;
-  let side = 0, cell = 0, chosen = null;
+  let margin = 0, side = 0, cell = 0, chosen = null;
 
   const limit = (value, most) => Math.min(Math.max(value, 0), most);
   const shorten = (pen, text) => {
@@ -42,6 +41,8 @@ for (const box of document.querySelectorAll(".confusion")) {
     canvas.style.height = `${width}px`;
     canvas.width = canvas.height = Math.round(width * density);
     const pen = canvas.getContext("2d"), colour = style.getPropertyValue("--cell"), ink = style.color;
+    const named = ((0.72 * width) / count) * view.zoom >= 11;  // names fit beside the cells
+    margin = named ? Math.min(150, 0.28 * width) : 24;
     side = width - margin;
     cell = (side / count) * view.zoom;
     view.x = limit(view.x, count - count / view.zoom);
@@ -74,7 +75,7 @@ for (const box of document.querySelectorAll(".confusion")) {
     pen.strokeStyle = style.getPropertyValue("--line");
     pen.strokeRect(margin, margin, side, side);
     pen.fillStyle = style.getPropertyValue("--faint");
-    if (cell < 11) {
+    if (!named) {
       pen.textAlign = "center";
       pen.fillText("predicted", margin + side / 2, margin - 8);
       pen.save();

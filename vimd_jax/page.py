@@ -10,6 +10,7 @@ import html
 import io
 import json
 import math
+import re
 from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any, NamedTuple
@@ -66,10 +67,10 @@ def note(words: str) -> str:
 
 
 def number(value: float, unit: str = "") -> str:
-    """A number with three digits or more behind which its unit stands; "–" for one that is not finite."""
+    """A number: whole, or with two decimals, below 1 three; "–" for one that is not finite."""
     if not math.isfinite(value):
         return "–"
-    digits = 0 if value == int(value) or abs(value) >= 1000 else 1 if abs(value) >= 10 else 3
+    digits = 0 if isinstance(value, int | np.integer) or not value else 2 if abs(value) >= 1 else 3
     return f"{value:,.{digits}f}{unit}".replace("-", "\N{MINUS SIGN}")
 
 
@@ -111,7 +112,8 @@ def _cell(value: Any, right: bool) -> str:
         return f'<td class="number" data-value="{float(value)}">{text(number(value))}</td>'
     if isinstance(value, tuple):
         return f"<td>{text(value[0])}<small>{text(value[1])}</small></td>"
-    return f"<td>{text(value)}</td>"
+    breakable = re.sub(r"([_./])", r"\1<wbr>", text(value))  # where a long name may go on in the next line
+    return f"<td>{breakable}</td>"
 
 
 def chart(title: str, lines: Sequence[Line], logarithmic: bool = False) -> str:
@@ -121,7 +123,9 @@ def chart(title: str, lines: Sequence[Line], logarithmic: bool = False) -> str:
     if not lines:
         return ""
     points = [point for line in lines for point in line.points]
-    x_ticks, y_ticks = (_ticks(*_ends([point[axis] for point in points])) for axis in (0, 1))
+    epochs, values = zip(*points)
+    x_ticks = _ticks(min(epochs), max(epochs))
+    y_ticks = (_logarithmic_ticks if logarithmic else _ticks)(min(values), max(values))
     first, last, low, high = x_ticks[0], x_ticks[-1], y_ticks[0], y_ticks[-1]
 
     def place(x: float, y: float) -> tuple[float, float]:
@@ -142,8 +146,8 @@ def chart(title: str, lines: Sequence[Line], logarithmic: bool = False) -> str:
         dashes = ' stroke-dasharray="2 4"' if line.dashed else ""
         drawn.append(f'<polyline style="stroke:{_colour(line)}"{dashes} points="{path}"/>')
         if len(line.points) <= 30:
-            for x, y in (place(*point) for point in line.points):
-                drawn.append(f'<circle style="fill:{_colour(line)}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>')
+            dot = f'r="5" style="stroke:{_colour(line)};fill:none"' if line.dashed else f'r="3" fill="{_colour(line)}"'
+            drawn += [f'<circle cx="{x:.1f}" cy="{y:.1f}" {dot}/>' for x, y in (place(*point) for point in line.points)]
     legend = "".join(
         f'<li><i{_dashed(line)} style="border-color:{_colour(line)}"></i>{text(line.label)}</li>' for line in lines
     )
@@ -166,10 +170,6 @@ def _drawable(points: list[tuple[float, float]], logarithmic: bool) -> list[tupl
     return [(points[i][0], math.log10(points[i][1]) if logarithmic else points[i][1]) for i in kept]
 
 
-def _ends(values: list[float]) -> tuple[float, float]:
-    return min(values), max(values)
-
-
 def _ticks(low: float, high: float) -> list[float]:
     """About five round numbers, 1, 2 or 5 times a power of ten apart, that enclose an interval."""
     reach = high - low or abs(high) or 1.0
@@ -177,6 +177,15 @@ def _ticks(low: float, high: float) -> list[float]:
     step = power * next(factor for factor in (1, 2, 5, 10) if factor * power >= reach / 4 * 0.999)
     first, last = math.floor(low / step + 1e-6), math.ceil(high / step - 1e-6)
     return [round(i * step, 12) for i in range(first, max(last, first + 1) + 1)]
+
+
+def _logarithmic_ticks(low: float, high: float) -> list[float]:
+    """The logarithms of 1, 2 and 5 times powers of ten that enclose an interval of logarithms; of many, only powers."""
+    powers = range(math.floor(low), math.ceil(high) + 2)
+    ticks = [math.log10(factor) + power for power in powers for factor in (1, 2, 5)]
+    first = max(i for i, tick in enumerate(ticks) if tick <= low + 1e-6)
+    last = min(i for i, tick in enumerate(ticks) if tick >= high - 1e-6 and i > first)
+    return ticks[first : last + 1] if last - first < 7 else [float(power) for power in powers[:-1]]
 
 
 def image(pixels: np.ndarray, name: str) -> str:
@@ -193,8 +202,10 @@ def image(pixels: np.ndarray, name: str) -> str:
     return f'<img{pixelated}{shape} alt="{text(name)}" src="data:image/{kind};base64,{data}">'
 
 
-def pictures(captioned: Sequence[tuple[dict[str, np.ndarray], str, str]], kind: str = "pictures") -> str:
-    """Images in a grid, each a row of views, title -> pixels, with a caption and a remark below it."""
+def pictures(captioned: Sequence[tuple[dict[str, np.ndarray], str, str]]) -> str:
+    """Images in a grid, each a row of views, title -> pixels, with a caption and a remark below it; "" for none."""
+    if not captioned:
+        return ""
     figures = []
     for views, caption, remark in captioned:
         row = "".join(
@@ -203,7 +214,7 @@ def pictures(captioned: Sequence[tuple[dict[str, np.ndarray], str, str]], kind: 
         )
         below = f'{text(caption)}<br><span class="note">{text(remark)}</span>' if remark else text(caption)
         figures.append(f'<figure><div class="pair">{row}</div><figcaption>{below}</figcaption></figure>')
-    return f'<div class="{kind}">{"".join(figures)}</div>' if figures else ""
+    return f'<div class="pictures" style="--views:{len(captioned[0][0])}">{"".join(figures)}</div>'
 
 
 def confusion(matrix: np.ndarray, names: Sequence[str]) -> str:

@@ -30,8 +30,8 @@ from vimd_jax.training.metrics import NOT_A_TERM, read_metrics
 
 log = logging.getLogger("vimd_jax.report")
 
-_MISTAKES, _PANEL_ROWS, _PAIRS = 36, 12, 12  # in a page; the first two are shared out among its runs
-_DIRECTIONLESS = ("loss",)  # scores of which less is better
+_MISTAKES, _PAIRS = 36, 12  # of a page, shared out among its runs; of a run
+_LESS_IS_BETTER = ("loss",)
 
 
 class Run(NamedTuple):
@@ -149,30 +149,31 @@ def paired(first: Run, second: Run) -> list[Difference]:
 
 
 def differences(runs: Sequence[Run]) -> list[str]:
-    """A table of the paired differences of each run from the first."""
-    rows, others = [], []
-    for run in runs[1:]:
-        found = paired(runs[0], run)
-        others += [] if found else [run.title]
+    """A table of the paired differences of each run from the first one before it that it can be compared with."""
+    rows, alone = [], []
+    for i, run in enumerate(runs[1:], 1):
+        earlier = ((other, paired(other, run)) for other in runs[:i])
+        other, found = next((pair for pair in earlier if pair[1]), (run, []))
+        alone += [] if found else [run.title]
         for x in found:
             low, high, method = x.interval
             sign = "+" if x.value > 0 else ""
             verdict = "no clear difference" if low <= 0 <= high else _verdict(x)
-            only = "–" if x.only is None else f"{x.only[0]} / {x.only[1]}"
+            only = "–" if x.only is None else (f"{x.only[1]} / {x.only[0]}", f"{run.title} / {other.title}")
             span = (f"{page.number(low)} to {page.number(high)}", method)
             difference = (f"{sign}{page.number(x.value)}", verdict)
-            rows.append((f"{run.title} − {runs[0].title}", _words(x.score), difference, span, only, str(x.images)))
-    titles = ["", "score", "difference", "95 % interval", "only the first / second right", "images"]
+            rows.append(((_words(x.score), f"{run.title} − {other.title}"), difference, span, only, x.images))
+    titles = ["", "difference", "95 % interval", "right in one only", "images"]
     parts = [page.table(titles, rows)] if rows else []
-    if others:
+    if alone:
         parts.append(
-            page.note(f"Not compared with {runs[0].title}, for other scores, classes or images: {', '.join(others)}.")
+            page.note(f"Not compared, since no run before has their scores, classes and images: {', '.join(alone)}.")
         )
     return parts
 
 
 def _verdict(difference: Difference) -> str:
-    return "better" if (difference.value > 0) != (difference.score in _DIRECTIONLESS) else "worse"
+    return "better" if (difference.value > 0) != (difference.score in _LESS_IS_BETTER) else "worse"
 
 
 def curves(runs: Sequence[Run]) -> list[str]:
@@ -189,15 +190,23 @@ def curves(runs: Sequence[Run]) -> list[str]:
     else:
         losses = [page.Line(run.title, points(i, "train", "loss"), i) for i, run in enumerate(runs)]
     charts = [page.chart("Training loss", losses, logarithmic=True)]
-    for score in dict.fromkeys(name for run in runs for name in run.measurement.networks.task.drawn):
+    for axis in dict.fromkeys(run.measurement.networks.task.axis for run in runs):
         drawn = [
-            page.Line(f"{run.title}, {split}", points(i, split, score), i, dashed=split == "test")
+            page.Line(_line(run, score, split), points(i, split, score), i + 3 * k, dashed=split == "test")
             for i, run in enumerate(runs)
+            for k, score in enumerate(run.measurement.networks.task.drawn)
             for split in ("validation", "test")
+            if run.measurement.networks.task.axis == axis
         ]
-        charts.append(page.chart(_words(score), drawn))
+        charts.append(page.chart(axis, drawn))
     rates = [page.Line(run.title, points(i, "train", "learning_rate"), i) for i, run in enumerate(runs)]
     return [*charts, page.chart("Learning rate", rates)]
+
+
+def _line(run: Run, score: str, split: str) -> str:
+    """The label of a score's line."""
+    several = len(run.measurement.networks.task.drawn) > 1
+    return f"{run.title}, {_words(score)}, {split}" if several else f"{run.title}, {split}"
 
 
 def facts(run: Run) -> dict[str, Any]:
@@ -273,10 +282,10 @@ def of_one_run(run: Run, number: int, count: int) -> str:
     matrix = task.confusion(measured.sums, len(names))
     parts = [page.section("Classes", *tables, level=3)]
     if matrix is not None:
-        pairs = page.table(["true", "predicted", "times", "% of the true class"], most_confused(matrix, names))
+        pairs = page.table(["true", "predicted", "times", "% of class"], most_confused(matrix, names))
         parts.append(page.section("Confusion", page.confusion(matrix, names), pairs, level=3))
     parts.append(page.section("Most confident mistakes", page.pictures(mistakes(run, _MISTAKES // count)), level=3))
-    parts.append(page.section("Images", page.pictures(examples(run, max(2, _PANEL_ROWS // count)), "panel"), level=3))
+    parts.append(page.section("Images", page.pictures(examples(run)), level=3))
     return page.section(run.title, *parts, name=f"run{number}")
 
 
@@ -314,10 +323,10 @@ def _reads_low(run: Run) -> bool:
     return run.measurement.networks.view == "low"
 
 
-def examples(run: Run, rows: int) -> list[tuple[dict[str, np.ndarray], str, str]]:
+def examples(run: Run) -> list[tuple[dict[str, np.ndarray], str, str]]:
     """The panel of a run: low, restored and high resolution, and the network's answer."""
     x = run.measurement
-    columns, captions = panel(x.config, x.networks, x.variables, x.source, rows)
+    columns, captions = panel(x.config, x.networks, x.variables, x.source)
     return [({title: images[i] for title, images in columns.items()}, captions[i], "") for i in range(len(captions))]
 
 

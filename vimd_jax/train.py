@@ -7,6 +7,7 @@ The same command, given again, continues where the last one stopped. A workdir h
     checkpoints/     the latest training states        best/         the best network, for evaluate and predict
     curves.png       losses, scores, learning rate     panel.png     images with the network's predictions
     data.json        how many images of which names    networks.json where frozen networks came from, and checksums
+    report.html      the finished run on one page
 
 This file tells the story of a run. Its words are defined in vimd_jax/tasks/ (what is learned), vimd_jax/training/:
 workdirs, roles (the networks), steps, optimizer, parallel (devices), evaluation, metrics, plots; and in
@@ -26,6 +27,7 @@ from ml_collections import ConfigDict
 
 import kernels
 from kernels.choice import implementation_in_use
+from vimd_jax import report
 from vimd_jax.checkpoints import training_state
 from vimd_jax.checkpoints.format import checksum_of, read_description, save_model
 from vimd_jax.checkpoints.trained_model import TrainedModel
@@ -35,6 +37,7 @@ from vimd_jax.data.augment import check_augment
 from vimd_jax.data.pipeline import steps_per_epoch, train_batches
 from vimd_jax.data.sources import Source, Splits, check_readable, load_source
 from vimd_jax.errors import Stopped, TrainingError
+from vimd_jax.evaluate import Measurement
 from vimd_jax.load import load_model
 from vimd_jax.log import extra, readable_errors
 from vimd_jax.tasks.task import check_source
@@ -248,12 +251,16 @@ def _train(config: ConfigDict, workdir: Path, data: Splits, stop: StopRequest, u
         best_variables, best_step = best.variables, best.provenance["step"]
     best_variables, best_step = parallel.from_first(best_variables), parallel.any_process(best_step)
     title, replicated = f"test, network of step {best_step}", parallel.replicate(best_variables)
-    scores, _ = evaluate(task, eval_step, replicated, next(passes(data.test, config, nets)), title, stop.check)
+    scores, sums = evaluate(task, eval_step, replicated, next(passes(data.test, config, nets)), title, stop.check)
     writer.write(total_steps, "test", {**scores, "best_step": best_step})
     if remark := task.remark(scores):
         log.warning("%s: %s", title, remark)
     save_pictures(workdir, config, nets, best_variables, data.test)
-    log.info("Done. %s holds the best network, curves.png and panel.png.", workdir)
+    if parallel.is_first():
+        with extra(f"{workdir / 'report.html'}"):
+            found = Measurement(scores, sums, nets, config, data.test, best_variables)
+            report.save([report.Run(workdir.name, workdir, found)], workdir / "report.html")
+    log.info("Done. %s holds the best network, and report.html to look at.", workdir)
 
 
 def last_state(config: ConfigDict, state: steps.TrainState, total_steps: int) -> steps.TrainState:

@@ -74,6 +74,8 @@ def check(config: ConfigDict, num_classes: int) -> None:
     weights, inference = config.loss.class_weights, config.inference
     if weights and len(weights) != num_classes:
         raise ValueError(f"config.loss.class_weights: {len(weights)} weights, but there are {num_classes} classes")
+    if "sr" in config and config.sr.name == "bicubic":
+        raise ValueError("config.sr.name is bicubic, which enlarges to one size: a segmenter needs an SR network")
     if inference.mode == "whole" and (inference.window or inference.stride):
         raise ValueError("config.inference.window and stride belong to mode=slide, but mode is whole")
     if not inference.scales:
