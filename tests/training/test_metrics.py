@@ -60,13 +60,13 @@ def test_a_damaged_line_costs_that_line_alone(tmp_path, damage):
     assert split_and_step(tmp_path) == [("train", 1), ("train", 3)]
 
 
-@pytest.mark.parametrize("when", ["start", "later"])
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "metrics.jsonl")
     with pytest.raises(OSError, match="not a regular file"):
         read_metrics(tmp_path)
 
 
+@pytest.mark.parametrize("when", ["start", "later"])
 def test_event_files_never_stop_a_run(tmp_path, monkeypatch, caplog, when):
     if when == "start":
         (tmp_path / "tensorboard").symlink_to("/dev/null")
