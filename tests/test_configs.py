@@ -23,7 +23,7 @@ ONE_STAGE = {"dims": (32,), "depths": (1,)}
 
 def shrink(config: ConfigDict) -> None:
     """Makes a stage take seconds; what it computes stays the same."""
-    for role in STAGES[config.stage].roles:
+    for role in STAGES[config.stage]:
         section = config[role]
         if section.name == "bicubic":
             continue
@@ -60,7 +60,7 @@ def test_every_config_trains(run, trained):
     for stage, _ in workdirs.stages(config, Path("run")):
         with stage.unlocked():
             shrink(stage)
-            for role in STAGES[stage.stage].roles:  # the networks that the stage needs are those made before it
+            for role in STAGES[stage.stage]:  # the networks that the stage needs are those made before it
                 needed = stage[role].name != "bicubic" and role != stage.stage
                 stage[role].init = str(made.get(role) or _made_for(role, stage, trained)) if needed else ""
         made[stage.stage] = trained(stage)

@@ -4,12 +4,14 @@ The configs are `ml_collections.ConfigDict`s: a misspelt field or a value of the
 can be changed on the command line, as in `--config.schedule.num_epochs=10`. `python -m vimd_jax.config` lists them.
 """
 
+import dataclasses
 import functools
 import math
 import sys
+from collections.abc import Iterator
 from operator import getitem
 from types import NoneType, UnionType
-from typing import Any, Literal, NamedTuple, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from ml_collections import ConfigDict, config_dict
 
@@ -23,7 +25,8 @@ from vimd_jax.tasks.segmentation import SEGMENTATION
 from vimd_jax.tasks.task import Task
 
 
-class Stage(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Stage:
     """One kind of training run.
 
     Attributes:
@@ -38,10 +41,9 @@ class Stage(NamedTuple):
     restorer: str = ""
     teacher: str = ""
 
-    @property
-    def roles(self) -> tuple[str, ...]:
-        """The networks of the stage, which each have a section of its config."""
-        return tuple(role for role in (self.restorer, self.teacher, self.trained) if role)
+    def __iter__(self) -> Iterator[str]:
+        """The roles of the stage's networks, which each have a section of its config."""
+        return (role for role in (self.restorer, self.teacher, self.trained) if role)
 
 
 STAGES = {
@@ -225,7 +227,7 @@ def default_config(stage: str) -> ConfigDict:
             section[field] = config_dict.placeholder(default)
         else:
             section[field] = config_dict.FieldReference(default, field_type=setting.kind or type(default))
-    for role in STAGES[stage].roles:
+    for role in STAGES[stage]:
         config[role] = _network(role)
     return config.lock()
 

@@ -20,8 +20,8 @@ import numpy as np
 from vimd_jax import explain
 from vimd_jax.arguments import parse_option
 from vimd_jax.checkpoints.trained_model import TrainedModel
+from vimd_jax.data.classes import read_classes
 from vimd_jax.data.images import find_images, narrow_range
-from vimd_jax.data.label_maps import read_classes
 from vimd_jax.errors import DatasetError, printable
 from vimd_jax.files import read_regular
 from vimd_jax.load import load_model

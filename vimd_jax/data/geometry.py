@@ -5,6 +5,7 @@ down-sampled high-resolution view.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -238,3 +239,14 @@ def low_resolution_view(image: Image.Image, size: int | tuple[int, int]) -> Imag
 def pair(size: int | tuple[int, int]) -> tuple[int, int]:
     """(height, width), from that or from a side."""
     return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def rounded_sizes(sizes: Sequence[Size], most: int, multiple: int = 1) -> list[Size]:
+    """The sizes with sides rounded to multiples of `multiple`, doubled until there are at most so many sizes."""
+    rounded = list(sizes)
+    while multiple > 1 or len(set(rounded)) > most:
+        rounded = [tuple(max(1, round(side / multiple)) * multiple for side in size) for size in sizes]
+        if len(set(rounded)) <= most:
+            break
+        multiple *= 2
+    return rounded

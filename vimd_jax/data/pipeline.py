@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from vimd_jax.data.augment import augment
+from vimd_jax.data.classes import IGNORED
 from vimd_jax.data.geometry import (
     BICUBIC,
     BILINEAR,
@@ -35,7 +36,6 @@ from vimd_jax.data.geometry import (
     whole_view,
 )
 from vimd_jax.data.images import Reduction
-from vimd_jax.data.label_maps import IGNORED
 from vimd_jax.data.preparation import NetworkView, prepare_views
 from vimd_jax.data.rand_augment import MEAN
 from vimd_jax.data.source import Record, Source

@@ -31,7 +31,7 @@ def stages(config: ConfigDict, workdir: Path) -> list[tuple[ConfigDict, Path]]:
     if "order" in config:
         return [pair for name in config.order for pair in stages(config.stages[name], workdir / name)]
     config = config.copy_and_resolve_references()
-    for role in STAGES[config.stage].roles:
+    for role in STAGES[config.stage]:
         init = config[role].init
         if init and not init.startswith(HERE) and not is_name(init):
             config[role].init = str(Path(init).expanduser().absolute())
