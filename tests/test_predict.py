@@ -95,6 +95,13 @@ def test_class_names_from_a_pipe_or_another_encoding_are_refused(checkpoint, fil
         assert status == 1 and message in err
 
 
+def test_a_picture_that_cannot_be_drawn_costs_no_label(checkpoint, files, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("vimd_jax.explain.draw", None)
+    options = f"--explain={tmp_path / 'why'}", "--format=csv", "--top=1"
+    out, err, status = run(monkeypatch, capfd, checkpoint, files, *options)
+    assert status == 0 and len(out.splitlines()) == 1 + 3
+
+
 def test_deep_images_with_a_small_range_are_said(checkpoint, tmp_path, monkeypatch, capfd):
     Image.fromarray(np.full((32, 32), 4095, np.uint16)).save(tmp_path / "x.png")
     _, err, status = run(monkeypatch, capfd, checkpoint, tmp_path)

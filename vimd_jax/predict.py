@@ -25,7 +25,7 @@ from vimd_jax.data.images import find_images, narrow_range
 from vimd_jax.errors import DatasetError, printable
 from vimd_jax.files import read_regular
 from vimd_jax.load import load_model
-from vimd_jax.log import readable_errors, show_log
+from vimd_jax.log import extra, readable_errors, show_log
 from vimd_jax.models.segmenter import Segmenter
 from vimd_jax.segment import write_label_maps
 
@@ -56,9 +56,11 @@ def explained(
 ) -> Iterator[tuple[Path, np.ndarray]]:
     """Yields what `label` does, and draws for each image where its first label comes from: FOLDER/0001_<name>.png, …"""
     for number, (path, probabilities) in enumerate(labelled, 1):
-        image = classifier.prepare(path, downsample)
-        values = explain.evidence(classifier.probabilities, image, int(np.argmax(probabilities)))
-        explain.draw(image, values).save(folder / f"{number:04d}_{path.stem[:50]}.png")
+        picture = folder / f"{number:04d}_{path.stem[:50]}.png"
+        with extra(str(picture)):
+            image = classifier.prepare(path, downsample)
+            values = explain.evidence(classifier.probabilities, image, int(np.argmax(probabilities)))
+            explain.draw(image, values).save(picture)
         yield path, probabilities
 
 

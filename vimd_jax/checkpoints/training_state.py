@@ -122,9 +122,9 @@ def _leaves(state: Any) -> dict[str, np.ndarray]:
 
 def _check_space(folder: Any, needed: int) -> None:
     """Raises OSError if a file system is too full, before TensorStore finds out with half of the files written."""
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OSError(errno.ENOSPC, f"No space left on device, {needed:,} bytes are needed and {free:,} are free")
+    space = shutil.disk_usage(folder)
+    if space.free < needed and space.total:  # some network file systems report zeros
+        raise OSError(errno.ENOSPC, f"No space left on device, {needed:,} bytes are needed and {space.free:,} are free")
 
 
 @contextlib.contextmanager
