@@ -87,6 +87,14 @@ def test_a_pipe_is_no_image(checkpoint, tmp_path, monkeypatch, capfd):
     assert status == 1 and "x.png: not a regular file" in err
 
 
+def test_class_names_from_a_pipe_or_another_encoding_are_refused(checkpoint, files, tmp_path, monkeypatch, capfd):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "latin1").write_bytes("é\nb\nc\n".encode("latin1"))
+    for name, message in (("pipe", "not a regular file"), ("latin1", "latin1: not a text file in UTF-8")):
+        _, err, status = run(monkeypatch, capfd, checkpoint, files, f"--classes={tmp_path / name}")
+        assert status == 1 and message in err
+
+
 def test_deep_images_with_a_small_range_are_said(checkpoint, tmp_path, monkeypatch, capfd):
     Image.fromarray(np.full((32, 32), 4095, np.uint16)).save(tmp_path / "x.png")
     _, err, status = run(monkeypatch, capfd, checkpoint, tmp_path)

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import itertools
 import json
+import logging
 import os
 import shutil
 import signal
@@ -50,6 +51,13 @@ def trained(tmp_path_factory):
     train.train(tiny_config("teacher"), folder / "teacher")
     train.train(student_config(folder), folder / "student")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def logged(caplog, monkeypatch):
+    """The whole log, whichever tests ran before."""
+    caplog.set_level("INFO", logger="vimd_jax")
+    monkeypatch.setattr(logging.getLogger("vimd_jax"), "propagate", True)
 
 
 def student_config(folder: Path, **changes):
@@ -609,6 +617,15 @@ def test_evaluate_looks_at_images_as_the_checkpoint_says(trained, tmp_path, monk
     assert any("was trained with eval_crop 0.5, which is taken; the config has 1.0" in line for line in caplog.messages)
 
 
+def test_a_checkpoint_names_what_its_images_look_like():
+    config = tiny_config("student")
+    view = {"low_resolution": [8, 16], "crop": 1.0, "value_range": [0, 4095]}
+    seen = evaluate._as_trained(config, view, lambda field: field == "dataset.eval_crop", "there").dataset
+    assert (seen.low_resolution, seen.value_range) == ((8, 16), (0, 4095))
+    view = {"low_resolution": 0, "crop": 1.0}
+    assert evaluate._as_trained(config, view, lambda field: False, "there").dataset.low_resolution == 8
+
+
 def test_classes_in_another_order_are_matched_by_name(trained, tmp_path, caplog):
     caplog.set_level("INFO", "vimd_jax")
     teacher = load_model(trained / "teacher")
@@ -663,6 +680,10 @@ def test_more_epochs_start_from_a_finished_run(trained, tmp_path, caplog):
     with pytest.raises(ValueError, match="is at step 6, and this run ends at 6: raise config.schedule.num_epochs"):
         train.train(config, tmp_path / "run")
     config.schedule.num_epochs = 3
+    other = config.copy_and_resolve_references()
+    other.dataset.synthetic_classes = 3
+    with pytest.raises(ValueError, match="continue_from: .* was trained on other classes: class .* is new or gone"):
+        train.train(other, tmp_path / "other")
     train.train(config, tmp_path / "run")
     assert [x["step"] for x in read_metrics(tmp_path / "run") if x["split"] == "train"] == [7, 8, 9]
     assert int(final_state(tmp_path / "run")["opt_state"][0]["count"]) == 9

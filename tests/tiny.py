@@ -5,6 +5,7 @@ from ml_collections import ConfigDict
 from vimd_jax.config import STAGES, default_config
 
 VIM = {"name": "vim_tiny", "embed_dim": 16, "depth": 2, "patch_size": 8, "stride": 8}
+UPERNET = VIM | {"name": "upernet_vim_tiny", "head_channels": 8, "auxiliary_channels": 8}
 
 
 def tiny_config(stage: str, **changes) -> ConfigDict:
@@ -20,7 +21,8 @@ def tiny_config(stage: str, **changes) -> ConfigDict:
     config.dataset.high_resolution = 32
     config.dataset.low_resolution = 8
     for role in STAGES[stage].roles:
-        config[role].update({"channels": 4, "num_blocks": 1} if role == "sr" else VIM)
+        small = UPERNET if "segmenter" in role else VIM
+        config[role].update({"channels": 4, "num_blocks": 1} if role == "sr" else small)
     config.schedule.learning_rate = 1e-3
     config.schedule.warmup_epochs = 1
     config.schedule.num_epochs = 2

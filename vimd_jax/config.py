@@ -19,6 +19,7 @@ from vimd_jax.settings import ABOVE_0, ANY, BELOW_1, SHARE, SHARE_OR_0, SHARES, 
 from vimd_jax.tasks.classification import CLASSIFICATION
 from vimd_jax.tasks.distillation import distilled
 from vimd_jax.tasks.restoration import RESTORATION
+from vimd_jax.tasks.segmentation import SEGMENTATION
 from vimd_jax.tasks.task import Task
 
 
@@ -50,6 +51,8 @@ STAGES = {
         Stage(CLASSIFICATION, trained="classifier"),
         Stage(CLASSIFICATION, trained="teacher"),  # HRVM-Net of ViMD
         Stage(distilled(CLASSIFICATION), trained="student", restorer="sr", teacher="teacher"),  # SRVM-Net of ViMD
+        Stage(SEGMENTATION, trained="segmenter"),
+        Stage(distilled(SEGMENTATION), trained="segmenter_student", restorer="sr", teacher="segmenter"),  # ours
     )
 }
 
@@ -103,8 +106,8 @@ _SETTINGS = {
     "dataset.name": Setting(
         "folder",
         ANY,
-        "folder, list, hugging_face, synthetic, cub, cars, dogs, pets, flowers, mit67, action, aircraft or imagenet; "
-        "or module:function, a source of your own",
+        "folder, list, label_maps, hugging_face, synthetic, cub, cars, dogs, pets, flowers, mit67, action, aircraft or "
+        "imagenet; or module:function, a source of your own",
     ),
     "dataset.directory": Setting(
         "",
@@ -171,14 +174,20 @@ _SETTINGS = {
     "optimizer.layer_decay": Setting(
         1.0, SHARE, "factor of the learning rate from each layer to the one before it; 1: off"
     ),
+    "optimizer.layer_decay_of": Setting(
+        "layers",
+        one_of("layers", "embeddings"),
+        '"embeddings": of these alone, the published mistake of Vim\'s segmenters',
+    ),
     "optimizer.freeze": Setting(
         "", ANY, 'regular expression of parameters that are not trained, as "^(patch_embed|position)"; empty: none'
     ),
     "optimizer.decay_state_matrix": Setting(True, ANY, "weight decay shrinks A_log too, as published"),
     "schedule.name": Setting(
         "cosine",
-        one_of("cosine", "timm_epoch", "staircase"),
-        "timm_epoch: Vim's with its one-epoch lag; staircase: LocalMamba's, whose warm-up rises once an epoch",
+        one_of("cosine", "timm_epoch", "staircase", "poly", "poly_mmcv"),
+        "timm_epoch: Vim's with its one-epoch lag; staircase: LocalMamba's, whose warm-up rises once an epoch; poly: "
+        "MMSegmentation's; poly_mmcv: of Vim's segmenters",
     ),
     "schedule.learning_rate": Setting(5e-5, at_least(0), "at the peak"),
     "schedule.reference_batch_size": Setting(
@@ -188,6 +197,9 @@ _SETTINGS = {
     "schedule.warmup_learning_rate": Setting(1e-6, at_least(0), "at the start"),
     "schedule.warmup_epochs": Setting(5, at_least(0), "epochs until the peak"),
     "schedule.num_epochs": Setting(250, at_least(1), "of the whole run"),
+    "schedule.warmup_steps": Setting(0, at_least(0), "with num_steps: steps until the peak"),
+    "schedule.num_steps": Setting(0, at_least(0), "above 0: steps of the whole run, instead of num_epochs"),
+    "schedule.power": Setting(1.0, ABOVE_0, "of poly and poly_mmcv"),
 }
 
 

@@ -6,6 +6,7 @@ a classifier <split>_per_class.csv, <split>_confusion.csv and <split>_confusion.
 """
 
 import csv
+import itertools
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ from vimd_jax.data.sources import Source, load_source
 from vimd_jax.load import load_variables
 from vimd_jax.log import extra, readable_errors
 from vimd_jax.models import describe
-from vimd_jax.tasks.task import Sums
+from vimd_jax.tasks.task import Sums, check_source
 from vimd_jax.training import classes, parallel, plots, roles, steps, workdirs
 from vimd_jax.training.evaluation import evaluate, passes
 from weight_convert.hub import is_name, resolve
@@ -85,11 +86,12 @@ def measure(
     parallel.check_batch_size("eval_batch_size", config.eval_batch_size)
     source = load_source(config.dataset, split, seed=config.seed)
     nets = roles.build_networks(config, source.class_names)
+    check_source(nets.task, source, config.dataset.name)
     path = resolve(place, describe(nets.product)["architecture"]).expanduser()
     variables = classes.in_order(load_variables(path, nets.product), path, nets.outputs)
-    batches, title = next(passes(source, config, nets.task)), f"{path}, {split}"
+    batches, title = next(passes(source, config, nets)), f"{path}, {split}"
     with kernels.use(scan=config.scan_implementation or None):
-        step, replicated = steps.make_eval_step(nets), parallel.replicate(variables)
+        step, replicated = steps.make_eval_step(config, nets), parallel.replicate(variables)
         scores, sums = evaluate(nets.task, step, replicated, batches, title)
     if remark := nets.task.remark(scores):
         log.warning("%s: %s", title, remark)
@@ -97,14 +99,17 @@ def measure(
 
 
 def _as_trained(config: ConfigDict, view: dict[str, Any], given: Callable[[str], bool], place: str) -> ConfigDict:
-    """The config with the crop and the range of values that a checkpoint names."""
+    """The config with the crop, the range of values and the low resolution that a checkpoint names."""
     config = config.copy_and_resolve_references()
     named = {"eval_crop": view["crop"], "value_range": tuple(view.get("value_range", ()))}
+    if low := view["low_resolution"]:
+        named["low_resolution"] = tuple(low) if isinstance(low, list) else low
     for field, value in named.items():
         if config.dataset[field] != value and not given(f"dataset.{field}"):
             text = "%s was trained with %s %r, which is taken; the config has %r."
             log.info(text, place, field, value, config.dataset[field])
-            config.dataset[field] = value
+            with config.dataset.ignore_type():  # of a size, which may be a number or a pair
+                config.dataset[field] = value
     return config
 
 
@@ -114,8 +119,9 @@ def write_tables(measurement: Measurement, workdir: Path, split: str) -> None:
     names, task = nets.outputs, nets.task
     tables, confusion = task.tables(sums, names), task.confusion(sums, len(names))
     if confusion is not None:
-        titled = [(name, *row) for name, row in zip(names, confusion)]
-        tables = tables | {"confusion": [("true \\ predicted", *names), *titled]}
+        # Row by row: with thousands of classes there are millions of cells.
+        titled = ((name, *row.tolist()) for name, row in zip(names, confusion))
+        tables = tables | {"confusion": itertools.chain([("true \\ predicted", *names)], titled)}
     for name, rows in tables.items():
         path = workdir / f"{split}_{name}.csv"
         with extra(str(path)):

@@ -56,6 +56,33 @@ def binary_cross_entropy(logits: jax.Array, targets: jax.Array, threshold: float
     return -jnp.mean(targets * jax.nn.log_sigmoid(logits) + (1 - targets) * jax.nn.log_sigmoid(-logits))
 
 
+def pixel_cross_entropy(
+    logits: jax.Array,
+    labels: jax.Array,
+    *,
+    class_weights: Sequence[float] = (),
+    over: Literal["labelled", "all"] = "labelled",
+) -> jax.Array:
+    """Cross-entropy of label maps, in which values beyond the classes, as 255, are no labels; 0 where there is none.
+
+    Args:
+      logits: (batch, height, width, classes).
+      labels: (batch, height, width) integers.
+      class_weights: of the pixels of each class; empty: 1. The mean is then a weighted one.
+      over: the pixels of the mean: "labelled" ones, or "all" as the published segmenters were trained, which weakens
+        the loss of an image by its share of unlabelled pixels. With class weights they are labelled in either case.
+    """
+    labelled = labels < logits.shape[-1]
+    classes = jnp.where(labelled, labels, 0).astype(jnp.int32)
+    log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32))
+    true = jnp.take_along_axis(log_probabilities, classes[..., None], axis=-1)[..., 0]
+    weights = labelled.astype(jnp.float32)
+    if class_weights:
+        weights *= jnp.asarray(class_weights, jnp.float32)[classes]
+    total = labels.size if over == "all" and not class_weights else weights.sum()
+    return -jnp.sum(weights * true) / (total + jnp.finfo(jnp.float32).eps)
+
+
 def logits_distillation(student_logits: jax.Array, teacher_logits: jax.Array, temperature: float = 4.0) -> jax.Array:
     """L_LD: KL(teacher ‖ student) of the class distributions softened by a temperature, times temperature².
 

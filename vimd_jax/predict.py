@@ -2,7 +2,8 @@
 
 DIR is the workdir of a training run or a converted checkpoint; a PyTorch file works too, with --model. A student reads
 images of its own low resolution as they are, and others with --downsample; a classifier of high-resolution images takes
-every size (short side resized, centre cropped). --explain FOLDER also draws where each answer comes from.
+every size (short side resized, centre cropped). --explain FOLDER also draws where each answer comes from. A segmenter
+takes every size too; it writes label maps into --output and the shares of the classes to standard output.
 """
 
 import argparse
@@ -20,9 +21,15 @@ from vimd_jax import explain
 from vimd_jax.arguments import parse_option
 from vimd_jax.checkpoints.trained_model import TrainedModel
 from vimd_jax.data.images import find_images, narrow_range
+from vimd_jax.data.label_maps import read_classes
 from vimd_jax.errors import DatasetError, printable
+from vimd_jax.files import read_regular
 from vimd_jax.load import load_model
 from vimd_jax.log import readable_errors, show_log
+from vimd_jax.models.segmenter import Segmenter
+from vimd_jax.segment import write_label_maps
+
+_MOST_BYTES = 4 * 2**20  # of a file of class names
 
 
 def label(
@@ -62,8 +69,10 @@ def named(classifier: TrainedModel, path: Path, probabilities: np.ndarray, top: 
     return {"file": str(path), "labels": labels}
 
 
-def write(images: Iterable[dict], form: str) -> int:
-    """Writes what `named` gives to standard output, each image as it comes, and returns their number.
+def write(images: Iterable[dict], form: str, measure: str = "probability") -> int:
+    """Writes images as they come to standard output, and returns their number.
+
+    They are those of `named`, or with the measure "share" those of `write_label_maps`.
 
     Names are escaped where they could act on a terminal or are not UTF-8; in JSON they can be read back exactly.
     """
@@ -74,20 +83,28 @@ def write(images: Iterable[dict], form: str) -> int:
         print("\n]" if count else "[]")
     elif form == "csv":
         writer = csv.writer(sys.stdout)
-        writer.writerow(["file", "rank", "class", "probability"])
+        writer.writerow(["file", "rank", "class", measure])
         for image in images:
             count += 1
             for rank, label in enumerate(image["labels"], 1):
                 name = printable(label["class"], None)
-                writer.writerow([printable(image["file"], None), rank, name, f"{label['probability']:.6f}"])
+                writer.writerow([printable(image["file"], None), rank, name, f"{label[measure]:.6f}"])
             sys.stdout.flush()
     else:
         for image in images:
             count += 1
             print(printable(image["file"], None))
             for label in image["labels"]:
-                print(f"  {100 * label['probability']:6.2f} %  {printable(label['class'], None)}", flush=True)
+                print(f"  {100 * label[measure]:6.2f} %  {printable(label['class'], None)}", flush=True)
     return count
+
+
+def class_names(path: Path) -> list[str]:
+    """The class names in a text file, one a line."""
+    try:
+        return read_regular(path.expanduser(), _MOST_BYTES).decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"--classes {path}: not a text file in UTF-8") from None
 
 
 def _share(text: str) -> float:
@@ -122,6 +139,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--classes", type=Path, help="text file of class names, for a checkpoint that has none")
     parser.add_argument("--crop", type=_share, help="share of the short side to look at (default: as trained, or 1)")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="of a segmenter: folder for label maps and overlays")
     parser.add_argument("--top", type=_positive, default=5, help="labels for each image (default 5)")
     parser.add_argument("--format", choices=["table", "json", "csv"], default="table", help="of standard output")
     parser.add_argument("--downsample", action="store_true", help="resize images of other sizes than a student reads")
@@ -140,7 +158,7 @@ def main() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal lacks
     with readable_errors():
         paths = find_images(arguments.images)
-        names = arguments.classes.read_text().splitlines() if arguments.classes else None
+        names = class_names(arguments.classes) if arguments.classes else None
         classifier = load_model(
             arguments.checkpoint, arguments.model, options=dict(arguments.option), class_names=names
         )
@@ -148,17 +166,34 @@ def main() -> None:
             raise ValueError(
                 f"{arguments.checkpoint} holds a network without classes, which labels nothing: name a classifier."
             )
-        if arguments.crop:
-            classifier = dataclasses.replace(classifier, crop=arguments.crop)
-        if not classifier.value_range and (text := narrow_range(paths[:: max(1, len(paths) // 8)])):
-            print(f"warning: {text}", file=sys.stderr)
-        labelled = label(classifier, paths, arguments.batch_size, arguments.downsample)
-        if arguments.explain:
-            arguments.explain.mkdir(parents=True, exist_ok=True)
-            labelled = explained(classifier, labelled, arguments.explain, arguments.downsample)
-        count = write((named(classifier, *image, arguments.top) for image in labelled), arguments.format)
+        if isinstance(classifier.model, Segmenter):
+            if not arguments.output:
+                raise ValueError(
+                    f"{arguments.checkpoint} holds a segmenter: name a folder for label maps (--output DIR)"
+                )
+            colours = None
+            if arguments.classes:
+                names, colours = read_classes(arguments.classes)
+                classifier = dataclasses.replace(classifier, class_names=names)
+            images = write_label_maps(classifier, paths, arguments.output, colours)
+            count = write(images, arguments.format, "share")
+        else:
+            count = write(labels_of(classifier, paths, arguments), arguments.format)
         if count < len(paths):
             raise DatasetError(f"{len(paths) - count} of {len(paths)} images were not labelled; named above.")
+
+
+def labels_of(classifier: TrainedModel, paths: list[Path], arguments: argparse.Namespace) -> Iterator[dict]:
+    """The labels of every image, see `named`; with --explain, what they rest on is drawn too."""
+    if arguments.crop:
+        classifier = dataclasses.replace(classifier, crop=arguments.crop)
+    if not classifier.value_range and (text := narrow_range(paths[:: max(1, len(paths) // 8)])):
+        print(f"warning: {text}", file=sys.stderr)
+    labelled = label(classifier, paths, arguments.batch_size, arguments.downsample)
+    if arguments.explain:
+        arguments.explain.mkdir(parents=True, exist_ok=True)
+        labelled = explained(classifier, labelled, arguments.explain, arguments.downsample)
+    return (named(classifier, *image, arguments.top) for image in labelled)
 
 
 if __name__ == "__main__":

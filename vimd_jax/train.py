@@ -21,6 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import jax
+import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
@@ -39,10 +40,11 @@ from vimd_jax.errors import Stopped, TrainingError
 from vimd_jax.evaluate import Measurement
 from vimd_jax.load import load_model
 from vimd_jax.log import extra, readable_errors
+from vimd_jax.tasks.task import check_source
 from vimd_jax.training import hidden_map, parallel, plots, roles, steps, workdirs
 from vimd_jax.training.evaluation import check_restorer, evaluate, passes, save_panel
 from vimd_jax.training.metrics import MetricWriter, Progress, read_metrics
-from vimd_jax.training.optimizer import create_optimizer, create_schedule, frozen_mask, scaled_schedule
+from vimd_jax.training.optimizer import create_optimizer, create_schedule, frozen_mask, scaled_schedule, schedule_steps
 
 log = logging.getLogger("vimd_jax.train")
 
@@ -68,6 +70,7 @@ def check(config: ConfigDict, workdir: Path, made_before: set[Path] = frozenset(
     steps.check_scan(config)
     with kernels.use(scan=config.scan_implementation or None):
         steps.check_objective(config, nets)
+    check_source(nets.task, data.train, config.dataset.name)
     if config.optimizer.freeze:
         frozen_mask(roles.zeros(nets.trained)["params"], config.optimizer.freeze)
     parallel.check_same_computation(f"{implementation_in_use()} and {workdirs.identity(config, data)}")
@@ -75,7 +78,7 @@ def check(config: ConfigDict, workdir: Path, made_before: set[Path] = frozenset(
         roles.check_sources_of_weights(config, nets, workdir, made_before)
         workdirs.check(workdir, config, data)
         if not workdirs.is_begun(workdir):
-            workdirs.check_continue_from(config)
+            workdirs.check_continue_from(config, data.train.class_names if nets.outputs else ())
             for split, source in {config.selection: data.held_out, "test": data.test}.items():
                 check_readable(source, split, config.dataset.on_error)
     return data
@@ -114,16 +117,16 @@ def _train(config: ConfigDict, workdir: Path, data: Splits, stop: StopRequest, u
     task = nets.task
     variables, frozen = roles.initial_variables(config, nets, workdir)
     epoch_steps = steps_per_epoch(data.train, config.dataset, config.batch_size)
-    total_steps = epoch_steps * config.schedule.num_epochs
+    _, total_steps = schedule_steps(config.schedule, epoch_steps)
     variables = hidden_map.add(config, nets, variables)
     schedule = create_schedule(scaled_schedule(config), epoch_steps)
     optimizer = create_optimizer(config.optimizer, variables["params"], schedule, nets.trained.decays)
     state = steps.create_state(config, variables, optimizer)
     log.info(
-        "Stage %s: %s parameters, %d images of %d classes, %d epochs of %d steps of %d images, learning rate %.3g, "
+        "Stage %s: %s parameters, %d images of %d classes, %.4g epochs of %d steps of %d images, learning rate %.3g, "
         "%d devices.",
         config.stage, f"{roles.count(state.params):,}", len(data.train), len(class_names),
-        config.schedule.num_epochs, epoch_steps, config.batch_size, scaled_schedule(config).learning_rate,
+        total_steps / epoch_steps, epoch_steps, config.batch_size, scaled_schedule(config).learning_rate,
         jax.device_count(),
     )  # fmt: skip
 
@@ -158,12 +161,12 @@ def _train(config: ConfigDict, workdir: Path, data: Splits, stop: StopRequest, u
 
     # 3. The steps. After some of them the network is evaluated; the best is kept, with all that is needed to continue.
     train_step = steps.make_train_step(config, nets, optimizer)
-    eval_step = steps.make_eval_step(nets)
+    eval_step = steps.make_eval_step(config, nets)
     batches = train_batches(
         data.train, config.dataset, batch_size=config.batch_size, seed=config.seed, start_step=first_step,
         views=nets.views, target=task.target, process_index=jax.process_index(), process_count=jax.process_count(),
     )  # fmt: skip
-    held_out = passes(data.held_out, config, task)
+    held_out = passes(data.held_out, config, nets)
     state, replicated_frozen = parallel.replicate(state), parallel.replicate(frozen)
     writer = until_end.enter_context(MetricWriter(workdir, epoch_steps, first_step, evaluated_step))
     until_end.callback(batches.close)
@@ -182,7 +185,7 @@ def _train(config: ConfigDict, workdir: Path, data: Splits, stop: StopRequest, u
         if evaluation_is_due(step):  # and not only the best network lost
             writer.write(step, config.selection, scores)
         compare_with_trained(step, scores)
-        save_if_best(workdir, config, nets, variables, step, scores[task.drawn[0]])
+        save_if_best(workdir, config, nets, variables, step, scores[task.drawn[0]], data.train.colours)
         save_pictures(workdir, config, nets, variables, data.held_out)
         evaluated_step = step
 
@@ -248,7 +251,7 @@ def _train(config: ConfigDict, workdir: Path, data: Splits, stop: StopRequest, u
         best_variables, best_step = best.variables, best.provenance["step"]
     best_variables, best_step = parallel.from_first(best_variables), parallel.any_process(best_step)
     title, replicated = f"test, network of step {best_step}", parallel.replicate(best_variables)
-    scores, sums = evaluate(task, eval_step, replicated, next(passes(data.test, config, task)), title, stop.check)
+    scores, sums = evaluate(task, eval_step, replicated, next(passes(data.test, config, nets)), title, stop.check)
     writer.write(total_steps, "test", {**scores, "best_step": best_step})
     if remark := task.remark(scores):
         log.warning("%s: %s", title, remark)
@@ -317,6 +320,7 @@ def save_if_best(
     variables: dict,
     step: int,
     score: float,
+    colours: np.ndarray | None = None,
 ) -> None:
     """Writes the network to best/ unless the one that is there scored as well."""
     folder = workdir / "best"
@@ -325,6 +329,9 @@ def save_if_best(
     if (folder / "network.json").exists() and score <= read_description(folder)["provenance"]["score"]:
         return
     provenance = {"library": f"vimd_jax {version('vimd-jax')}", "stage": config.stage, "step": step, "score": score}
+    if nets.task.maps:  # how predict prepares an image, and draws its label map
+        provenance["size_limits"] = list(config.dataset.size_limits)
+        provenance["colours"] = None if colours is None else colours.tobytes().hex()
     save_model(
         folder,
         TrainedModel(

@@ -377,3 +377,32 @@ def test_settings_that_cannot_be_followed(changes, message):
 def test_the_mean_is_that_of_the_networks():
     np.testing.assert_array_equal(augment.MEAN, 255 * np.array(IMAGENET_MEAN))
     np.testing.assert_array_equal(augment.STD, 255 * np.array(IMAGENET_STD))
+
+
+class Script:
+    """A generator whose draws are those that were recorded."""
+
+    def __init__(self, draws):
+        self._draws = iter(draws)
+
+    def integers(self, *bounds):
+        kind, recorded, value = next(self._draws)
+        assert (kind, recorded) == ("randint", list(bounds))
+        return value
+
+    def uniform(self, *bounds):
+        kind, recorded, value = next(self._draws)
+        assert (kind, recorded) == ("uniform", list(bounds))
+        return value
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_recorded_photometric_distortions(number):
+    tensors, meta = golden.tensors("c10_pipeline"), golden.meta("c10_pipeline")
+    draws = Script(meta[f"pmd{number}_draws_in_order"])
+    image = Image.fromarray(np.ascontiguousarray(tensors["image_bgr"][..., ::-1]))
+    actual = np.asarray(augment.photometric_distortion(image, draws), int)
+    difference = np.abs(actual - tensors[f"pmd{number}"][..., ::-1])
+    assert next(draws._draws, None) is None
+    # OpenCV rounds hue through tables of its own: where that differs by one, so does a saturated colour by more.
+    assert difference.max() <= 12 and difference.mean() < 0.35, (difference.max(), difference.mean())

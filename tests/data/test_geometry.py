@@ -1,10 +1,22 @@
 import math
 
+import golden
 import numpy as np
 import pytest
 from PIL import Image
 
-from vimd_jax.data.geometry import NEAREST, View, central_view, draw_view, low_resolution_view, random_crop_box
+from vimd_jax.data.geometry import (
+    NEAREST,
+    View,
+    central_view,
+    crop_view,
+    draw_corner,
+    draw_scaled_view,
+    draw_view,
+    fitted_size,
+    low_resolution_view,
+    random_crop_box,
+)
 
 
 def eval_view(image, side, crop=1.0):
@@ -137,3 +149,52 @@ def test_crop_falls_back_to_the_centre(shape, expected):
 
 def test_whole_image_when_its_shape_is_allowed_but_no_draw_fits():
     assert random_crop_box(120, 100, np.random.default_rng(0), (1.5, 1.6)) == (0, 0, 120, 100)
+
+
+def test_recorded_sizes_of_fitted_images():
+    meta = golden.meta("c10_pipeline")
+    for width, height, long, short, *expected in meta["rescale_size[w,h,scale0,scale1,new_w,new_h]"]:
+        assert fitted_size((width, height), (long, short)) == tuple(expected)
+
+
+class Recorded:
+    """The draws of NumPy's old generator, in the way that a new one is asked for them."""
+
+    def __init__(self, seed):
+        self._state = np.random.RandomState(seed)
+
+    def integers(self, high):
+        return self._state.randint(0, high)
+
+
+def test_recorded_crops_of_label_maps():
+    labels, meta = golden.tensors("c10_pipeline")["crop_label"], golden.meta("c10_pipeline")
+    key = next(key for key in meta if key.startswith("random_crop"))
+    for seed, top, bottom, left, right in meta[key]:
+        assert draw_corner(labels, (24, 30), Recorded(seed), 0.75, 255) == (left, top)
+        assert (bottom - top, right - left) == (24, 30)
+
+
+def test_a_crop_of_a_scaled_image_is_filled_up():
+    image = photograph(60, 40)
+    view = crop_view(image.size, (30, 20), (4, 0), 24)
+    applied = view.apply(image)
+    assert applied.size == (24, 20)
+    padded = np.asarray(view.pad(applied, (1, 2, 3)))
+    np.testing.assert_array_equal(padded[:20], np.asarray(applied))
+    assert padded.shape == (24, 24, 3) and (padded[20:] == (1, 2, 3)).all()
+
+
+def test_a_map_and_its_image_are_cropped_alike():
+    pixels = np.zeros((50, 70), np.uint8)
+    pixels[20:, 30:] = 1
+    labels = Image.fromarray(pixels)
+    image = Image.fromarray(np.stack([255 * pixels] * 3, axis=-1))
+    for seed in range(20):
+        view = draw_scaled_view(
+            labels, 32, np.random.default_rng(seed), limits=(0, 0), scale=(0.5, 2.0), largest_class=0.75,
+            ignored=255, flip=True,
+        )  # fmt: skip
+        seen = np.asarray(view.pad(view.apply(image), (0, 0, 0)))[..., 0] > 127
+        expected = np.asarray(view.pad(view.apply(labels, NEAREST), 0)) == 1
+        assert seen.shape == (32, 32) and np.mean(seen != expected) < 0.06

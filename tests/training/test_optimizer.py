@@ -341,3 +341,57 @@ def test_layer_wise_rates_of_stages():
     np.testing.assert_allclose(scales["stage_1"]["kernel"].ravel(), [0.25, 0.5])
     np.testing.assert_allclose(scales["downsample_0"]["kernel"], 0.25)
     np.testing.assert_allclose(scales["patch_norm"]["scale"], 0.0625)
+
+
+@pytest.mark.parametrize(
+    "recorded, fields",
+    [
+        ("mmengine_6e-5_1500_160000", dict(name="poly", learning_rate=6e-5, warmup_steps=1500, num_steps=160000)),
+        ("mmcv1_1e-4_1500_60000", dict(name="poly_mmcv", learning_rate=1e-4, warmup_steps=1500, num_steps=60000)),
+        ("mmcv1_2e-4_1500_60000", dict(name="poly_mmcv", learning_rate=2e-4, warmup_steps=1500, num_steps=60000)),
+        ("mmengine_small_all", dict(name="poly", learning_rate=1e-3, warmup_steps=10, num_steps=60)),
+        ("mmcv1_small_all", dict(name="poly_mmcv", learning_rate=1e-3, warmup_steps=10, num_steps=60)),
+        (
+            "mmengine_small_power0.9_eta1e-4",
+            dict(name="poly", learning_rate=1e-2, warmup_steps=8, num_steps=40, power=0.9, min_learning_rate=1e-4),
+        ),
+        (
+            "mmcv1_small_power0.9_min1e-4",
+            dict(name="poly_mmcv", learning_rate=1e-2, warmup_steps=8, num_steps=40, power=0.9, min_learning_rate=1e-4),
+        ),
+    ],
+)
+def test_recorded_schedules_of_segmenters(recorded, fields):
+    tensors = golden.tensors("c10_schedule")
+    expected, numbers = tensors[f"f64/{recorded}"], {160000: "iters_160k", 60000: "iters_60k"}.get(fields["num_steps"])
+    fields = {"min_learning_rate": 0.0, "warmup_learning_rate": 1e-6 * fields["learning_rate"]} | fields
+    schedule = create_schedule(schedule_config(**fields), steps_per_epoch=7)
+    steps = tensors[numbers] if numbers else np.arange(len(expected))
+    actual = jax.vmap(schedule)(jnp.asarray(steps))
+    np.testing.assert_allclose(actual, expected, rtol=2e-6, atol=2e-7 * fields["learning_rate"])
+
+
+def test_recorded_layer_decay_of_a_segmenter():
+    tensors, meta = golden.tensors("c10_layer_decay_tiny"), golden.meta("c10_layer_decay_tiny")
+    model = create_model("upernet_vim_tiny")
+    params = jax.tree.map(
+        lambda leaf: np.ones(leaf.shape, np.float32), unflatten_dict(variable_shapes(model), sep="/")["params"]
+    )
+    entries = {entry.source: entry for entry in plan(model)}
+    assert set(meta["parameter_names_in_order"]) <= set(entries)
+    for decayed, recorded in (("layers", "intended"), ("embeddings", "published")):
+        scales = flatten_dict(layer_scales(params, meta["constructor"]["layer_decay_rate"], decayed), sep="/")
+        for name, expected in zip(meta["parameter_names_in_order"], tensors[f"f64/{recorded}_lr_scale"]):
+            scale = scales[entries[name].target.removeprefix("params/")]
+            number = entries[name].index[0] if scale.size > 1 else 0
+            assert np.ravel(scale)[number] == pytest.approx(expected, rel=1e-6), name
+    decays = flatten_dict(decay_mask(params, decays=model.decays), sep="/")
+    for name, expected in zip(meta["parameter_names_in_order"], tensors["f64/intended_weight_decay"]):
+        assert decays[entries[name].target.removeprefix("params/")] == (expected > 0), name
+
+
+def test_steps_and_epochs_are_not_mixed():
+    with pytest.raises(ValueError, match="config.schedule.warmup_steps: 9 is not below num_steps, 9"):
+        create_schedule(schedule_config(name="poly", warmup_steps=9, num_steps=9), steps_per_epoch=1)
+    with pytest.raises(ValueError, match="timm_epoch counts epochs"):
+        create_schedule(schedule_config(name="timm_epoch", warmup_steps=1, num_steps=9), steps_per_epoch=1)

@@ -1,13 +1,14 @@
-"""Augmentation of a training view: RandAugment, 3-Augment, colour jitter, random erasing.
+"""Augmentation of a training view: RandAugment, 3-Augment, colour jitter, photometric distortion, random erasing.
 
 They act on 8-bit RGB images of Pillow and draw from the NumPy generator that they are given, and from nothing else. The
 definitions are those with which DeiT and its descendants were trained: random erasing as in timm, colour jitter as in
-torchvision, 3-Augment as in DeiT III; rand_augment.py has RandAugment.
+torchvision, 3-Augment as in DeiT III; rand_augment.py has RandAugment. Photometric distortion is for label maps.
 """
 
 import math
 
 import numpy as np
+from matplotlib.colors import hsv_to_rgb, rgb_to_hsv
 from ml_collections import ConfigDict
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
@@ -31,6 +32,8 @@ def augment(image: Image.Image, config: ConfigDict, rng: np.random.Generator) ->
             nothing is drawn from `rng`.
         rng: the only source of randomness.
     """
+    if config.get("photometric"):
+        image = photometric_distortion(image, rng)
     if config.rand_augment:
         image = RandAugment.parse(config.rand_augment)(image, rng)
     if config.three_augment:
@@ -77,6 +80,52 @@ def color_jitter(image: Image.Image, amount: float, rng: np.random.Generator) ->
     for i in rng.permutation(3):
         image = enhancers[i](image).enhance(rng.uniform(max(0, 1 - amount), 1 + amount))
     return image
+
+
+def photometric_distortion(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Changes brightness, contrast, saturation and hue, each half of the time, as MMSegmentation does (after SSD).
+
+    Brightness by up to 32 of 255, contrast and saturation by factors from 1/2 to 3/2, hue by up to 18 half degrees.
+    Contrast comes before saturation and hue or after them, as likely. After each the values are cut off to 8 bits.
+    """
+
+    def chosen() -> bool:
+        return bool(rng.integers(2))
+
+    def contrast(pixels: np.ndarray) -> np.ndarray:
+        return _cut_off(pixels * rng.uniform(0.5, 1.5)) if chosen() else pixels
+
+    pixels = np.asarray(image)
+    if chosen():
+        pixels = _cut_off(pixels + rng.uniform(-32, 32))
+    contrast_first = chosen()
+    if contrast_first:
+        pixels = contrast(pixels)
+    if chosen():
+        hue, saturation, value = _hsv(pixels)
+        pixels = _rgb(hue, _cut_off(saturation * rng.uniform(0.5, 1.5)), value)
+    if chosen():
+        hue, saturation, value = _hsv(pixels)
+        pixels = _rgb((hue + rng.integers(-18, 18)) % 180, saturation, value)
+    if not contrast_first:
+        pixels = contrast(pixels)
+    return Image.fromarray(pixels)
+
+
+def _cut_off(values: np.ndarray) -> np.ndarray:
+    return np.clip(values, 0, 255).astype(np.uint8)
+
+
+def _hsv(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Hue in half degrees, saturation and value from 0 to 255, all whole numbers, of RGB pixels (height, width, 3)."""
+    hue, saturation, value = np.moveaxis(rgb_to_hsv(pixels / 255), -1, 0)
+    return np.floor(180 * hue + 0.5).astype(int) % 180, np.floor(255 * saturation + 0.5), np.rint(255 * value)
+
+
+def _rgb(hue: np.ndarray, saturation: np.ndarray, value: np.ndarray) -> np.ndarray:
+    """What `_hsv` comes from, uint8, cut off as OpenCV does."""
+    unit = np.stack([hue / 180, saturation / 255, value / 255], axis=-1)
+    return (255 * hsv_to_rgb(unit) + 1e-6).astype(np.uint8)
 
 
 def random_erasing(

@@ -12,7 +12,7 @@ from PIL import Image
 
 ASPECT_RATIOS = (3 / 4, 4 / 3)
 
-BICUBIC, NEAREST = Image.Resampling.BICUBIC, Image.Resampling.NEAREST
+BICUBIC, BILINEAR, NEAREST = Image.Resampling.BICUBIC, Image.Resampling.BILINEAR, Image.Resampling.NEAREST
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 Size = tuple[int, int]  # width, height
 
@@ -30,6 +30,7 @@ class View(NamedTuple):
         size: (width, height) of the result.
         mirrored: left to right.
         whole: (width, height) that the image is resized to before the box is cut; None: the box is cut first.
+        canvas: (width, height) that `pad` brings the result to; None: its own size.
     """
 
     full_size: Size
@@ -37,6 +38,7 @@ class View(NamedTuple):
     size: Size
     mirrored: bool = False
     whole: Size | None = None
+    canvas: Size | None = None
 
     @property
     def reduction(self) -> int:
@@ -61,6 +63,14 @@ class View(NamedTuple):
         else:
             view = image.resize(self.size, resample, box=self.box)
         return view.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if self.mirrored else view
+
+    def pad(self, view: Image.Image, fill: int | tuple[int, int, int]) -> Image.Image:
+        """The view of an image or a map, filled up on the right and below to the size of the canvas."""
+        if self.canvas is None or view.size == self.canvas:
+            return view
+        padded = Image.new(view.mode, self.canvas, fill)
+        padded.paste(view)
+        return padded
 
     def _box_in(self, image: Image.Image) -> Box:
         x, y = self.full_size[0] / image.width, self.full_size[1] / image.height
@@ -110,6 +120,87 @@ def random_crop_box(
     h = min(height, max(1, round(width / ASPECT_RATIOS[0])))
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h
+
+
+def fitted_size(full_size: tuple[int, int], limits: tuple[int, int], scale: float = 1.0) -> tuple[int, int]:
+    """The (width, height) of an image fitted into limits that are scaled first, as MMSegmentation computes it.
+
+    Args:
+        full_size: (width, height) of the image.
+        limits: pixels that its longer and its shorter side may have; (0, 0): its own.
+        scale: of these.
+    """
+    width, height = full_size
+    if limits != (0, 0):
+        long, short = int(max(limits) * scale), int(min(limits) * scale)
+        scale = min(long / max(full_size), short / min(full_size))
+    return max(1, int(width * scale + 0.5)), max(1, int(height * scale + 0.5))
+
+
+def crop_view(
+    full_size: tuple[int, int], scaled_size: tuple[int, int], corner: tuple[int, int], side: int, mirrored: bool = False
+) -> View:
+    """A crop of a scaled image, filled up to side × side where that is smaller.
+
+    Args:
+        full_size: (width, height) of the image.
+        scaled_size: the same once it is scaled.
+        corner: (left, top) of the crop in the scaled image.
+        side: of the result in pixels.
+        mirrored: left to right, before it is filled up.
+    """
+    size = tuple(min(side, scaled) for scaled in scaled_size)
+    x, y = full_size[0] / scaled_size[0], full_size[1] / scaled_size[1]
+    right, bottom = min((corner[0] + size[0]) * x, full_size[0]), min((corner[1] + size[1]) * y, full_size[1])
+    return View(full_size, (corner[0] * x, corner[1] * y, right, bottom), size, mirrored, scaled_size, (side, side))
+
+
+def draw_scaled_view(
+    labels: Image.Image,
+    side: int,
+    rng: np.random.Generator,
+    *,
+    limits: tuple[int, int],
+    scale: tuple[float, float],
+    largest_class: float,
+    ignored: int,
+    flip: bool,
+) -> View:
+    """A random crop of an image that is scaled at random first, for training on label maps, as MMSegmentation draws it.
+
+    Args:
+        labels: the label map of the image, mode "L".
+        side: of the result in pixels.
+        rng: the only source of randomness.
+        limits: see `fitted_size`.
+        scale: smallest and largest scale, drawn uniformly.
+        largest_class: share of the labelled pixels that a single class must stay below; up to ten crops are drawn for
+            that, the last one is taken as it is.
+        ignored: value of the pixels without a label.
+        flip: mirror left to right with probability 1/2.
+    """
+    scaled_size = fitted_size(labels.size, limits, rng.uniform(*scale))
+    corner = draw_corner(np.asarray(labels.resize(scaled_size, NEAREST)), side, rng, largest_class, ignored)
+    return crop_view(labels.size, scaled_size, corner, side, mirrored=flip and bool(rng.random() < 0.5))
+
+
+def draw_corner(
+    labels: np.ndarray, side: int | tuple[int, int], rng: np.random.Generator, largest_class: float, ignored: int
+) -> tuple[int, int]:
+    """The (left, top) of a random crop of a label map (height, width); see `draw_scaled_view`."""
+    (height, width), (rows, columns) = labels.shape, pair(side)
+    for _ in range(10):
+        top, left = int(rng.integers(max(height - rows, 0) + 1)), int(rng.integers(max(width - columns, 0) + 1))
+        pixels = np.bincount(labels[top : top + rows, left : left + columns].ravel(), minlength=ignored + 1)
+        pixels = np.delete(pixels, ignored)
+        if np.count_nonzero(pixels) > 1 and pixels.max() < largest_class * pixels.sum():
+            break
+    return left, top
+
+
+def whole_view(full_size: tuple[int, int], size: tuple[int, int]) -> View:
+    """The whole image resized to (width, height)."""
+    return View(full_size, (0, 0, *full_size), size)
 
 
 def central_view(full_size: tuple[int, int], size: int | tuple[int, int], crop: float = 1.0) -> View:

@@ -13,7 +13,7 @@ import os
 import signal
 import threading
 import weakref
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -23,10 +23,23 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from vimd_jax.data.augment import augment
-from vimd_jax.data.geometry import BICUBIC, View, central_view, draw_view, pair
+from vimd_jax.data.geometry import (
+    BICUBIC,
+    BILINEAR,
+    View,
+    central_view,
+    draw_scaled_view,
+    draw_view,
+    low_resolution_view,
+    pair,
+    whole_view,
+)
 from vimd_jax.data.images import Reduction
+from vimd_jax.data.label_maps import IGNORED
 from vimd_jax.data.preparation import NetworkView, prepare_views
+from vimd_jax.data.rand_augment import MEAN
 from vimd_jax.data.source import Record, Source
+from vimd_jax.data.whole_images import PADDING, Slot, label_size, slots
 from vimd_jax.errors import DatasetError, UnreadableImage
 
 Batch = dict[str, np.ndarray]
@@ -35,7 +48,7 @@ Target = Callable[[Record, View], Any]  # what stands beside an image in a batch
 
 ENDLESS = 2**48  # Grain requires a finite length
 VIEWS = ("high", "low")
-PADDING = -1  # index of the examples that fill up the last evaluation batch
+FILL = tuple(round(x) for x in MEAN.tolist())  # what an image is filled up with: the mean colour of ImageNet
 
 
 def train_batches(
@@ -55,7 +68,8 @@ def train_batches(
     Args:
         source: the training images.
         config: `config.dataset`; reads high_resolution, low_resolution, crop_scale, flip, augment, repeats,
-            sampling, on_error, reduced_decoding and num_workers.
+            sampling, on_error, reduced_decoding and num_workers; of a source of label maps size_limits, scale_range
+            and largest_class, but not crop_scale and reduced_decoding.
         batch_size: global batch size, over all processes.
         seed: determines the order and the augmentation.
         start_step: number of batches to skip; the rest are those of an uninterrupted run.
@@ -87,20 +101,53 @@ def eval_batches(
     config: ConfigDict,
     *,
     batch_size: int,
+    views: Sequence[str] = VIEWS,
     target: Target | None = None,
     process_index: int = 0,
     process_count: int = 1,
-    endless: bool = False,
 ) -> Batches:
-    """Every image of the source exactly once, in order, in ceil(n / batch_size) batches; `endless`: again and again.
+    """Every image of the source exactly once, in order, in ceil(n / batch_size) batches.
 
     Arguments and batches are those of `train_batches`; the view is `central_view` with config.eval_crop. Two kinds of
     examples are black images with weight 0 and the target of a record without one: the padding of the last batch
     (index -1), and unreadable images if config.on_error = "skip" (skipped 1).
+
+    Of a source of label maps the images are whole, see whole_images.py, "target" is filled up to the largest map of the
+    images of one size, and "label_size" int32 (b, 2) is the (height, width) of the map itself.
     """
+    return next(
+        eval_passes(
+            source, config, batch_size=batch_size, views=views, target=target, process_index=process_index,
+            process_count=process_count, endless=False,
+        )
+    )  # fmt: skip
+
+
+def eval_passes(
+    source: Source,
+    config: ConfigDict,
+    *,
+    batch_size: int,
+    views: Sequence[str] = VIEWS,
+    target: Target | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+    endless: bool = True,
+) -> Iterator[Iterator[Batch]]:
+    """What `eval_batches` yields, again and again; the input processes stay from one pass to the next."""
     steps = -(-len(source) // max(1, batch_size))
-    example = functools.partial(_eval_example, source, config, target, steps * batch_size)
-    return _batches(example, range(ENDLESS if endless else steps), config, batch_size, process_index, process_count)
+    if source.maps:
+        multiple = config.high_resolution // config.low_resolution if "low" in views else 1
+        planned = slots(source, config, batch_size, multiple)
+        steps = len(planned) // batch_size
+        example = functools.partial(_whole_example, source, config, views, target, planned)
+    else:
+        example = functools.partial(_eval_example, source, config, target, steps * batch_size)
+    numbers = range(ENDLESS if endless else steps)
+    batches = _batches(example, numbers, config, batch_size, process_index, process_count)
+    while endless:
+        yield itertools.islice(batches, steps)
+    yield batches
 
 
 def steps_per_epoch(source: Source, config: ConfigDict, batch_size: int) -> int:
@@ -124,17 +171,18 @@ def _train_example(
     scheduled = int(_epoch_order(source, config.sampling, seed, epoch)[position // config.repeats])
     for index in itertools.chain(range(scheduled, len(source)), range(scheduled)):
         drawing = Drawing(config, (seed, 1, i))
-        record = read_or_skip(source, index, config.on_error, drawing.reduction if config.reduced_decoding else None)
+        reduces = config.reduced_decoding and not source.maps
+        record = read_or_skip(source, index, config.on_error, drawing.reduction if reduces else None)
         if record is not None:
             break
     else:
         raise DatasetError(f"none of the {len(source)} training images can be read; check config.dataset.directory")
-    view = drawing.view or drawing.draw(record.image.size)
+    view = drawing.view or (drawing.draw_on(record.target) if source.maps else drawing.draw(record.image.size))
     seen, low = view, network_view(config).low_resolution
-    if "low" in views and network_view(config).is_ready(record.image):
+    if "low" in views and not source.maps and network_view(config).is_ready(record.image):
         seen = view._replace(size=low[::-1])  # not enlarged first; the high view is then made of the low one
-    image = augment(seen.apply(record.image), config.augment, drawing.rng)
-    sizes = {"high": view.size, "low": low[::-1]}
+    image = view.pad(augment(seen.apply(record.image), config.augment, drawing.rng), FILL)
+    sizes = {"high": view.canvas or view.size, "low": low[::-1]}
     images = {name: np.asarray(image.resize(sizes[name], BICUBIC)) for name in views}
     return _example(images, index, _beside(target, record, view), skipped=index != scheduled)
 
@@ -157,6 +205,14 @@ class Drawing:
         )
         return self.view
 
+    def draw_on(self, labels: Image.Image) -> View:
+        """The view of an image with a label map, which decides with others where it is cropped."""
+        config = self._config
+        return draw_scaled_view(
+            labels, config.high_resolution, self.rng, limits=config.size_limits, scale=config.scale_range,
+            largest_class=config.largest_class, ignored=IGNORED, flip=config.flip,
+        )  # fmt: skip
+
     def reduction(self, width: int, height: int) -> int:
         return self.draw((width, height)).reduction
 
@@ -175,6 +231,29 @@ def _eval_example(source: Source, config: ConfigDict, target: Target | None, per
 def network_view(config: ConfigDict) -> NetworkView:
     """The view of an image that networks read in evaluation, from `config.dataset`."""
     return NetworkView(pair(config.high_resolution), config.eval_crop, pair(config.low_resolution))
+
+
+def _whole_example(
+    source: Source, config: ConfigDict, views: Sequence[str], target: Target | None, planned: list[Slot], i: int
+) -> Batch:
+    index, size, canvas = planned[i % len(planned)]
+    record = None if index == PADDING else read_or_skip(source, index, config.on_error)
+    skipped = record is None and index != PADDING
+    weight = float(record is not None)
+    record = record or Record(Image.new("RGB", canvas))
+    full_size = record.image.size if record.target is None else record.target.size
+    beside = _beside(target, record, whole_view(full_size, full_size)._replace(canvas=canvas))
+    image = whole_view(full_size, size).apply(record.image, BILINEAR)
+    example = _example(scaled_views(image, config, views), index, beside, weight=weight, skipped=skipped)
+    return example | {"label_size": label_size(full_size)}
+
+
+def scaled_views(high: Image.Image, config: ConfigDict, views: Sequence[str] = VIEWS) -> Batch:
+    """The views of an image in high resolution, of any size; the low resolution has the proportions of the config."""
+    scale = config.high_resolution / config.low_resolution
+    low_size = tuple(max(1, round(side / scale)) for side in (high.height, high.width))
+    made = {"high": lambda: high, "low": lambda: low_resolution_view(high, low_size)}
+    return {name: np.asarray(made[name]()) for name in views}
 
 
 def blank_example(config: ConfigDict, target: Target | None) -> Batch:

@@ -44,10 +44,14 @@ class Source:
         class_names: the class names.
         labels: int32 (number of images,), indices into `class_names`; None where an image has no class of its own.
             They serve to hold out images and to check a dataset; training reads the records.
+        maps: whether targets are label maps.
+        colours: uint8 (classes, 3) in which label maps are drawn; None: any.
     """
 
     class_names: tuple[str, ...]
     labels: np.ndarray | None = None
+    maps: bool = False
+    colours: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -58,6 +62,10 @@ class Source:
 
     def check(self, i: int) -> None:
         """Raises UnreadableImage if the header of image i cannot be read."""
+
+    def size(self, i: int) -> tuple[int, int]:
+        """(width, height) of image i, of a source of label maps; raises UnreadableImage."""
+        raise NotImplementedError
 
     def name(self, i: int) -> str:
         """Name of image i in messages."""
@@ -114,6 +122,7 @@ class Subset(Source):
         self._source, self._indices = source, indices
         self.class_names = source.class_names
         self.labels = None if source.labels is None else source.labels[indices]
+        self.maps, self.colours = source.maps, source.colours
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -123,6 +132,9 @@ class Subset(Source):
 
     def check(self, i: int) -> None:
         self._source.check(self._indices[i])
+
+    def size(self, i: int) -> tuple[int, int]:
+        return self._source.size(self._indices[i])
 
     def name(self, i: int) -> str:
         return self._source.name(self._indices[i])

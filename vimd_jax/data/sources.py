@@ -5,11 +5,11 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
-from vimd_jax.data import folder, hugging_face, image_list, synthetic, tfds
+from vimd_jax.data import folder, hugging_face, image_list, label_maps, synthetic, tfds
 from vimd_jax.data.catalog import DATASETS
 from vimd_jax.data.source import SPLITS, Record, Source, Splits, check_readable
 from vimd_jax.data.synthetic import SyntheticSource
-from vimd_jax.errors import DatasetError
+from vimd_jax.errors import DatasetError, printable
 
 __all__ = ["FORMATS", "SPLITS", "Record", "Source", "Splits", "SyntheticSource", "check_readable", "load_source"]
 
@@ -18,6 +18,7 @@ FORMATS: dict[str, Callable[[ConfigDict, str, int], Source]] = {
     "synthetic": synthetic.load,
     "folder": folder.load,
     "list": image_list.load,
+    "label_maps": label_maps.load,
     "hugging_face": hugging_face.load,
 }
 
@@ -37,7 +38,7 @@ def load_source(config: ConfigDict, split: str, *, seed: int = 0) -> Source:
     if split not in SPLITS:
         raise DatasetError(f"split is {split!r}; choose one of {', '.join(SPLITS)}")
     source = _format(config)(config, split, seed)
-    if odd := [name for name in source.class_names if not name.isprintable()]:
+    if odd := [name for name in source.class_names if name != printable(name, None)]:
         raise DatasetError(f"config.dataset.name: in these data a class is called {odd[0]!r}; rename it")
     if config.num_classes not in (0, len(source.class_names)):
         raise DatasetError(

@@ -25,6 +25,28 @@ def resize_bilinear(x: jax.Array, size: tuple[int, int]) -> jax.Array:
     return jax.image.resize(x, (x.shape[0], *size, x.shape[3]), "bilinear", antialias=False)
 
 
+def resize_into(x: jax.Array, size: jax.Array, canvas: tuple[int, int]) -> jax.Array:
+    """`resize_bilinear` of one map to a size that is known only when it runs, so that it compiles once for many.
+
+    Args:
+      x: (rows, columns, channels) floats.
+      size: the (rows, columns) wanted, int32 (2,).
+      canvas: rows and columns of the result, at least `size`.
+
+    Returns:
+      (*canvas, channels); what lies outside of `size` repeats its border.
+    """
+    for axis in (0, 1):
+        side = x.shape[axis]
+        position = (jnp.arange(canvas[axis]) + 0.5) * (side / size[axis]) - 0.5
+        position = jnp.clip(position, 0, side - 1)
+        first = jnp.floor(position).astype(jnp.int32)
+        share = (position - first).reshape([-1 if i == axis else 1 for i in range(3)]).astype(x.dtype)
+        after = jnp.take(x, jnp.minimum(first + 1, side - 1), axis)
+        x = jnp.take(x, first, axis) * (1 - share) + after * share
+    return x
+
+
 def adaptive_average_pool(x: jax.Array, bins: int) -> jax.Array:
     """Averages over bins × bins windows that cover a map evenly; they overlap unless `bins` divides its sides.
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from vimd_jax.models import registry
 from vimd_jax.models.network import Composite, Network, square
 from vimd_jax.models.registry import CLASSIFIERS, create_model, describe, model_options
 from vimd_jax.models.srresnet import SRResNet
@@ -59,7 +60,7 @@ class SRVM(Composite):
         parameters = inspect.signature(cls.from_options).parameters
         own = {name: parameter.annotation for name, parameter in parameters.items() if name != "options"}
         classifier = chosen.get("classifier")
-        return own | model_options(classifier if classifier in CLASSIFIERS else _CLASSIFIER)
+        return own | model_options(classifier if _reads_images(classifier) else _CLASSIFIER)
 
     @classmethod
     def from_options(
@@ -74,7 +75,7 @@ class SRVM(Composite):
         """The network whose parts have these options; `options` are those of the classifier."""
         if sr not in ("srresnet", "bicubic"):
             raise ValueError(f'sr: {sr!r} is not valid, expected "srresnet" or "bicubic"')
-        if classifier not in CLASSIFIERS:
+        if not _reads_images(classifier):
             raise ValueError(f"classifier: {classifier!r} is not a classifier, choose one of {', '.join(CLASSIFIERS)}")
         first = SRResNet(scale=scale, channels=sr_channels, num_blocks=sr_num_blocks) if sr == "srresnet" else None
         return cls(sr=first, classifier=create_model(classifier, **options))
@@ -126,6 +127,11 @@ def bicubic(images: jax.Array, size: int | tuple[int, int]) -> jax.Array:
     """
     resized = jax.image.resize(images, (images.shape[0], *square(size), images.shape[3]), "bicubic")
     return jnp.clip(resized, 0.0, 1.0)
+
+
+def _reads_images(name: str | None) -> bool:
+    """Whether it is the name of a classifier or a segmenter: neither a super-resolution network nor an SRVM."""
+    return name in registry.MODELS and name not in registry.SR_NETWORKS and name not in MODELS
 
 
 MODELS = {"srvm_tiny": SRVM}

@@ -1,5 +1,7 @@
 """Classification: one of several classes for each image."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -128,7 +130,9 @@ def tables(sums: Sums, class_names: tuple[str, ...]) -> dict[str, Table]:
     }
 
 
-def panel(logits: np.ndarray, targets: list[int], names: tuple[str, ...]) -> tuple[dict[str, np.ndarray], list[str]]:
+def panel(
+    logits: np.ndarray, targets: list[int], names: tuple[str, ...], *_: Any
+) -> tuple[dict[str, np.ndarray], list[str]]:
     return {}, [_caption(p, label, names) for p, label in zip(jax.nn.softmax(logits), targets)]
 
 

@@ -1,5 +1,7 @@
 """Restoration: the high-resolution image from the low-resolution one, by a super-resolution network."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,7 +46,7 @@ def remark(scores: dict[str, float]) -> str | None:
     )
 
 
-def panel(restored: np.ndarray, targets: list, names: tuple[str, ...]) -> tuple[dict[str, np.ndarray], list[str]]:
+def panel(restored: np.ndarray, *_: Any) -> tuple[dict[str, np.ndarray], list[str]]:
     return {"super-resolved": restored}, [""] * len(restored)
 
 

@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from ml_collections import ConfigDict
 
 from vimd_jax.data.geometry import View
-from vimd_jax.data.sources import Record
+from vimd_jax.data.sources import Record, Source
+from vimd_jax.errors import DatasetError
 from vimd_jax.settings import Setting
 
 Batch = dict[str, jax.Array]
@@ -50,6 +52,10 @@ class Sums(NamedTuple):
     images: dict[str, np.ndarray]
 
 
+def _output(model: nn.Module, variables: Any, images: jax.Array, config: ConfigDict) -> jax.Array:
+    return model.apply(variables, images)
+
+
 def _nothing(*_: Any) -> None:
     return None
 
@@ -62,7 +68,7 @@ class Task:
       networks: the names of the networks that can learn it.
       network: the one that a config has by default.
       loss: (output, batch, config of the stage) -> the loss and its terms by name, means over the batch.
-      sums: (the network's output, batch) -> sums over the batch, each image counted by its weight, with "count".
+      sums: (`answer`, batch) -> sums over the batch, each image counted by its weight, with "count".
       scores: total sums, see `Sums` -> scores by name, in the order of the log; without "count".
       drawn: the scores that curves.png shows; more of the first one means a better network.
       axis: title of their axis.
@@ -70,6 +76,7 @@ class Task:
       target: (record, view) -> what stands beside an image in a batch, an array of one shape; for a record without
         target, an array that does not count. None: nothing.
       outputs: the dataset's class names -> the names of the network's outputs; () where it has no such outputs.
+      maps: whether targets are label maps: crops then keep the scale of objects, and whole images are evaluated.
       view: what the network reads, "high" or "low".
       truth: the views that loss and sums read beside it.
       reads_features: whether the loss reads `Output.features`.
@@ -78,12 +85,13 @@ class Task:
       check: (config of the stage, number of outputs) -> None, or ValueError for settings that do not go together.
       mix: (key, batch, names of the views, number of outputs, config of the stage, name of the axis of devices) -> the
         batch to train on. None: as it is.
+      answer: (network, its variables, images in [0, 1], config of the stage) -> the output that an evaluation scores.
       per_image: (the network's output, batch) -> arrays (b,) that an evaluation keeps of every image; one that has the
         name of a sum is the image's share of it, from which a report derives intervals.
       confusion: (Sums, number of outputs) -> how often each true class (rows) was predicted as each class, int64.
       tables: (Sums, names of the outputs) -> tables to write as CSV by name, the first row being the titles.
-      panel: (the network's output, targets, names of the outputs) -> further columns of the panel, title -> images, and
-        a caption for each image.
+      panel: (the network's output, targets, names of the outputs, the images in high resolution, the source's colours)
+        -> further columns of the panel, title -> images, and a caption for each image.
     """
 
     networks: Collection[str]
@@ -96,6 +104,7 @@ class Task:
     remark: Callable[[dict[str, float]], str | None] = _nothing
     target: Callable[[Record, View], Any] | None = None
     outputs: Callable[[tuple[str, ...]], tuple[str, ...]] = lambda class_names: ()
+    maps: bool = False
     view: str = "high"
     truth: tuple[str, ...] = ()
     reads_features: bool = False
@@ -103,14 +112,26 @@ class Task:
     settings: dict[str, Setting] = dataclasses.field(default_factory=dict)
     check: Callable[[ConfigDict, int], None] = _nothing
     mix: Callable[..., Batch] | None = None
+    answer: Callable[[nn.Module, Any, jax.Array, ConfigDict], jax.Array] = _output
     per_image: Callable[[jax.Array, Batch], dict[str, jax.Array]] = lambda output, batch: {}
     confusion: Callable[[Sums, int], np.ndarray | None] = _nothing
     tables: Callable[[Sums, tuple[str, ...]], dict[str, Table]] = lambda sums, names: {}
-    panel: Callable[[np.ndarray, list[Any], tuple[str, ...]], tuple[dict[str, np.ndarray], list[str]]] = (
-        lambda output, targets, names: ({}, [""] * len(output))
+    panel: Callable[..., tuple[dict[str, np.ndarray], list[str]]] = lambda output, targets, names, images, colours: (
+        {},
+        [""] * len(output),
     )
 
 
 def unit(images: jax.Array) -> jax.Array:
     """Images with values from 0 to 255 as float32 in [0, 1]."""
     return images.astype(jnp.float32) / 255
+
+
+def check_source(task: Task, source: Source, name: str) -> None:
+    """Raises DatasetError unless the dataset of this name has label maps exactly where the task learns them."""
+    if task.target is not None and task.maps != source.maps:
+        has, learns = (("label maps", "classes of images"), ("classes of images", "label maps"))[task.maps]
+        raise DatasetError(
+            f"config.dataset.name={name} has {has}, but this stage learns {learns}; label maps are read with "
+            "config.dataset.name=label_maps"
+        )

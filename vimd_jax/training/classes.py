@@ -1,7 +1,6 @@
 """The classes of a checkpoint and those of the data: compared by name, in whatever order they are."""
 
 import logging
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,7 +74,7 @@ def _class_names(path: Path) -> list[str] | None:
     """The class names of a checkpoint; None for a PyTorch file, and where conversion has numbered them."""
     known = description(path)
     names = known["class_names"] if known else []
-    return None if all(re.fullmatch(r"class \d+", name) for name in names) else [composed(name) for name in names]
+    return None if names == [f"class {i}" for i in range(len(names))] else [composed(name) for name in names]
 
 
 def _difference(known: list[str], names: list[str]) -> str:

@@ -1,6 +1,5 @@
 """Evaluation: sums over all images of a split and their scores; a panel of images to look at."""
 
-import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -12,8 +11,8 @@ import numpy as np
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from vimd_jax.data.geometry import central_view
-from vimd_jax.data.pipeline import Batch, eval_batches, network_view, read_or_skip
+from vimd_jax.data.geometry import View, central_view, crop_view, fitted_size
+from vimd_jax.data.pipeline import FILL, VIEWS, Batch, eval_passes, network_view, read_or_skip, scaled_views
 from vimd_jax.data.preparation import prepare_views
 from vimd_jax.data.sources import Record, Source
 from vimd_jax.errors import TrainingError
@@ -25,14 +24,13 @@ from vimd_jax.training.roles import Networks
 log = logging.getLogger(__name__)
 
 
-def passes(source: Source, config: ConfigDict, task: Task) -> Iterator[Iterator[Batch]]:
+def passes(source: Source, config: ConfigDict, networks: Networks) -> Iterator[Iterator[Batch]]:
     """Pass after pass over the images of a source; the input processes stay from one to the next."""
-    batches = eval_batches(
-        source, config.dataset, batch_size=config.eval_batch_size, target=task.target,
-        process_index=jax.process_index(), process_count=jax.process_count(), endless=True,
+    views = networks.views if source.maps else VIEWS
+    return eval_passes(
+        source, config.dataset, batch_size=config.eval_batch_size, views=views, target=networks.task.target,
+        process_index=jax.process_index(), process_count=jax.process_count(),
     )  # fmt: skip
-    while True:
-        yield itertools.islice(batches, -(-len(source) // config.eval_batch_size))
 
 
 def evaluate(
@@ -105,7 +103,8 @@ def check_restorer(config: ConfigDict, networks: Networks, variables: Any, sourc
     records = [record for record in _spread(source, config, most) if not view.is_ready(record.image)]
     if not records:
         return
-    seen = [prepare_views(record.image, view) for record in records]
+    views = [_panel_view(config.dataset, record, source.maps) for record in records]
+    seen = [_seen(config.dataset, record, view, source.maps) for record, view in zip(records, views)]
     batch = {view: np.stack([images[view] for images in seen]) for view in ("low", "high")}
     restored = jax.jit(networks.restorer.apply)(variables, unit(batch["low"]))
     sums = restoration.sums(restored, batch | {"weight": np.ones(len(seen), np.float32)})
@@ -131,9 +130,9 @@ def panel(
     records = _spread(source, config, rows)
     if not records:
         return {}, []
-    task, side = networks.task, config.dataset.high_resolution
-    views = [central_view(record.image.size, side, config.dataset.eval_crop) for record in records]
-    seen = [prepare_views(record.image, network_view(config.dataset)) for record in records]
+    task = networks.task
+    views = [_panel_view(config.dataset, record, source.maps) for record in records]
+    seen = [_seen(config.dataset, record, view, source.maps) for record, view in zip(records, views)]
     high, low = (np.stack([images[view] for images in seen]) for view in ("high", "low"))
     targets = [task.target(record, view) if task.target else None for record, view in zip(records, views)]
 
@@ -143,5 +142,21 @@ def panel(
     if networks.stage.restorer:
         output, features = output
         columns["super-resolved"] = features["super_resolved"]
-    drawn, captions = task.panel(np.asarray(output), targets, networks.outputs)
+    drawn, captions = task.panel(np.asarray(output), targets, networks.outputs, high, source.colours)
     return {title: np.asarray(x) for title, x in (columns | drawn).items() if x is not None}, captions
+
+
+def _panel_view(config: ConfigDict, record: Record, maps: bool) -> View:
+    """The view of an evaluation; of an image with a label map, which is evaluated whole, a crop of its middle."""
+    full_size, side = record.image.size, config.high_resolution
+    if not maps:
+        return central_view(full_size, side, config.eval_crop)
+    scaled = fitted_size(full_size, config.size_limits)
+    return crop_view(full_size, scaled, tuple(max(0, (length - side) // 2) for length in scaled), side)
+
+
+def _seen(config: ConfigDict, record: Record, view: View, maps: bool) -> Batch:
+    """An image in high and low resolution as a panel shows it."""
+    if not maps:
+        return prepare_views(record.image, network_view(config))
+    return scaled_views(view.pad(view.apply(record.image), FILL), config)

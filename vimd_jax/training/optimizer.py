@@ -21,25 +21,45 @@ def create_schedule(config: ConfigDict, steps_per_epoch: int) -> optax.Schedule:
     "timm_epoch": the originals' (timm 0.4.12, stepped after each epoch with the number of the one just finished):
     constant within an epoch, one epoch late, and the cosine's clock starts with the warm-up.
     "staircase": LocalMamba's and EfficientVMamba's: the warm-up rises once an epoch, the cosine falls at every step.
+    "poly": MMSegmentation's: per step, linearly to learning_rate, which the last step of the warm-up has, then along
+    a power of the share of the steps that are left to min_learning_rate, which the last step of all has.
+    "poly_mmcv": of Vim's segmenters (mmcv 1): the power falls from the first step on, and the warm-up multiplies it.
 
     Args:
-      config: name, learning_rate, min_learning_rate, warmup_learning_rate, warmup_epochs, num_epochs.
+      config: name, learning_rate, min_learning_rate, warmup_learning_rate, warmup_epochs, num_epochs; optional are
+        warmup_steps and num_steps, which count instead of the epochs where they are above 0, and power, of "poly".
       steps_per_epoch: optimiser steps in an epoch.
 
     Raises:
       ValueError: unknown name, or a warm-up as long as the training.
     """
-    if not 0 <= config.warmup_epochs < config.num_epochs:
+    warmup, total = schedule_steps(config, steps_per_epoch)
+    if config.name in ("timm_epoch", "staircase") and config.get("num_steps"):
+        raise ValueError(f"config.schedule.num_steps: {config.name} counts epochs, set num_steps and warmup_steps to 0")
+    if config.get("num_steps") and not warmup < total:
+        raise ValueError(f"config.schedule.warmup_steps: {warmup} is not below num_steps, {total}")
+    if not config.get("num_steps") and not 0 <= config.warmup_epochs < config.num_epochs:
         raise ValueError(
             f"config.schedule.warmup_epochs: {config.warmup_epochs} is not below num_epochs, {config.num_epochs}"
         )
     if config.name == "cosine":
-        return _cosine(config, steps_per_epoch)
+        return _cosine(config, warmup, total)
+    if config.name in ("poly", "poly_mmcv"):
+        return _poly(config, warmup, total)
     if config.name == "timm_epoch":
         return _timm_epoch(config, steps_per_epoch)
     if config.name == "staircase":
         return _staircase(config, steps_per_epoch)
-    raise ValueError(f"config.schedule.name: {config.name!r} is unknown, choose cosine, timm_epoch or staircase")
+    raise ValueError(
+        f"config.schedule.name: {config.name!r} is unknown, choose cosine, timm_epoch, staircase, poly or poly_mmcv"
+    )
+
+
+def schedule_steps(config: ConfigDict, steps_per_epoch: int) -> tuple[int, int]:
+    """Steps of the warm-up and of the whole run."""
+    if config.get("num_steps"):
+        return config.warmup_steps, config.num_steps
+    return round(config.warmup_epochs * steps_per_epoch), round(config.num_epochs * steps_per_epoch)
 
 
 def scaled_schedule(config: ConfigDict) -> ConfigDict:
@@ -53,10 +73,25 @@ def scaled_schedule(config: ConfigDict) -> ConfigDict:
     return schedule
 
 
-def _cosine(config: ConfigDict, steps_per_epoch: int) -> optax.Schedule:
-    warmup = round(config.warmup_epochs * steps_per_epoch)
-    total = round(config.num_epochs * steps_per_epoch)
+def _poly(config: ConfigDict, warmup: int, total: int) -> optax.Schedule:
+    peak, low, first, power = (
+        config.learning_rate, config.min_learning_rate, config.warmup_learning_rate, config.get("power", 1.0)
+    )  # fmt: skip
 
+    def mmseg(step):
+        rising = first + (peak - first) * step / max(warmup - 1, 1)
+        left = 1 - (step - warmup) / max(total - warmup - 1, 1)
+        return jnp.where(step < warmup, jnp.minimum(rising, peak), low + (peak - low) * jnp.clip(left, 0, 1) ** power)
+
+    def mmcv(step):
+        falling = low + (peak - low) * jnp.clip(1 - step / total, 0, 1) ** power
+        missing = jnp.clip(1 - step / max(warmup, 1), 0, 1) * (1 - first / peak)
+        return falling * (1 - missing)
+
+    return mmseg if config.name == "poly" else mmcv
+
+
+def _cosine(config: ConfigDict, warmup: int, total: int) -> optax.Schedule:
     def schedule(step):
         rising = step / max(warmup, 1)
         falling = jnp.clip((step - warmup) / max(total - warmup, 1), 0.0, 1.0)
@@ -106,8 +141,8 @@ def create_optimizer(
     Args:
       config: weight_decay, b1, b2, eps; clip_norm, the largest global norm of the gradients (None or 0: any);
         decay_state_matrix, whether A_log is decayed. Vim means to exempt it, but as published it is decayed.
-        freeze, a regular expression of the paths that stay as they are (optional); layer_decay, see `layer_scales`
-        (optional).
+        freeze, a regular expression of the paths that stay as they are (optional); layer_decay and
+        layer_decay_of, see `layer_scales` (optional).
       params: the parameters to train.
       schedule: learning rate by step.
       decays: the network's `decays`, which says for the path of a parameter whether weight decay shrinks it; None is
@@ -129,7 +164,7 @@ def create_optimizer(
     if config.clip_norm:
         parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
     if layer_decay != 1:
-        parts.append(_scale_by_tree(layer_scales(params, layer_decay)))
+        parts.append(_scale_by_tree(layer_scales(params, layer_decay, config.get("layer_decay_of", "layers"))))
     if freeze:
         trains = _scale_by_tree(jax.tree.map(lambda frozen: 0.0 if frozen else 1.0, frozen_mask(params, freeze)))
         parts = [trains, *parts, trains]  # frozen gradients do not count for the norm, frozen weights do not shrink
@@ -163,12 +198,22 @@ def frozen_mask(params: Any, pattern: str) -> Any:
     )
 
 
-def layer_scales(params: Any, decay: float) -> Any:
+def layer_scales(params: Any, decay: float, decayed: str = "layers") -> Any:
     """Layer-wise decay of the learning rate: decay^(distance to the head), as BEiT fine-tunes.
 
     The head and the last norm have distance 0, the last layer 1, the embeddings the most (Bao et al.,
-    https://arxiv.org/abs/2106.08254). The merging of patches between two stages counts as the layer that follows.
+    https://arxiv.org/abs/2106.08254). The merging of patches between two stages counts as the layer that follows; of a
+    segmenter the heads and what stands between them and the backbone have distance 0.
+
+    Args:
+      params: of the network.
+      decay: factor from each layer to the one before it.
+      decayed: "layers", or only the "embeddings", as Vim's segmenters were trained: their code looks for layers of
+        another name, and leaves all of them at the full rate.
     """
+    if "backbone" in params:
+        scales = jax.tree.map(lambda _: jnp.ones((), jnp.float32), params)
+        return {**scales, "backbone": layer_scales(params["backbone"], decay, decayed)}
     stacks = sorted(name for name in params if name == "layers" or name.startswith("stage_"))
     depths = [len(jax.tree.leaves(params[name])[0]) for name in stacks]
     before = dict(zip(stacks, np.cumsum([1, *depths])))
@@ -177,10 +222,12 @@ def layer_scales(params: Any, decay: float) -> Any:
 
     def scale(path, leaf):
         name = path[0].key
-        if name in stacks:
+        if decayed == "embeddings" and name in before:
+            numbers = last
+        elif name in stacks:
             numbers = before[name] + np.arange(len(leaf)).reshape(-1, *[1] * (leaf.ndim - 1))
         else:
-            numbers = before.get(name, last if name in ("norm", "head", "hidden_map") else 0)
+            numbers = before.get(name, last if name in ("norm", "head", "neck", "hidden_map") else 0)
         return jnp.asarray(float(decay) ** (last - numbers), jnp.float32)
 
     return jax.tree_util.tree_map_with_path(scale, params)

@@ -148,7 +148,8 @@ def check_objective(config: ConfigDict, networks: Networks) -> None:
         with blaming(f"config.{role}"):
             variables[role] = zeros(model)
     trained = variables.pop(networks.stage.trained)
-    batch = jax.tree.map(lambda x: np.asarray(x)[None], blank_example(config.dataset, networks.task.target))
+    # Two images, because batch normalisation leaves nothing of a single one.
+    batch = jax.tree.map(lambda x: np.stack([x, x]), blank_example(config.dataset, networks.task.target))
 
     def trace(key):
         mixed = _mixed(config, networks, key, batch)
@@ -222,7 +223,9 @@ def _accumulate(gradients_of: Callable, count: int, batch_stats: Any, batch: Bat
     return batch_stats, jax.tree.map(lambda x: x / count, sums)
 
 
-def make_eval_step(networks: Networks) -> Callable[[Any, Batch], tuple[dict[str, jax.Array], dict[str, jax.Array]]]:
+def make_eval_step(
+    config: ConfigDict, networks: Networks
+) -> Callable[[Any, Batch], tuple[dict[str, jax.Array], dict[str, jax.Array]]]:
     """Evaluates one batch over all devices: (variables, batch) -> its sums, and what is kept of every image.
 
     Each image counts by its weight. The second result is replicated too: `Task.per_image`, "index" and "weight",
@@ -231,7 +234,7 @@ def make_eval_step(networks: Networks) -> Callable[[Any, Batch], tuple[dict[str,
     task, product = networks.task, networks.product
 
     def eval_step(variables, batch):
-        output = product.apply(variables, unit(batch[networks.view]))
+        output = task.answer(product, variables, unit(batch[networks.view]), config)
         images = task.per_image(output, batch) | {name: batch[name] for name in ("index", "weight")}
         return jax.lax.psum(task.sums(output, batch), AXIS), jax.lax.all_gather(images, AXIS, tiled=True)
 

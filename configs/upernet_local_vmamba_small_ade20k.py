@@ -1,0 +1,16 @@
+"""UperNet on LocalVMamba-small on ADE20K.
+
+Paper       LocalMamba: Visual State Space Model with Windowed Selective Scan, 2024, https://arxiv.org/abs/2403.09338
+Command     python -m vimd_jax.train --config configs/upernet_local_vmamba_small_ade20k.py \\
+              --workdir workdir/upernet_local_vmamba_small --config.dataset.directory=DIR \\
+              --config.segmenter.init=CLASSIFIER
+Recipe      batch 16; data and the rest of it: ade20k.py
+Published   mIoU 50.0, with scales and mirroring 51.0 (paper)
+Measured    not yet
+"""
+
+from vimd_jax.configs import ade20k
+
+
+def get_config():
+    return ade20k.mmseg("upernet_local_vmamba_small", drop_path_rate=0.2)

@@ -1,0 +1,106 @@
+"""Training, evaluation and prediction of segmenters, on a handful of small images."""
+
+import csv
+import json
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.tiny import tiny_config
+from vimd_jax import predict, train
+from vimd_jax.evaluate import evaluate_run
+from vimd_jax.load import load_model
+from vimd_jax.models.srvm import SRVM
+from vimd_jax.training.metrics import read_metrics
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Images of two sizes: blue above, grey below."""
+    path, rng = tmp_path_factory.mktemp("maps"), np.random.default_rng(0)
+    for split, count in (("train", 8), ("val", 4), ("test", 4)):
+        for part in ("images", "annotations"):
+            (path / part / split).mkdir(parents=True)
+        for i in range(count):
+            labels = np.zeros((40, 36 + 8 * (i % 2)), np.uint8)
+            labels[rng.integers(15, 25) :] = 1
+            pixels = np.array([[60, 60, 220], [128, 128, 128]])[labels] + rng.integers(-20, 20, (*labels.shape, 3))
+            Image.fromarray(pixels.astype(np.uint8)).save(path / "images" / split / f"{i}.png")
+            Image.fromarray(labels).save(path / "annotations" / split / f"{i}.png")
+    (path / "classes.txt").write_text("sky #0000ff\nroad #808080\n")
+    return path
+
+
+def config(stage, folder, **changes):
+    fields = {"dataset__name": "label_maps", "dataset__directory": str(folder), "schedule__num_epochs": 4}
+    return tiny_config(stage, **fields | {"schedule__learning_rate": 3e-3} | changes)
+
+
+@pytest.fixture(scope="module")
+def workdir(folder, tmp_path_factory):
+    path = tmp_path_factory.mktemp("run") / "segmenter"
+    train.train(config("segmenter", folder), path)
+    return path
+
+
+def test_a_run_learns_and_writes_what_every_run_writes(workdir):
+    lines = read_metrics(workdir)
+    scores = lines[-1]["metrics"]
+    assert {"mean_iou", "mean_accuracy", "pixel_accuracy", "loss"} <= set(scores)
+    assert {"cross_entropy", "auxiliary"} <= set(lines[0]["metrics"])
+    assert scores["count"] == 4 and (workdir / "panel.png").exists() and (workdir / "curves.png").exists()
+    assert load_model(workdir).class_names == ("sky", "road")
+
+
+def test_evaluation_writes_a_table_of_classes(workdir, folder):
+    scores = evaluate_run(config("segmenter", folder), workdir, "test")
+    assert scores["mean_iou"] == pytest.approx(read_metrics(workdir)[-1]["metrics"]["mean_iou"], abs=1e-4)
+    rows = list(csv.DictReader((workdir / "test_per_class.csv").read_text().splitlines()))
+    assert [row["class"] for row in rows] == ["sky", "road"]
+    assert np.mean([float(row["iou_percent"]) for row in rows]) == pytest.approx(scores["mean_iou"])
+    assert sum(int(row["pixels"]) for row in rows) == 2 * 40 * (36 + 44)
+
+
+def test_prediction_writes_label_maps(workdir, folder, tmp_path, monkeypatch, capsys):
+    command = ["predict", "--checkpoint", str(workdir), "--output", str(tmp_path), "--format", "json"]
+    monkeypatch.setattr(sys, "argv", [*command, str(folder / "images" / "test")])
+    predict.main()
+    images = json.loads(capsys.readouterr().out)
+    assert len(images) == 4
+    for image in images:
+        assert sum(label["share"] for label in image["labels"]) == pytest.approx(1)
+        with Image.open(image["label_map"]) as labels, Image.open(image["file"]) as original:
+            assert labels.mode == "P" and labels.size == original.size
+            assert labels.getpalette()[:6] == [0, 0, 255, 128, 128, 128]
+            share = np.mean(np.asarray(labels) == ["sky", "road"].index(image["labels"][0]["class"]))
+        assert share == pytest.approx(image["labels"][0]["share"])
+        with Image.open(image["overlay"]) as overlay:
+            assert overlay.size == labels.size
+
+
+def test_prediction_asks_for_a_folder(workdir, folder, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["predict", "--checkpoint", str(workdir), str(folder / "images" / "test")])
+    with pytest.raises(SystemExit):
+        predict.main()
+    assert "name a folder for label maps (--output DIR)" in capsys.readouterr().err
+
+
+def test_a_student_is_taught_by_a_segmenter(workdir, folder, tmp_path):
+    train.train(config("sr", folder, schedule__num_epochs=2, dataset__name="synthetic"), tmp_path / "sr")
+    changes = {"segmenter__init": str(workdir), "sr__init": str(tmp_path / "sr"), "schedule__num_epochs": 2}
+    train.train(config("segmenter_student", folder, **changes), tmp_path / "student")
+    lines = read_metrics(tmp_path / "student")
+    assert {"cross_entropy", "auxiliary", "logits", "hidden"} <= set(lines[0]["metrics"])
+    assert lines[-1]["metrics"]["mean_iou"] > 0
+    assert isinstance(load_model(tmp_path / "student").model, SRVM)
+
+
+def test_a_stage_names_the_data_that_it_needs(folder, tmp_path):
+    with pytest.raises(
+        ValueError, match="config.dataset.name=label_maps has label maps, but this stage learns classes"
+    ):
+        train.check(config("classifier", folder), tmp_path)
+    with pytest.raises(ValueError, match="name=synthetic has classes of images, but this stage learns label maps"):
+        train.check(config("segmenter", folder, dataset__name="synthetic"), tmp_path)
