@@ -169,6 +169,8 @@ def main() -> None:
                 f"{arguments.checkpoint} holds a network without classes, which labels nothing: name a classifier."
             )
         if isinstance(classifier.model, Segmenter):
+            if arguments.explain:
+                raise ValueError(f"--explain: {arguments.checkpoint} holds a segmenter, but only labels are explained")
             if not arguments.output:
                 raise ValueError(
                     f"{arguments.checkpoint} holds a segmenter: name a folder for label maps (--output DIR)"

@@ -88,10 +88,8 @@ def scores_table(runs: Sequence[Run]) -> str:
     names = dict.fromkeys(name for run in runs for name in run.scores)
     rows = [(_words(name), *(_score(run, name) for run in runs)) for name in names]
     counts = [("images", *(f"{run.measurement.scores['count']:.0f}" for run in runs))]
-    text = (
-        f"Below each score its {100 * intervals.LEVEL:.0f} % confidence interval over the test images, and its method."
-    )
-    return page.table(["", *(run.title for run in runs)], rows + counts) + page.note(text)
+    remark = "Below each score: its 95 % interval over the test images, and the method; some tasks have none."
+    return page.table(["", *(run.title for run in runs)], rows + counts) + page.note(remark)
 
 
 def _score(run: Run, name: str) -> tuple[str, str] | str:
@@ -99,7 +97,7 @@ def _score(run: Run, name: str) -> tuple[str, str] | str:
         return "–"
     value, shares = page.number(run.scores[name]), run.shares
     if shares is None:
-        return value, "no interval: this task keeps no score of each image"
+        return value, "no interval"
     found = intervals.interval(name, shares, run.measurement.networks.task.scores)
     return value, f"{page.number(found.low)} to {page.number(found.high)} ({found.method})"
 
