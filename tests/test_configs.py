@@ -1,27 +1,57 @@
-"""Every file of configs/ trains: two steps and an evaluation of a network made small, on synthetic images."""
+"""Every file of configs/ trains: two steps and an evaluation of a network made small, on synthetic images.
 
+Of the published segmenters one trains; the others differ from it in names and numbers only, and are built.
+"""
+
+import itertools
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from PIL import Image
 
 from vimd_jax import train
-from vimd_jax.config import STAGES
+from vimd_jax.config import STAGES, check_settings
 from vimd_jax.configs import FOLDER, find_config, load_config
 from vimd_jax.models import model_options
 from vimd_jax.training import workdirs
 from vimd_jax.training.metrics import read_metrics
+from vimd_jax.training.optimizer import create_schedule
+from vimd_jax.training.roles import build_networks
 
-SHARED = ("recipes", "imagenet")  # what others import
-FILES = [path.stem for path in sorted(FOLDER.glob("*.py")) if path.stem not in SHARED]
-OTHERS = ["student_cub:released", "teacher_cub:logged", "quickstart:baseline", "small_classifier:local_vim_search"]
+SHARED = ("recipes", "imagenet", "ade20k")  # what others import
+SEGMENTERS = [path.stem for path in sorted(FOLDER.glob("upernet_*_ade20k.py"))]
+FILES = [path.stem for path in sorted(FOLDER.glob("*.py")) if path.stem not in (*SHARED, *SEGMENTERS)]
+OTHERS = [
+    "upernet_vim_tiny_ade20k",
+    "student_cub:released",
+    "teacher_cub:logged",
+    "quickstart:baseline",
+    "small_classifier:local_vim_search",
+]
 
 SMALL = {"embed_dim": 16, "depth": 2, "patch_size": 16, "stride": 16, "channels": 4, "num_blocks": 1}
+SMALL |= {"head_channels": 8, "auxiliary_channels": 8}
 ONE_STAGE = {"dims": (32,), "depths": (1,)}
+NAMES = {"segmenter": "small_segmenter"}  # of the configs of roles that have none of the same name
 
 
-def shrink(config: ConfigDict) -> None:
+@pytest.fixture(scope="module")
+def label_maps(tmp_path_factory) -> Path:
+    """A folder of images with label maps of four classes."""
+    folder, rng = tmp_path_factory.mktemp("label_maps"), np.random.default_rng(0)
+    for part, split in itertools.product(("images", "annotations"), ("train", "val", "test")):
+        (folder / part / split).mkdir(parents=True)
+        for i in range(8):
+            pixels = rng.integers(0, 256, (40, 40, 3), np.uint8) if part == "images" else rng.integers(0, 4, (40, 40))
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / part / split / f"{i}.png")
+    (folder / "classes.txt").write_text("a\nb\nc\nd\n")
+    return folder
+
+
+def shrink(config: ConfigDict, label_maps: Path) -> None:
     """Makes a stage take seconds; what it computes stays the same."""
     for role in STAGES[config.stage]:
         section = config[role]
@@ -35,7 +65,12 @@ def shrink(config: ConfigDict) -> None:
     config.dataset.update({"name": "synthetic", "directory": "", "num_classes": 0, "validation_fraction": 0.3})
     config.dataset.update({"synthetic_classes": 4, "synthetic_train_size": 8, "synthetic_test_size": 8})
     config.dataset.update({"high_resolution": 32, "low_resolution": 8})
-    config.schedule.update({"num_epochs": 1, "warmup_epochs": 0})
+    config.schedule.update({"num_epochs": 1, "warmup_epochs": 0, "num_steps": 0})
+    if STAGES[config.stage].task.maps:
+        config.dataset.update({"name": "label_maps", "directory": str(label_maps), "size_limits": (0, 0)})
+        config.dataset.update({"classes": "", "label_values": "", "ignored_values": ""})
+        if config.inference.mode == "slide":
+            config.inference.update({"window": 32, "stride": 24})
 
 
 @pytest.fixture(scope="module")
@@ -54,27 +89,38 @@ def trained(tmp_path_factory):
 
 
 @pytest.mark.parametrize("run", FILES + OTHERS)
-def test_every_config_trains(run, trained):
+def test_every_config_trains(run, trained, label_maps):
     config = load_config(run)
     made = {}
     for stage, _ in workdirs.stages(config, Path("run")):
         with stage.unlocked():
-            shrink(stage)
+            shrink(stage, label_maps)
             for role in STAGES[stage.stage]:  # the networks that the stage needs are those made before it
                 needed = stage[role].name != "bicubic" and role != stage.stage
-                stage[role].init = str(made.get(role) or _made_for(role, stage, trained)) if needed else ""
+                stage[role].init = str(made.get(role) or _made_for(role, stage, trained, label_maps)) if needed else ""
         made[stage.stage] = trained(stage)
         lines = read_metrics(made[stage.stage])
         assert [line["step"] for line in lines if line["split"] == "train"] == [2]
         assert {"train", "test"} <= {line["split"] for line in lines}
 
 
-def _made_for(role: str, config: ConfigDict, trained) -> Path:
+@pytest.mark.parametrize("run", SEGMENTERS)
+def test_every_published_segmenter_is_built(run):
+    config = load_config(run)
+    check_settings(config)
+    create_schedule(config.schedule, steps_per_epoch=1263)
+    networks = build_networks(config, [f"class {i}" for i in range(150)])
+    networks.task.check(config, 150)
+    assert networks.trained.num_classes == 150 and networks.trained.image_size == 512
+    assert run == f"{config.segmenter.name}_ade20k"
+
+
+def _made_for(role: str, config: ConfigDict, trained, label_maps: Path) -> Path:
     """A small network for the role of a stage, whose own run is in another config."""
-    other = load_config(role)
+    other = load_config(NAMES.get(role, role))
     with other.unlocked():
         other[role].update({name: config[role][name] for name in config[role] if name != "init"})
-        shrink(other)
+        shrink(other, label_maps)
     return trained(other)
 
 

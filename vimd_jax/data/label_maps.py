@@ -146,6 +146,11 @@ def load(config: ConfigDict, split: str, seed: int) -> Source:
     Raises:
         DatasetError: the folders, the file of classes or the values are not as expected.
     """
+    if "label_values" not in config:
+        raise DatasetError(
+            "config.dataset.name=label_maps has label maps, but this stage learns none: they are for the stages segmenter "
+            "and segmenter_student"
+        )
     if not config.directory:
         raise DatasetError("config.dataset.directory is empty; name the folder of the images and label maps")
     root = Path(config.directory).expanduser()
