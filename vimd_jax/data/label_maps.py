@@ -148,7 +148,7 @@ def load(config: ConfigDict, split: str, seed: int) -> Source:
     """
     if "label_values" not in config:
         raise DatasetError(
-            "config.dataset.name=label_maps has label maps, but this stage learns none: they are for the stages segmenter "
+            "config.dataset.name=label_maps: this stage learns no label maps; they are for the stages segmenter "
             "and segmenter_student"
         )
     if not config.directory:
