@@ -99,7 +99,7 @@ def test_a_student_is_taught_by_a_segmenter(workdir, folder, tmp_path):
 
 
 def test_a_stage_names_the_data_that_it_needs(folder, tmp_path):
-    with pytest.raises(ValueError, match="config.dataset.name=label_maps has label maps, but this stage learns none"):
+    with pytest.raises(ValueError, match="config.dataset.name=label_maps: this stage learns no label maps"):
         train.check(config("classifier", folder), tmp_path)
     with pytest.raises(ValueError, match="name=synthetic has classes of images, but this stage learns label maps"):
         train.check(config("segmenter", folder, dataset__name="synthetic"), tmp_path)
