@@ -24,7 +24,7 @@ ALLOWED = {
     "vimd_jax.models": ["kernels", "vimd_jax.models"],
     "vimd_jax.losses": [],
     "vimd_jax.drawing": [],
-    "vimd_jax.data": ["vimd_jax.data", "vimd_jax.errors", "vimd_jax.files", "vimd_jax.log"],
+    "vimd_jax.data": ["vimd_jax.arguments", "vimd_jax.data", "vimd_jax.errors", "vimd_jax.files", "vimd_jax.log"],
     "vimd_jax.checkpoints": [
         "vimd_jax.models",
         "vimd_jax.checkpoints",

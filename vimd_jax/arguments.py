@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+from pathlib import Path
 from typing import Any
 
 
@@ -14,3 +15,8 @@ def parse_option(text: str) -> tuple[str, Any]:
         return name, ast.literal_eval(value)
     except (ValueError, SyntaxError):
         return name, value
+
+
+def parse_path(text: str) -> Path:
+    """A path, whose `~` is the home directory: no shell expands it in `--output=~/x`."""
+    return Path(text).expanduser()

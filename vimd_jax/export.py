@@ -15,7 +15,6 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,6 +25,7 @@ from jax.extend.core import jaxpr_as_fun
 
 import kernels
 from vimd_jax import __version__
+from vimd_jax.arguments import parse_path
 from vimd_jax.checkpoints.format import read_model
 from vimd_jax.checkpoints.trained_model import TrainedModel
 from vimd_jax.errors import printable
@@ -185,9 +185,11 @@ def _symbolic_sizes_by_name() -> Iterator[None]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m vimd_jax.export", description=__doc__.split(":")[0])
-    parser.add_argument("--checkpoint", required=True, type=Path, help="workdir of a run, or converted checkpoint")
+    parser.add_argument(
+        "--checkpoint", required=True, type=parse_path, help="workdir of a run, or converted checkpoint"
+    )
     parser.add_argument("--format", choices=FORMATS, default="pytorch", help="default: pytorch")
-    parser.add_argument("--output", required=True, type=Path, help="file to write")
+    parser.add_argument("--output", required=True, type=parse_path, help="file to write")
     parser.add_argument("--part", help="of a network of several, this one alone, e.g. classifier (pytorch)")
     parser.add_argument("--weights", choices=WEIGHTS, help="of a program: how kernels are stored (default float32)")
     if isinstance(sys.stdout, io.TextIOWrapper):

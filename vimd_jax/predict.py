@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from vimd_jax import explain
-from vimd_jax.arguments import parse_option
+from vimd_jax.arguments import parse_option, parse_path
 from vimd_jax.checkpoints.trained_model import TrainedModel
 from vimd_jax.data.classes import read_classes
 from vimd_jax.data.images import find_images, narrow_range
@@ -128,7 +128,7 @@ def _positive(text: str) -> int:
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m vimd_jax.predict", description="Labels images.")
-    parser.add_argument("images", nargs="+", type=Path, help="files and folders")
+    parser.add_argument("images", nargs="+", type=parse_path, help="files and folders")
     parser.add_argument("--checkpoint", required=True, help="workdir, converted checkpoint, PyTorch file, or its name")
     parser.add_argument("--model", help="architecture of a PyTorch file, for example vim_tiny_stride8")
     parser.add_argument(
@@ -139,14 +139,19 @@ def parse_arguments() -> argparse.Namespace:
         metavar="NAME=VALUE",
         help="of that architecture, for example input_normalization=True",
     )
-    parser.add_argument("--classes", type=Path, help="text file of class names, for a checkpoint that has none")
+    parser.add_argument("--classes", type=parse_path, help="text file of class names, for a checkpoint that has none")
     parser.add_argument("--crop", type=_share, help="share of the short side to look at (default: as trained, or 1)")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="of a segmenter: folder for label maps and overlays")
+    parser.add_argument(
+        "--output", type=parse_path, metavar="DIR", help="of a segmenter: folder for label maps and overlays"
+    )
     parser.add_argument("--top", type=_positive, default=5, help="labels for each image (default 5)")
     parser.add_argument("--format", choices=["table", "json", "csv"], default="table", help="of standard output")
     parser.add_argument("--downsample", action="store_true", help="resize images of other sizes than a student reads")
     parser.add_argument(
-        "--explain", type=Path, metavar="FOLDER", help="draw there which parts of each image its first label comes from"
+        "--explain",
+        type=parse_path,
+        metavar="FOLDER",
+        help="draw there which parts of each image its first label comes from",
     )
     parser.add_argument("--batch_size", type=_positive, default=32, help="images at a time (default 32)")
     return parser.parse_args()

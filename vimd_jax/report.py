@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vimd_jax import intervals, page
+from vimd_jax.arguments import parse_path
 from vimd_jax.checkpoints.format import read_description
 from vimd_jax.data.pipeline import network_view, read_or_skip
 from vimd_jax.data.preparation import prepare_views
@@ -369,8 +370,8 @@ def titles(workdirs: Sequence[Path]) -> list[str]:
 def main() -> None:
     """The command `vimd-report`."""
     parser = argparse.ArgumentParser(prog="python -m vimd_jax.report", description="Makes a page of finished runs.")
-    parser.add_argument("workdirs", nargs="+", type=Path, metavar="WORKDIR", help="of a run, or a folder of runs")
-    parser.add_argument("--output", type=Path, default=Path("report.html"), help="file to write (report.html)")
+    parser.add_argument("workdirs", nargs="+", type=parse_path, metavar="WORKDIR", help="of a run, or a folder of runs")
+    parser.add_argument("--output", type=parse_path, default=Path("report.html"), help="file to write (report.html)")
     arguments = parser.parse_args()
     show_log()
     with readable_errors():

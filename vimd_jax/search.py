@@ -16,6 +16,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
+from vimd_jax.arguments import parse_path
 from vimd_jax.configs import load_config
 from vimd_jax.files import replace_file
 from vimd_jax.load import load_model
@@ -87,10 +88,10 @@ def config_text(directions: LayerDirections, base: str, role: str, workdir: Path
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m vimd_jax.search", description=__doc__.splitlines()[0])
-    parser.add_argument("--workdir", required=True, type=Path, help="of the supernet, or a checkpoint of one")
+    parser.add_argument("--workdir", required=True, type=parse_path, help="of the supernet, or a checkpoint of one")
     parser.add_argument("--base", required=True, help="config of the final network, as --config takes it")
     parser.add_argument("--role", default="classifier", help="the network's section in it (default: classifier)")
-    parser.add_argument("--output", required=True, type=Path, help="the config to write")
+    parser.add_argument("--output", required=True, type=parse_path, help="the config to write")
     return parser.parse_args()
 
 

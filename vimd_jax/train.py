@@ -16,6 +16,7 @@ vimd_jax/checkpoints/.
 
 import contextlib
 import logging
+import math
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -248,7 +249,7 @@ def _train(config: ConfigDict, workdir: Path, data: Splits, stop: StopRequest, u
     best_variables, best_step = roles.zeros(nets.product), 0
     if parallel.is_first():
         best = load_model(workdir)
-        best_variables, best_step = best.variables, best.provenance["step"]
+        best_variables, best_step = best.variables, best.provenance.get("step", 0)
     best_variables, best_step = parallel.from_first(best_variables), parallel.any_process(best_step)
     title, replicated = f"test, network of step {best_step}", parallel.replicate(best_variables)
     scores, sums = evaluate(task, eval_step, replicated, next(passes(data.test, config, nets)), title, stop.check)
@@ -326,7 +327,7 @@ def save_if_best(
     folder = workdir / "best"
     if not parallel.is_first():
         return
-    if (folder / "network.json").exists() and score <= read_description(folder)["provenance"]["score"]:
+    if (folder / "network.json").exists() and score <= read_description(folder)["provenance"].get("score", -math.inf):
         return
     provenance = {"library": f"vimd_jax {version('vimd-jax')}", "stage": config.stage, "step": step, "score": score}
     if nets.task.maps:  # how predict prepares an image, and draws its label map

@@ -14,12 +14,11 @@ import io
 import sys
 import textwrap
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from vimd_jax.arguments import parse_option
+from vimd_jax.arguments import parse_option, parse_path
 from vimd_jax.checkpoints.adapt import MODES, adapted_leaves
 from vimd_jax.checkpoints.format import save_model
 from vimd_jax.errors import printable
@@ -58,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True, help="the architecture of the checkpoint, one of those below")
     parser.add_argument("--checkpoint", required=True, help=".pth, .pth.tar or .safetensors, or its name (see hub.py)")
     parser.add_argument("--sr_checkpoint", help="srvm_* only: the SR network; --checkpoint is the classifier")
-    parser.add_argument("--output", type=Path, help="directory to write; must not exist")
+    parser.add_argument("--output", type=parse_path, help="directory to write; must not exist")
     parser.add_argument(
         "--num_classes", type=int, help="default: as in the checkpoint; another number makes a new head, 0 none"
     )

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save
 
+from vimd_jax.arguments import parse_path
 from vimd_jax.checkpoints.format import read_model
 from vimd_jax.errors import printable
 from vimd_jax.files import replace_file
@@ -23,8 +24,10 @@ from weight_convert.mapping import export_state_dict, plan, step_counters
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m weight_convert.export", description=__doc__.split("\n")[0])
-    parser.add_argument("--checkpoint", required=True, type=Path, help="workdir of a run, or converted checkpoint")
-    parser.add_argument("--output", required=True, type=Path, help=".safetensors file to write")
+    parser.add_argument(
+        "--checkpoint", required=True, type=parse_path, help="workdir of a run, or converted checkpoint"
+    )
+    parser.add_argument("--output", required=True, type=parse_path, help=".safetensors file to write")
     parser.add_argument(
         "--part", help="export only this part of a composite, under its own names, e.g. classifier of srvm_*"
     )

@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from vimd_jax.arguments import parse_path
 from vimd_jax.data.archives import Archive
 from vimd_jax.data.layouts import LAYOUTS, Item, Layout, Staged
 from vimd_jax.errors import DatasetError
@@ -167,8 +168,10 @@ def parse_arguments() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("name", choices=LAYOUTS, metavar="NAME", help=f"one of {', '.join(LAYOUTS)}")
-    parser.add_argument("archives", nargs="+", type=Path, metavar="ARCHIVE", help="the downloaded files, in any order")
-    parser.add_argument("directory", type=Path, metavar="DIRECTORY", help="the folder to make")
+    parser.add_argument(
+        "archives", nargs="+", type=parse_path, metavar="ARCHIVE", help="the downloaded files, in any order"
+    )
+    parser.add_argument("directory", type=parse_path, metavar="DIRECTORY", help="the folder to make")
     parser.add_argument(
         "--join_validation",
         action="store_true",
