@@ -156,8 +156,8 @@ def load(config: ConfigDict, split: str, seed: int) -> Source:
     """
     if "label_values" not in config:
         raise DatasetError(
-            "config.dataset.name=label_maps has label maps, but this stage learns none: they are for the stages segmenter "
-            "and segmenter_student"
+            "config.dataset.name=label_maps has label maps, but this stage learns none: only segmenter and "
+            "segmenter_student do"
         )
     if not config.directory:
         raise DatasetError("config.dataset.directory is empty; name the folder of the images and label maps")
