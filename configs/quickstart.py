@@ -72,7 +72,7 @@ def _small(stage):
     config.dataset.high_resolution = 64
     config.dataset.low_resolution = 16
     config.dataset.crop_scale = (0.7, 1.0)
-    for role in STAGES[stage].roles:
+    for role in STAGES[stage]:
         config[role].update(SR if role == "sr" else VIM)
     config.optimizer.weight_decay = 0.05
     config.optimizer.clip_norm = 1.0

@@ -1,14 +1,14 @@
-"""Measures whether explanations are faithful: does an image lose more confidence without its marked tenth than without
-a random tenth?
+"""Measures whether explanations are faithful: whether removing the marked tenth of an image costs more confidence than
+removing a random tenth.
 
     python scripts/deletion_test.py WORKDIR [--images 200] [--grid 8] [--draws 5] [--seed 0]
 
-For images spread over the test split of the run's dataset, the class that its best network names is explained
-(vimd_jax/explain.py). The tenth of the cells with the most evidence is then removed, and, for comparison, as many cells
-at random, several times. Removal is done in two ways, to show that the result is not one of the filling: in the image's
-mean colour, which the explanation itself uses, and by a strong blur, which it never sees. Prints the mean loss of
-confidence (probability of the class, in percentage points) and the paired difference with its 95 % interval (Student's
-t over the images).
+For images spread over the test split of the run's dataset, the class predicted by the best network is explained
+(vimd_jax/explain.py). The tenth of the cells with the most evidence is then removed and, for comparison, the same
+number of random cells, several times. Cells are removed in two ways, to show that the result does not depend on the
+filling: by the image's mean colour, which the explanation itself uses, and by a strong blur, which it does not use.
+Prints the mean loss of confidence (probability of the class, in percentage points) and the paired difference with its
+95 % interval (Student's t over the images).
 """
 
 import argparse
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("workdir", type=Path)
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--grid", type=int, default=8, help="cells in each direction")
-    parser.add_argument("--draws", type=int, default=5, help="random tenths an image")
+    parser.add_argument("--draws", type=int, default=5, help="random tenths per image")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     config, classifier = read_config(arguments.workdir), load_model(arguments.workdir)
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def blurred(image: np.ndarray, cells: np.ndarray) -> np.ndarray:
-    """The image with the cells taken from a copy that is blurred over an eighth of its side."""
+    """The image with these cells replaced by a copy that is blurred over an eighth of its side."""
     pixels = Image.fromarray((255 * image).round().astype(np.uint8))
     smooth = np.asarray(pixels.filter(ImageFilter.GaussianBlur(image.shape[0] / 8)), np.float32) / 255
     return np.where(explain.covered(cells, image.shape[:2])[..., None], smooth, image).astype(np.float32)

@@ -342,7 +342,7 @@ def shorten(stage: Any, dtype: str, rehearse: bool = False) -> None:
     stage.batch_size, stage.log_every_steps, stage.schedule.warmup_epochs = 32, 10, 1
     stage.schedule.num_epochs = stage.eval_every_epochs = 2 if stage.stage == "sr" else 4
     stage.dataset.num_workers = 0 if rehearse else min(4, os.cpu_count())
-    for role in STAGES[stage.stage].roles:
+    for role in STAGES[stage.stage]:
         if role != "sr":
             stage[role].dtype = dtype
     if rehearse:
@@ -351,7 +351,7 @@ def shorten(stage: Any, dtype: str, rehearse: bool = False) -> None:
         stage.dataset.synthetic_train_size, stage.dataset.synthetic_test_size = 8, 2
         stage.dataset.validation_fraction, stage.eval_batch_size = 0.5, 2
         stage.dataset.high_resolution, stage.dataset.low_resolution = 16, 4
-        for role in STAGES[stage.stage].roles:
+        for role in STAGES[stage.stage]:
             stage[role].update({"channels": 4, "num_blocks": 1} if role == "sr" else TINY)
 
 

@@ -70,8 +70,8 @@ def test_options_of_several_types_from_the_command_line(from_command_line, name,
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_has_the_sections_that_it_reads(stage):
     config = default_config(stage)
-    networks = {"sr", "classifier", "teacher", "student"}
-    assert {name for name in config if name in networks} == set(STAGES[stage].roles)
+    networks = {"sr", "classifier", "teacher", "student", "segmenter", "segmenter_student"}
+    assert {name for name in config if name in networks} == set(STAGES[stage])
     assert config.is_locked
 
 

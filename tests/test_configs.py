@@ -53,7 +53,7 @@ def label_maps(tmp_path_factory) -> Path:
 
 def shrink(config: ConfigDict, label_maps: Path) -> None:
     """Makes a stage take seconds; what it computes stays the same."""
-    for role in STAGES[config.stage].roles:
+    for role in STAGES[config.stage]:
         section = config[role]
         if section.name == "bicubic":
             continue
@@ -95,7 +95,7 @@ def test_every_config_trains(run, trained, label_maps):
     for stage, _ in workdirs.stages(config, Path("run")):
         with stage.unlocked():
             shrink(stage, label_maps)
-            for role in STAGES[stage.stage].roles:  # the networks that the stage needs are those made before it
+            for role in STAGES[stage.stage]:  # the networks that the stage needs are those made before it
                 needed = stage[role].name != "bicubic" and role != stage.stage
                 stage[role].init = str(made.get(role) or _made_for(role, stage, trained, label_maps)) if needed else ""
         made[stage.stage] = trained(stage)

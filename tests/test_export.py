@@ -22,10 +22,11 @@ NETWORKS = {
     "vim_tiny": SMALL,
     "srvm_tiny": STUDENT,
     "vmamba_tiny": {"dims": (8, 16), "depths": (1, 1), "num_classes": 3, "image_size": 32},
+    "upernet_vim_tiny": SMALL | {"depth": 4, "head_channels": 8, "auxiliary_channels": 8},
     "srresnet_x4": {"channels": 4, "num_blocks": 1},
 }
 # What jax2onnx makes of a program takes several seconds to convert.
-FOR_ONNX = ["srvm_tiny", "srresnet_x4"]
+FOR_ONNX = ["srvm_tiny", "upernet_vim_tiny", "srresnet_x4"]
 
 RELOAD = """
 import sys
@@ -53,6 +54,8 @@ def images_for(network: TrainedModel, count: int) -> np.ndarray:
 
 
 def answers(network: TrainedModel, images: np.ndarray) -> np.ndarray:
+    if hasattr(network.model, "segment"):
+        return np.asarray(jax.nn.softmax(network.model.segment(network.variables, images)))
     if network.class_names:
         return network.probabilities(images)
     return np.asarray(network.model.apply(network.variables, images))

@@ -23,6 +23,7 @@ ALLOWED = {
     ],
     "vimd_jax.models": ["kernels", "vimd_jax.models"],
     "vimd_jax.losses": [],
+    "vimd_jax.drawing": [],
     "vimd_jax.data": ["vimd_jax.data", "vimd_jax.errors", "vimd_jax.files", "vimd_jax.log"],
     "vimd_jax.checkpoints": [
         "vimd_jax.models",
@@ -35,9 +36,12 @@ ALLOWED = {
     "vimd_jax.settings": [],
     "vimd_jax.tasks": [
         "vimd_jax.models",
+        "vimd_jax.drawing",
+        "vimd_jax.errors",
         "vimd_jax.losses",
         "vimd_jax.settings",
         "vimd_jax.tasks",
+        "vimd_jax.data.classes",
         "vimd_jax.data.geometry",
         "vimd_jax.data.sources",
     ],

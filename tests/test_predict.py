@@ -87,7 +87,32 @@ def test_a_pipe_is_no_image(checkpoint, tmp_path, monkeypatch, capfd):
     assert status == 1 and "x.png: not a regular file" in err
 
 
+def test_class_names_from_a_pipe_or_another_encoding_are_refused(checkpoint, files, tmp_path, monkeypatch, capfd):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "latin1").write_bytes("é\nb\nc\n".encode("latin1"))
+    for name, message in (("pipe", "not a regular file"), ("latin1", "latin1: not a text file in UTF-8")):
+        _, err, status = run(monkeypatch, capfd, checkpoint, files, f"--classes={tmp_path / name}")
+        assert status == 1 and message in err
+
+
+def test_a_picture_that_cannot_be_drawn_costs_no_label(checkpoint, files, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("vimd_jax.explain.draw", None)
+    options = f"--explain={tmp_path / 'why'}", "--format=csv", "--top=1"
+    out, err, status = run(monkeypatch, capfd, checkpoint, files, *options)
+    assert status == 0 and len(out.splitlines()) == 1 + 3
+
+
 def test_deep_images_with_a_small_range_are_said(checkpoint, tmp_path, monkeypatch, capfd):
     Image.fromarray(np.full((32, 32), 4095, np.uint16)).save(tmp_path / "x.png")
     _, err, status = run(monkeypatch, capfd, checkpoint, tmp_path)
     assert status == 0 and err.startswith("warning: 16-bit images with values from 4095 to 4095, a small part")
+
+
+def test_explanations_are_drawn_beside_the_labels(checkpoint, files, monkeypatch, capfd):
+    folder = files / "new" / "explained"
+    out, err, status = run(monkeypatch, capfd, checkpoint, files, "--top=1", f"--explain={folder}")
+    assert status == 0 and out.count("%") == 3, err
+    drawn = sorted(folder.iterdir())
+    assert [os.fsencode(path.name)[:7] for path in drawn] == [b"0001_a\x1b", b"0002_ca", b"0003_z."]
+    with Image.open(drawn[2]) as picture:
+        assert picture.size == (2 * 336 + 8, 336)

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import itertools
 import json
+import logging
 import os
 import shutil
 import signal
@@ -50,6 +51,13 @@ def trained(tmp_path_factory):
     train.train(tiny_config("teacher"), folder / "teacher")
     train.train(student_config(folder), folder / "student")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def logged(caplog, monkeypatch):
+    """The whole log, whichever tests ran before."""
+    caplog.set_level("INFO", logger="vimd_jax")
+    monkeypatch.setattr(logging.getLogger("vimd_jax"), "propagate", True)
 
 
 def student_config(folder: Path, **changes):
@@ -416,6 +424,21 @@ def test_wrong_requests_are_refused_before_anything_is_written(tmp_path, changes
     assert not (tmp_path / "run").exists()
 
 
+def test_images_that_are_not_square(tmp_path):
+    """A student that learns from labels alone, behind bicubic interpolation; trained twice, it is finished already."""
+    sizes = {"dataset__high_resolution": (32, 16), "dataset__low_resolution": (8, 4)}
+    alone = {"sr__name": "bicubic", "loss__logits_weight": 0.0, "loss__hidden_weight": 0.0}
+    config = tiny_config("student", schedule__num_epochs=1, schedule__warmup_epochs=0, **sizes, **alone)
+    for _ in range(2):
+        train.train(config, tmp_path / "run")
+    student = load_model(tmp_path / "run")
+    assert (student.image_size, student.low_resolution) == ((32, 16), (8, 4))
+    assert student.predict(np.zeros((2, 8, 4, 3), np.uint8)).shape == (2, 4)
+    with pytest.raises(ValueError, match=r"set config.dataset.low_resolution to \(8, 4\)"):
+        config = tiny_config("sr", dataset__high_resolution=(32, 16), dataset__low_resolution=(8, 8))
+        train.train(config, tmp_path / "sr")
+
+
 def test_a_student_needs_trained_networks(tmp_path, trained):
     with pytest.raises(ValueError, match="config.sr.init is empty"):
         train.train(tiny_config("student"), tmp_path / "a")
@@ -573,12 +596,14 @@ def test_pictures_appear_during_a_run(tmp_path, monkeypatch):
 def test_evaluate_prints_before_it_draws(trained, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "write_tables", lambda *_: print("tables"))
     monkeypatch.setattr(evaluate, "is_given", lambda field: False)
+    monkeypatch.setattr(evaluate, "show_log", lambda: None)
     monkeypatch.setattr(evaluate, "flags", SimpleNamespace(FLAGS=SimpleNamespace(split="test", checkpoint=None)))
     evaluate.main(workdirs.read_config(trained / "teacher"), trained / "teacher")
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["teacher", "tables"]
 
 
 def test_evaluate_looks_at_images_as_the_checkpoint_says(trained, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO", "vimd_jax")
     save_model(tmp_path / "half", dataclasses.replace(load_model(trained / "teacher"), crop=0.5))
     crops = []
     real = evaluate.passes
@@ -587,12 +612,22 @@ def test_evaluate_looks_at_images_as_the_checkpoint_says(trained, tmp_path, monk
     )
     config = tiny_config("teacher")
     evaluate.evaluate_run(config, tmp_path, "test", tmp_path / "half")
-    evaluate.measure(config, tmp_path, "test", tmp_path / "half", keep_crop=True)
+    evaluate.measure(config, tmp_path, "test", tmp_path / "half", given=lambda field: field == "dataset.eval_crop")
     assert crops == [0.5, 1.0]
-    assert any("names a crop of 0.5, which is taken; the config has 1" in line for line in caplog.messages)
+    assert any("was trained with eval_crop 0.5, which is taken; the config has 1.0" in line for line in caplog.messages)
+
+
+def test_a_checkpoint_names_what_its_images_look_like():
+    config = tiny_config("student")
+    view = {"low_resolution": [8, 16], "crop": 1.0, "value_range": [0, 4095]}
+    seen = evaluate._as_trained(config, view, lambda field: field == "dataset.eval_crop", "there").dataset
+    assert (seen.low_resolution, seen.value_range) == ((8, 16), (0, 4095))
+    view = {"low_resolution": 0, "crop": 1.0}
+    assert evaluate._as_trained(config, view, lambda field: False, "there").dataset.low_resolution == 8
 
 
 def test_classes_in_another_order_are_matched_by_name(trained, tmp_path, caplog):
+    caplog.set_level("INFO", "vimd_jax")
     teacher = load_model(trained / "teacher")
     names = teacher.class_names[::-1]
     head = {name: leaf[..., ::-1] for name, leaf in teacher.variables["params"]["head"].items()}
@@ -638,12 +673,17 @@ def test_frozen_networks_are_what_they_hold_not_where_they_lie(trained, tmp_path
 
 
 def test_more_epochs_start_from_a_finished_run(trained, tmp_path, caplog):
+    caplog.set_level("INFO", "vimd_jax")
     train.train(tiny_config("teacher"), trained / "teacher")
     assert any(f"--config.continue_from={trained}/teacher" in line for line in caplog.messages)
     config = tiny_config("teacher", continue_from=str(trained / "teacher"))
     with pytest.raises(ValueError, match="is at step 6, and this run ends at 6: raise config.schedule.num_epochs"):
         train.train(config, tmp_path / "run")
     config.schedule.num_epochs = 3
+    other = config.copy_and_resolve_references()
+    other.dataset.synthetic_classes = 3
+    with pytest.raises(ValueError, match="continue_from: .* was trained on other classes: class .* is new or gone"):
+        train.train(other, tmp_path / "other")
     train.train(config, tmp_path / "run")
     assert [x["step"] for x in read_metrics(tmp_path / "run") if x["split"] == "train"] == [7, 8, 9]
     assert int(final_state(tmp_path / "run")["opt_state"][0]["count"]) == 9
@@ -684,7 +724,7 @@ def test_a_signal_before_there_is_anything_to_save_ends_at_once(number):
     """Even while the main thread is in a compilation, here in a lock, where handlers of Python do not run."""
     code = (
         "import time, vimd_jax.command as c\n"
-        "stop = c.StopRequest(); c.show_log(); print('ready', flush=True)\n"
+        "stop = c.StopRequest(at_once=True); c.show_log(); print('ready', flush=True)\n"
         "import ctypes; ctypes.CDLL(None).sleep(50) or ctypes.CDLL(None).sleep(50)"
     )
     process = subprocess.Popen(

@@ -20,7 +20,7 @@ def tiny_config(stage: str, **changes) -> ConfigDict:
     config.dataset.synthetic_test_size = 10
     config.dataset.high_resolution = 32
     config.dataset.low_resolution = 8
-    for role in STAGES[stage].roles:
+    for role in STAGES[stage]:
         small = UPERNET if "segmenter" in role else VIM
         config[role].update({"channels": 4, "num_blocks": 1} if role == "sr" else small)
     config.schedule.learning_rate = 1e-3

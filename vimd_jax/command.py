@@ -87,24 +87,31 @@ def show_log() -> None:
 class StopRequest:
     """Remembers SIGTERM, SIGUSR1 and Ctrl-C, so that a run can save and leave. A second Ctrl-C ends it at once.
 
-    While there is nothing to save, the first signal ends the process at once too, even in the middle of a compilation,
-    during which Python's own handlers of signals wait. Used as a context, it gives the signals back at its end. Only
-    the main thread can take them; elsewhere nothing is ever asked.
+    Used as a context, it gives the signals back at its end. Only the main thread can take them; elsewhere nothing is
+    ever asked.
 
     Attributes:
       must_save: whether there is something to save.
     """
 
-    def __init__(self):
+    def __init__(self, at_once: bool = False):
+        """Takes the signals.
+
+        Args:
+          at_once: while there is nothing to save, the first signal ends the process, even in the middle of a
+            compilation, during which Python's own handlers of signals wait. For a program, which owns its process.
+        """
         self.must_save = False
         self._signal = 0
+        self._writing: int | None = None
         self._before: dict[int, Any] = {}
         if threading.current_thread() is not threading.main_thread():
             return
-        reading, self._writing = os.pipe()
-        os.set_blocking(self._writing, False)
-        threading.Thread(target=self._watch, args=(reading,), daemon=True).start()
-        self._fd_before = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
+        if at_once and os.name == "posix":
+            reading, self._writing = os.pipe()
+            os.set_blocking(self._writing, False)
+            threading.Thread(target=self._watch, args=(reading,), daemon=True).start()
+            self._fd_before = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
         for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
             if number := getattr(signal, name, None):
                 self._before[number] = signal.signal(number, self._remember)
@@ -113,9 +120,9 @@ class StopRequest:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._before:
-            for number, handler in self._before.items():
-                signal.signal(number, handler)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if self._writing is not None:
             signal.set_wakeup_fd(self._fd_before)
             os.close(self._writing)
 
@@ -129,7 +136,7 @@ class StopRequest:
 
     def _remember(self, number: int, _: object) -> None:
         self._signal = number
-        if self.must_save:
+        if self.must_save or self._writing is None:
             log.info("Asked to stop; stopping after the current step or batch.")
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

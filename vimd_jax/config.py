@@ -4,18 +4,20 @@ The configs are `ml_collections.ConfigDict`s: a misspelt field or a value of the
 can be changed on the command line, as in `--config.schedule.num_epochs=10`. `python -m vimd_jax.config` lists them.
 """
 
+import dataclasses
 import functools
 import math
 import sys
+from collections.abc import Iterator
 from operator import getitem
 from types import NoneType, UnionType
-from typing import Any, Literal, NamedTuple, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from ml_collections import ConfigDict, config_dict
 
 from kernels.scan.api import IMPLEMENTATIONS
 from vimd_jax.models import model_options
-from vimd_jax.settings import ABOVE_0, ANY, BELOW_1, SHARE, SHARE_OR_0, SHARES, Rule, Setting, at_least, one_of
+from vimd_jax.settings import ABOVE_0, ANY, BELOW_1, SHARE, SHARE_OR_0, SHARES, SIZE, Rule, Setting, at_least, one_of
 from vimd_jax.tasks.classification import CLASSIFICATION
 from vimd_jax.tasks.distillation import distilled
 from vimd_jax.tasks.restoration import RESTORATION
@@ -23,7 +25,8 @@ from vimd_jax.tasks.segmentation import SEGMENTATION
 from vimd_jax.tasks.task import Task
 
 
-class Stage(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Stage:
     """One kind of training run.
 
     Attributes:
@@ -38,10 +41,9 @@ class Stage(NamedTuple):
     restorer: str = ""
     teacher: str = ""
 
-    @property
-    def roles(self) -> tuple[str, ...]:
-        """The networks of the stage, which each have a section of its config."""
-        return tuple(role for role in (self.restorer, self.teacher, self.trained) if role)
+    def __iter__(self) -> Iterator[str]:
+        """The roles of the stage's networks, which each have a section of its config."""
+        return (role for role in (self.restorer, self.teacher, self.trained) if role)
 
 
 STAGES = {
@@ -122,8 +124,10 @@ _SETTINGS = {
         "values of grey images of more than 8 bits that become black and white, as (0, 4095); empty: those of 16 bits",
     ),
     "dataset.num_classes": Setting(0, at_least(0), "0: as many as the data has; otherwise checked"),
-    "dataset.high_resolution": Setting(224, at_least(1), "pixels, what a classifier sees and a teacher teaches"),
-    "dataset.low_resolution": Setting(56, at_least(1), "pixels, what a student sees"),
+    "dataset.high_resolution": Setting(
+        224, SIZE, "pixels, what a classifier sees and a teacher teaches; or (height, width)", kind=object
+    ),
+    "dataset.low_resolution": Setting(56, SIZE, "pixels, what a student sees; or (height, width)", kind=object),
     "dataset.validation_fraction": Setting(
         0.1, BELOW_1, "of the training images, held out if the folder has no val/ of its own"
     ),
@@ -219,8 +223,11 @@ def default_config(stage: str) -> ConfigDict:
                 section[part] = {}
             section = section[part]
         default = setting.default
-        section[field] = config_dict.placeholder(default) if isinstance(default, type) else default
-    for role in STAGES[stage].roles:
+        if isinstance(default, type):
+            section[field] = config_dict.placeholder(default)
+        else:
+            section[field] = config_dict.FieldReference(default, field_type=setting.kind or type(default))
+    for role in STAGES[stage]:
         config[role] = _network(role)
     return config.lock()
 

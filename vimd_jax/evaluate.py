@@ -6,9 +6,11 @@ a classifier <split>_per_class.csv, <split>_confusion.csv and <split>_confusion.
 """
 
 import csv
+import itertools
 import logging
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -16,24 +18,36 @@ from ml_collections import ConfigDict
 import kernels
 from vimd_jax.command import is_given, run, show_log
 from vimd_jax.config import check_settings
-from vimd_jax.data.sources import load_source
+from vimd_jax.data.sources import Source, load_source
 from vimd_jax.load import load_variables
 from vimd_jax.log import extra, readable_errors
 from vimd_jax.models import describe
 from vimd_jax.tasks.task import Sums, check_source
 from vimd_jax.training import classes, parallel, plots, roles, steps, workdirs
 from vimd_jax.training.evaluation import evaluate, passes
-from weight_convert.hub import resolve
+from weight_convert.hub import is_name, resolve
 
 log = logging.getLogger("vimd_jax.evaluate")
 
 
 class Measurement(NamedTuple):
-    """The scores of a network by name with "count", the number of images; what they are made of; the networks."""
+    """A network measured on images.
+
+    Attributes:
+      scores: by name, with "count", the number of images.
+      sums: the findings behind them.
+      networks: of the stage; the product was measured.
+      config: of the stage, with the crop that the images were seen with.
+      source: of the images.
+      variables: of the network.
+    """
 
     scores: dict[str, float]
     sums: Sums
     networks: roles.Networks
+    config: ConfigDict
+    source: Source
+    variables: roles.Variables
 
 
 def evaluate_run(
@@ -46,43 +60,56 @@ def evaluate_run(
 
 
 def measure(
-    config: ConfigDict, workdir: Path, split: str, checkpoint: str | Path | None = None, keep_crop: bool = False
+    config: ConfigDict,
+    workdir: Path,
+    split: str,
+    checkpoint: str | Path | None = None,
+    given: Callable[[str], bool] = lambda field: False,
 ) -> Measurement:
-    """Runs a network on a split of a dataset.
+    """Runs a network on a split of a dataset, whose images it sees as its checkpoint says.
 
     Args:
       config: of one stage: the dataset, and the network that the checkpoint must hold.
       workdir: of the run.
       split: "train", "validation" or "test".
       checkpoint: a network to measure instead of the run's best.
-      keep_crop: look at the images with config.dataset.eval_crop, instead of as the checkpoint says.
+      given: whether a field of the config counts more than the checkpoint, as one that the command line sets does.
 
     Raises:
       ValueError, FileNotFoundError: found before anything is compiled.
     """
+    place = str(checkpoint or workdir)
+    known = None if is_name(place) else classes.description(Path(place).expanduser())
+    if known:
+        config = _as_trained(config, known["view"], given, place)
     check_settings(config)
     parallel.check_batch_size("eval_batch_size", config.eval_batch_size)
     source = load_source(config.dataset, split, seed=config.seed)
     nets = roles.build_networks(config, source.class_names)
     check_source(nets.task, source, config.dataset.name)
-    path = resolve(checkpoint or workdir, describe(nets.product)["architecture"]).expanduser()
+    path = resolve(place, describe(nets.product)["architecture"]).expanduser()
     variables = classes.in_order(load_variables(path, nets.product), path, nets.outputs)
-    if not keep_crop and (known := classes.description(path)):
-        config = _with_crop(config, known["view"]["crop"], path)
     batches, title = next(passes(source, config, nets)), f"{path}, {split}"
     with kernels.use(scan=config.scan_implementation or None):
         step, replicated = steps.make_eval_step(config, nets), parallel.replicate(variables)
-        return Measurement(*evaluate(nets.task, step, replicated, batches, title), nets)
+        scores, sums = evaluate(nets.task, step, replicated, batches, title)
+    if remark := nets.task.remark(scores):
+        log.warning("%s: %s", title, remark)
+    return Measurement(scores, sums, nets, config, source, variables)
 
 
-def _with_crop(config: ConfigDict, crop: float, path: Path) -> ConfigDict:
-    """The config with the crop that a checkpoint names."""
-    given = config.dataset.eval_crop
-    if given == crop:
-        return config
-    log.info("%s names a crop of %g, which is taken; the config has %g.", path, crop, given)
+def _as_trained(config: ConfigDict, view: dict[str, Any], given: Callable[[str], bool], place: str) -> ConfigDict:
+    """The config with the crop, the range of values and the low resolution that a checkpoint names."""
     config = config.copy_and_resolve_references()
-    config.dataset.eval_crop = crop
+    named = {"eval_crop": view["crop"], "value_range": tuple(view.get("value_range", ()))}
+    if low := view["low_resolution"]:
+        named["low_resolution"] = tuple(low) if isinstance(low, list) else low
+    for field, value in named.items():
+        if config.dataset[field] != value and not given(f"dataset.{field}"):
+            text = "%s was trained with %s %r, which is taken; the config has %r."
+            log.info(text, place, field, value, config.dataset[field])
+            with config.dataset.ignore_type():  # of a size, which may be a number or a pair
+                config.dataset[field] = value
     return config
 
 
@@ -92,13 +119,14 @@ def write_tables(measurement: Measurement, workdir: Path, split: str) -> None:
     names, task = nets.outputs, nets.task
     tables, confusion = task.tables(sums, names), task.confusion(sums, len(names))
     if confusion is not None:
-        titled = [(name, *row) for name, row in zip(names, confusion)]
-        tables = tables | {"confusion": [("true \\ predicted", *names), *titled]}
+        # Row by row: with thousands of classes there are millions of cells.
+        titled = ((name, *row.tolist()) for name, row in zip(names, confusion))
+        tables = tables | {"confusion": itertools.chain([("true \\ predicted", *names)], titled)}
     for name, rows in tables.items():
         path = workdir / f"{split}_{name}.csv"
         with extra(str(path)):
             workdir.mkdir(parents=True, exist_ok=True)
-            with path.open("w", newline="") as file:
+            with path.open("w", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerows(rows)
     if confusion is not None:
         path = workdir / f"{split}_confusion.png"
@@ -112,7 +140,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
     split, checkpoint = flags.FLAGS.split, flags.FLAGS.checkpoint
     with readable_errors():
         for stage, folder in workdirs.stages(config, workdir):
-            measurement = measure(stage, folder, split, checkpoint, is_given("dataset.eval_crop"))
+            measurement = measure(stage, folder, split, checkpoint, is_given)
             scores = measurement.scores
             text = "  ".join(f"{name} {value:.3f}" for name, value in scores.items() if name != "count")
             print(f"{stage.stage}  {split}  {text}  images {scores['count']:.0f}", flush=True)

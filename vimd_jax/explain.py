@@ -4,10 +4,11 @@ The image is divided into a grid of cells. The evidence of a cell is what the an
 
     e(cell) = log p(c | x) - log p(c | x with the cell in the image's mean colour),    c = the class to explain
 
-(Zeiler and Fergus, "Visualizing and Understanding Convolutional Networks", ECCV 2014, section 4.2; the logarithm is that
-of Robnik-Sikonja and Kononenko, "Explaining Classifications for Individual Instances", 2008). It asks nothing of the
-network but its probabilities, so it serves every family and the student alike, whose super-resolution network passes no
-gradient on; and it is measured by removal, not derived from a linear approximation. It takes rows * columns + 1 passes.
+(Zeiler and Fergus, "Visualizing and Understanding Convolutional Networks", ECCV 2014, section 4.2; the logarithm as in
+Robnik-Sikonja and Kononenko, "Explaining Classifications for Individual Instances", IEEE TKDE 2008). It needs only the
+probabilities of a network, so it serves every family, and the student, whose super-resolution network passes on no
+gradient; and it measures removal instead of deriving it from a linear approximation. An image takes rows * columns + 1
+passes through the network.
 """
 
 from collections.abc import Callable

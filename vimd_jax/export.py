@@ -101,7 +101,7 @@ def program_of(trained: TrainedModel, weights: str = "float32", scan: str = "seq
 
 
 def describe_program(trained: TrainedModel, weights: str = "float32") -> dict[str, Any]:
-    """What the file beside a program says of it, JSON values."""
+    """Describes a program for the JSON file that accompanies it."""
     shape = [str(side) if export.is_symbolic_dim(side) else side for side in _images(trained).shape]
     output = jax.eval_shape(program_of(trained), _images(trained)).shape
     view = {"low_resolution": trained.low_resolution, "image_size": trained.image_size, "crop": trained.crop}

@@ -13,6 +13,8 @@ def replace_file(path: Path, content: bytes) -> None:
     try:
         scratch.write_bytes(content)
         scratch.replace(path)
+    except OSError as error:  # that of a write names no file
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
     finally:
         scratch.unlink(missing_ok=True)
 

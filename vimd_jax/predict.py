@@ -2,8 +2,8 @@
 
 DIR is the workdir of a training run or a converted checkpoint; a PyTorch file works too, with --model. A student reads
 images of its own low resolution as they are, and others with --downsample; a classifier of high-resolution images takes
-every size (short side resized, centre cropped). A segmenter takes every size too; it writes label maps into --output
-and the shares of the classes to standard output.
+every size (short side resized, centre cropped). --explain FOLDER also draws where each answer comes from. A segmenter
+takes every size too; it writes label maps into --output and the shares of the classes to standard output.
 """
 
 import argparse
@@ -17,15 +17,19 @@ from pathlib import Path
 
 import numpy as np
 
+from vimd_jax import explain
 from vimd_jax.arguments import parse_option
 from vimd_jax.checkpoints.trained_model import TrainedModel
+from vimd_jax.data.classes import read_classes
 from vimd_jax.data.images import find_images, narrow_range
-from vimd_jax.data.label_maps import read_classes
 from vimd_jax.errors import DatasetError, printable
+from vimd_jax.files import read_regular
 from vimd_jax.load import load_model
-from vimd_jax.log import readable_errors, show_log
+from vimd_jax.log import extra, readable_errors, show_log
 from vimd_jax.models.segmenter import Segmenter
 from vimd_jax.segment import write_label_maps
+
+_MOST_BYTES = 4 * 2**20  # of a file of class names
 
 
 def label(
@@ -47,6 +51,19 @@ def label(
             print(f"{done:,} of {len(paths):,} images", end="\r" if done < len(paths) else "\n", file=sys.stderr)
 
 
+def explained(
+    classifier: TrainedModel, labelled: Iterable[tuple[Path, np.ndarray]], folder: Path, downsample: bool
+) -> Iterator[tuple[Path, np.ndarray]]:
+    """Yields what `label` does, and draws for each image where its first label comes from: FOLDER/0001_<name>.png, …"""
+    for number, (path, probabilities) in enumerate(labelled, 1):
+        picture = folder / f"{number:04d}_{path.stem[:50]}.png"
+        with extra(str(picture)):
+            image = classifier.prepare(path, downsample)
+            values = explain.evidence(classifier.probabilities, image, int(np.argmax(probabilities)))
+            explain.draw(image, values).save(picture)
+        yield path, probabilities
+
+
 def named(classifier: TrainedModel, path: Path, probabilities: np.ndarray, top: int) -> dict:
     """The most probable labels of an image: {"file", "labels": [{"class", "probability"}]}."""
     best = np.argsort(-probabilities)[:top]
@@ -55,7 +72,9 @@ def named(classifier: TrainedModel, path: Path, probabilities: np.ndarray, top: 
 
 
 def write(images: Iterable[dict], form: str, measure: str = "probability") -> int:
-    """Writes what `named` gives, or `write_label_maps` with the measure "share", to standard output, each image as it comes, and returns their number.
+    """Writes images as they come to standard output, and returns their number.
+
+    They are those of `named`, or with the measure "share" those of `write_label_maps`.
 
     Names are escaped where they could act on a terminal or are not UTF-8; in JSON they can be read back exactly.
     """
@@ -80,6 +99,14 @@ def write(images: Iterable[dict], form: str, measure: str = "probability") -> in
             for label in image["labels"]:
                 print(f"  {100 * label[measure]:6.2f} %  {printable(label['class'], None)}", flush=True)
     return count
+
+
+def class_names(path: Path) -> list[str]:
+    """The class names in a text file, one a line."""
+    try:
+        return read_regular(path.expanduser(), _MOST_BYTES).decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"--classes {path}: not a text file in UTF-8") from None
 
 
 def _share(text: str) -> float:
@@ -118,6 +145,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--top", type=_positive, default=5, help="labels for each image (default 5)")
     parser.add_argument("--format", choices=["table", "json", "csv"], default="table", help="of standard output")
     parser.add_argument("--downsample", action="store_true", help="resize images of other sizes than a student reads")
+    parser.add_argument(
+        "--explain", type=Path, metavar="FOLDER", help="draw there which parts of each image its first label comes from"
+    )
     parser.add_argument("--batch_size", type=_positive, default=32, help="images at a time (default 32)")
     return parser.parse_args()
 
@@ -130,7 +160,7 @@ def main() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal lacks
     with readable_errors():
         paths = find_images(arguments.images)
-        names = arguments.classes.read_text().splitlines() if arguments.classes else None
+        names = class_names(arguments.classes) if arguments.classes else None
         classifier = load_model(
             arguments.checkpoint, arguments.model, options=dict(arguments.option), class_names=names
         )
@@ -139,6 +169,8 @@ def main() -> None:
                 f"{arguments.checkpoint} holds a network without classes, which labels nothing: name a classifier."
             )
         if isinstance(classifier.model, Segmenter):
+            if arguments.explain:
+                raise ValueError(f"--explain: {arguments.checkpoint} holds a segmenter, but only labels are explained")
             if not arguments.output:
                 raise ValueError(
                     f"{arguments.checkpoint} holds a segmenter: name a folder for label maps (--output DIR)"
@@ -156,12 +188,15 @@ def main() -> None:
 
 
 def labels_of(classifier: TrainedModel, paths: list[Path], arguments: argparse.Namespace) -> Iterator[dict]:
-    """What `named` gives of every image."""
+    """The labels of every image, see `named`; with --explain, what they rest on is drawn too."""
     if arguments.crop:
         classifier = dataclasses.replace(classifier, crop=arguments.crop)
     if not classifier.value_range and (text := narrow_range(paths[:: max(1, len(paths) // 8)])):
         print(f"warning: {text}", file=sys.stderr)
     labelled = label(classifier, paths, arguments.batch_size, arguments.downsample)
+    if arguments.explain:
+        arguments.explain.mkdir(parents=True, exist_ok=True)
+        labelled = explained(classifier, labelled, arguments.explain, arguments.downsample)
     return (named(classifier, *image, arguments.top) for image in labelled)
 
 

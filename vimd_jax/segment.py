@@ -10,9 +10,8 @@ import numpy as np
 from PIL import Image
 
 from vimd_jax.checkpoints.trained_model import TrainedModel
-from vimd_jax.data.geometry import BILINEAR, fitted_size
+from vimd_jax.data.geometry import BILINEAR, fitted_size, rounded_sizes
 from vimd_jax.data.images import read_image
-from vimd_jax.data.whole_images import rounded_sizes
 from vimd_jax.drawing import blended, palette, with_palette
 from vimd_jax.errors import DatasetError, printable
 from vimd_jax.models.resize import resize_bilinear

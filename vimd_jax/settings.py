@@ -24,7 +24,13 @@ ABOVE_0 = Rule("above 0", lambda x: x > 0)
 BELOW_1 = Rule("at least 0 and below 1", lambda x: 0 <= x < 1)
 SHARE_OR_0 = Rule("from 0 to 1", lambda x: 0 <= x <= 1)
 SHARE = Rule("above 0 and at most 1", lambda x: 0 < x <= 1)
+SIZE = Rule("a side or (height, width), each at least 1", lambda x: _is_size((x, x) if type(x) is int else x))
 SHARES = Rule("two shares above 0 and at most 1, the smaller first", lambda x: len(x) == 2 and 0 < x[0] <= x[1] <= 1)
+
+
+def _is_size(value: Any) -> bool:
+    is_pair = isinstance(value, tuple | list) and len(value) == 2
+    return is_pair and all(type(side) is int and side >= 1 for side in value)
 
 
 class Setting(NamedTuple):
@@ -35,9 +41,11 @@ class Setting(NamedTuple):
       rule: the values that it may have.
       meaning: its effect.
       changeable: whether it may differ between a run and its continuation, because it changes no number of the run.
+      kind: the type of its values, where that is not the default's; object is any value.
     """
 
     default: Any
     rule: Rule
     meaning: str
     changeable: bool = False
+    kind: type | None = None

@@ -7,6 +7,7 @@ The same command, given again, continues where the last one stopped. A workdir h
     checkpoints/     the latest training states        best/         the best network, for evaluate and predict
     curves.png       losses, scores, learning rate     panel.png     images with the network's predictions
     data.json        how many images of which names    networks.json where frozen networks came from, and checksums
+    report.html      the finished run on one page
 
 This file tells the story of a run. Its words are defined in vimd_jax/tasks/ (what is learned), vimd_jax/training/:
 workdirs, roles (the networks), steps, optimizer, parallel (devices), evaluation, metrics, plots; and in
@@ -26,6 +27,7 @@ from ml_collections import ConfigDict
 
 import kernels
 from kernels.choice import implementation_in_use
+from vimd_jax import report
 from vimd_jax.checkpoints import training_state
 from vimd_jax.checkpoints.format import checksum_of, read_description, save_model
 from vimd_jax.checkpoints.trained_model import TrainedModel
@@ -35,6 +37,7 @@ from vimd_jax.data.augment import check_augment
 from vimd_jax.data.pipeline import steps_per_epoch, train_batches
 from vimd_jax.data.sources import Source, Splits, check_readable, load_source
 from vimd_jax.errors import Stopped, TrainingError
+from vimd_jax.evaluate import Measurement
 from vimd_jax.load import load_model
 from vimd_jax.log import extra, readable_errors
 from vimd_jax.tasks.task import check_source
@@ -75,6 +78,7 @@ def check(config: ConfigDict, workdir: Path, made_before: set[Path] = frozenset(
         roles.check_sources_of_weights(config, nets, workdir, made_before)
         workdirs.check(workdir, config, data)
         if not workdirs.is_begun(workdir):
+            workdirs.check_continue_from(config, data.train.class_names if nets.outputs else ())
             for split, source in {config.selection: data.held_out, "test": data.test}.items():
                 check_readable(source, split, config.dataset.on_error)
     return data
@@ -107,7 +111,7 @@ def train(config: ConfigDict, workdir: Path, data: Splits | None = None, stop: S
 
 
 def _train(config: ConfigDict, workdir: Path, data: Splits, stop: StopRequest, until_end: contextlib.ExitStack) -> None:
-    # 1. The trained network, the frozen networks around it, the optimiser. Then the folder belongs to the run.
+    # 1. The trained network, the frozen networks around it, the optimiser.
     class_names = data.train.class_names
     nets = roles.build_networks(config, class_names)
     task = nets.task
@@ -118,8 +122,6 @@ def _train(config: ConfigDict, workdir: Path, data: Splits, stop: StopRequest, u
     schedule = create_schedule(scaled_schedule(config), epoch_steps)
     optimizer = create_optimizer(config.optimizer, variables["params"], schedule, nets.trained.decays)
     state = steps.create_state(config, variables, optimizer)
-    frozen_checksums = {role: checksum_of(weights) for role, weights in frozen.items()} if parallel.is_first() else {}
-    workdirs.claim(workdir, config, data)
     log.info(
         "Stage %s: %s parameters, %d images of %d classes, %.4g epochs of %d steps of %d images, learning rate %.3g, "
         "%d devices.",
@@ -128,14 +130,16 @@ def _train(config: ConfigDict, workdir: Path, data: Splits, stop: StopRequest, u
         jax.device_count(),
     )  # fmt: skip
 
-    # 2. The latest checkpoint, if there is one.
-    checkpoints, record = None, {}
+    # 2. The latest checkpoint, if there is one. Then the folder belongs to the run.
+    checkpoints, record, frozen_checksums = None, {}, {}
     if parallel.is_first():
+        frozen_checksums = {role: checksum_of(weights) for role, weights in frozen.items()}
         checkpoints = training_state.open_folder(workdir / "checkpoints")
         state, record = training_state.restore_state(checkpoints, state)
         workdirs.check_frozen(workdir, config, record.get("frozen", {}), frozen_checksums)
         if config.continue_from and not record:
             state = last_state(config, state, total_steps)
+        workdirs.claim(workdir, config, data)
     state, frozen = parallel.from_first((state, frozen))
     first_step = int(state.step)
     evaluated_step = parallel.any_process(record.get("evaluated_step", 0))
@@ -191,9 +195,7 @@ def _train(config: ConfigDict, workdir: Path, data: Splits, stop: StopRequest, u
             return
         variables = nets.product_variables(parallel.fetch(steps.trained_variables(config, state, False)), frozen)
         title = f"{config.selection}, without averaging"
-        trained, _ = evaluate(
-            task, eval_step, parallel.replicate(variables), next(held_out), title, stop.check
-        )  # fmt: skip
+        trained, _ = evaluate(task, eval_step, parallel.replicate(variables), next(held_out), title, stop.check)
         name = task.drawn[0]
         if trained[name] - scores[name] > 0.1 * abs(trained[name]):
             log.warning(
@@ -249,30 +251,30 @@ def _train(config: ConfigDict, workdir: Path, data: Splits, stop: StopRequest, u
         best_variables, best_step = best.variables, best.provenance["step"]
     best_variables, best_step = parallel.from_first(best_variables), parallel.any_process(best_step)
     title, replicated = f"test, network of step {best_step}", parallel.replicate(best_variables)
-    scores, _ = evaluate(task, eval_step, replicated, next(passes(data.test, config, nets)), title, stop.check)
+    scores, sums = evaluate(task, eval_step, replicated, next(passes(data.test, config, nets)), title, stop.check)
     writer.write(total_steps, "test", {**scores, "best_step": best_step})
     if remark := task.remark(scores):
         log.warning("%s: %s", title, remark)
     save_pictures(workdir, config, nets, best_variables, data.test)
-    log.info("Done. %s holds the best network, curves.png and panel.png.", workdir)
+    if parallel.is_first():
+        with extra(f"{workdir / 'report.html'}"):
+            found = Measurement(scores, sums, nets, config, data.test, best_variables)
+            report.save([report.Run(workdir.name, workdir, found)], workdir / "report.html")
+    log.info("Done. %s holds the best network, and report.html to look at.", workdir)
 
 
 def last_state(config: ConfigDict, state: steps.TrainState, total_steps: int) -> steps.TrainState:
     """The last state of the run that config.continue_from names.
 
     Raises:
-      ValueError: there is none, it does not fit, or this run would be no longer.
+      ValueError: it cannot be read or does not fit, or this run would be no longer.
     """
-    folder = Path(config.continue_from).expanduser() / "checkpoints"
-    if not folder.is_dir():
-        raise ValueError(f"config.continue_from: {folder} does not exist, so there is no run to continue from.")
+    workdir = Path(config.continue_from).expanduser()
     with steps.blaming("config.continue_from"):
-        found, record = training_state.restore_state(training_state.open_folder(folder), state)
-        if not record:
-            raise ValueError(f"{folder} holds no checkpoint.")
+        found, _ = training_state.restore_state(training_state.open_folder(workdir / "checkpoints"), state)
         if int(found.step) >= total_steps:
             raise ValueError(
-                f"{folder} is at step {int(found.step)}, and this run ends at {total_steps}: raise "
+                f"{workdir} is at step {int(found.step)}, and this run ends at {total_steps}: raise "
                 "config.schedule.num_epochs."
             )
     return found
@@ -353,7 +355,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
             parallel.join(given.coordinator_address, given.num_processes, given.process_id, given.wait_seconds)
         elif given.distributed:
             parallel.join_job(given.wait_seconds)
-        stop = StopRequest()
+        stop = StopRequest(at_once=True)
         stages = workdirs.stages(config, workdir)
         made_before, checked = set(), []
         for stage, folder in stages:

@@ -61,6 +61,18 @@ def test_arrays_files_and_folders(vim, files):
     assert_close(vim.predict(files / "a.png"), expected[:1])
 
 
+@pytest.mark.parametrize("image", [Image.new("RGB", (0, 0)), Image.new("RGB", (5, 0)), np.zeros((0, 4, 3), np.uint8)])
+def test_images_without_pixels_are_refused(vim, image):
+    with pytest.raises(ValueError, match=r"images\[0\]: an (image without pixels|array of shape)"):
+        vim.predict(image)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_a_batch_has_images(vim, files, batch_size):
+    with pytest.raises(ValueError, match=f"batch_size: {batch_size}, expected"):
+        vim.predict(files, batch_size=batch_size)
+
+
 def test_whatever_holds_an_image(vim, files):
     path = files / "c.png"
     expected, pixels = vim.predict(path), np.asarray(Image.open(path))

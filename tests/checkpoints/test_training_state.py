@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -115,6 +116,21 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
 with readable_errors():
     training_state.save_state(manager, 2, {"a": np.random.default_rng(0).normal(size=10**6)}, {})
 """
+
+
+def test_a_disk_that_is_too_full_is_not_written_to(folder, monkeypatch):
+    monkeypatch.setattr(training_state.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000, total=2000))
+    manager = training_state.open_folder(folder)
+    with pytest.raises(CheckpointError, match=r"16,388 bytes are needed and 1,000 are free. Make room .*from step 3"):
+        training_state.save_state(manager, 4, state(4), {})
+    assert manager.all_steps() == [2, 3]
+
+
+def test_a_file_system_that_does_not_count_is_written_to(folder, monkeypatch):
+    monkeypatch.setattr(training_state.shutil, "disk_usage", lambda _: SimpleNamespace(free=0, total=0))
+    manager = training_state.open_folder(folder)
+    training_state.save_state(manager, 4, state(4), {})
+    assert manager.latest_step() == 4
 
 
 def test_a_full_disk_is_one_line(tmp_path):

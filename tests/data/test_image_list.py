@@ -65,6 +65,7 @@ def test_a_list_for_each_split(dataset_config, images):
         (as_csv([*LINES, ("x.png", "owl", "dev")]), "image 4: the split is 'dev'; choose one of train, val"),
         (as_csv([*LINES, ("x.png", "crow", "test")]), "crow, of x.png, is not a class of a training image"),
         (as_csv([*LINES, ("x.png", "owl", "")]), "has these images: train, test, without a split; expected train and"),
+        (as_csv([("x.png", '"a\x1b"', "train"), *LINES]), "in these data a class is called 'a\\x1b'; rename it"),
         (as_csv(LINES[:2]), "has these images: train; expected train and test"),
         ("\xff", "l.csv: 'utf-8' codec can't decode"),
     ],

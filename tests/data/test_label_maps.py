@@ -11,10 +11,11 @@ from PIL import Image
 from tests import golden
 from tests.tiny import tiny_config
 from vimd_jax.configs import FOLDER
-from vimd_jax.data.label_maps import IGNORED, read_classes, read_map, value_table
+from vimd_jax.data.classes import IGNORED, read_classes
+from vimd_jax.data.geometry import rounded_sizes
+from vimd_jax.data.label_maps import read_map, value_table
 from vimd_jax.data.pipeline import eval_batches, train_batches
 from vimd_jax.data.sources import check_readable, load_source
-from vimd_jax.data.whole_images import rounded_sizes
 from vimd_jax.errors import DatasetError, UnreadableImage
 from vimd_jax.tasks.segmentation import SEGMENTATION
 

@@ -47,6 +47,16 @@ def test_shapes_and_types(dataset_config):
     assert all(type(value) is np.ndarray for value in batch.values())
 
 
+def test_images_that_are_not_square(dataset_config):
+    config = dataset_config()
+    with config.unlocked():
+        del config.high_resolution, config.low_resolution
+        config.high_resolution, config.low_resolution = (32, 16), (8, 4)
+    training = take(load_source(config, "train"), config, 1, batch_size=4)
+    for batch in training + list(eval_batches(load_source(config, "test"), config, batch_size=4)):
+        assert (batch["high"].shape, batch["low"].shape) == ((4, 32, 16, 3), (4, 8, 4, 3))
+
+
 @pytest.mark.parametrize("views", [("high",), ("low",), ("high", "low")])
 def test_only_the_views_that_are_asked_for(dataset_config, views):
     config = dataset_config()

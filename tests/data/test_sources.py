@@ -107,7 +107,10 @@ def test_other_names_of_the_validation_folder(dataset_config, image_folder, name
 def test_what_is_no_image_and_no_class(dataset_config, image_folder, caplog):
     """Service folders, directories, pipes: left out, and told apart from links, which are what they point to."""
     folder = image_folder({"train/a": 2, "test/a": 1, "elsewhere": 3})
-    for name in ("@eaDir", "lost+found", "__MACOSX", ".ipynb_checkpoints", ".thumbnails", "a/@eaDir", "a/x.jpg"):
+    for name in (
+        *("@eaDir", "lost+found", "__MACOSX", "#recycle", "$RECYCLE.BIN", "System Volume Information"),
+        *(".ipynb_checkpoints", ".thumbnails", "a/@eaDir", "a/x.jpg"),
+    ):
         (folder / "train" / name).mkdir()
         Image.new("RGB", (4, 4)).save(folder / "train" / name / "1.png")
     os.mkfifo(folder / "train/a/pipe.jpg")
@@ -139,6 +142,12 @@ def test_composed_and_decomposed_names_are_one_class(dataset_config, image_folde
     image_folder({f"train/{decomposed}": 1})
     with pytest.raises(DatasetError, match="two class folders called .*decomposed accents"):
         load_source(config, "test")
+
+
+def test_spaces_of_any_width_are_spaces(dataset_config, image_folder):
+    names = ("blue\u3000jay", "grey\u00a0crow")  # Japanese and no-break spaces
+    folder = image_folder({f"{split}/{name}": 1 for split in ("train", "test") for name in names})
+    assert load_source(dataset_config(name="folder", directory=str(folder)), "test").class_names == names
 
 
 def test_a_small_part_of_16_bits_is_said_once_and_the_range_can_be_named(dataset_config, image_folder, caplog):

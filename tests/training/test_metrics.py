@@ -1,5 +1,7 @@
 """The log of a run that is interrupted reads like the log of one that is not."""
 
+import os
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -56,6 +58,12 @@ def test_a_damaged_line_costs_that_line_alone(tmp_path, damage):
     path.write_bytes(b"\n".join([first, damage, last, b""]))
     reopen(tmp_path, 3, 0)
     assert split_and_step(tmp_path) == [("train", 1), ("train", 3)]
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(OSError, match="not a regular file"):
+        read_metrics(tmp_path)
 
 
 @pytest.mark.parametrize("when", ["start", "later"])

@@ -79,7 +79,7 @@ def test_without_a_job_there_is_nothing_to_find(tmp_path):
     process = start("teacher", tmp_path, "--distributed")
     said = process.communicate(timeout=100)[1]
     assert process.returncode == 1 and len(said.splitlines()) == 1
-    assert "--distributed: JAX found no job of SLURM, Open MPI or Kubernetes around this process" in said
+    assert "--distributed: JAX cannot tell from SLURM, Open MPI or Kubernetes whose job this is" in said
 
 
 def test_two_processes_train_as_one(tmp_path, together):

@@ -110,11 +110,19 @@ def test_a_run_without_a_checkpoint_owns_nothing(workdir, images):
     assert workdirs.read_config(workdir).seed == 3
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1", "null"])
+@pytest.mark.parametrize("content", ["", "{", "[1", "null", "[" * 100_000, '{"train": 3, "stage": [1]}'])
 @pytest.mark.parametrize("name", ["config.json", "data.json"])
 def test_a_damaged_file_is_named(workdir, images, name, content):
     (workdir / name).write_text(content)
     with pytest.raises(ValueError, match=f"{name} is damaged"):
+        workdirs.check(workdir, config_of(images), splits(config_of(images)))
+
+
+@pytest.mark.parametrize("fields", [{"batch_size": "x"}, {"schedule": 3}, {"seed": {"a": 1}}, {"stage": "none"}])
+def test_settings_of_other_types_are_damage(workdir, images, fields):
+    content = json.loads((workdir / "config.json").read_text())
+    (workdir / "config.json").write_text(json.dumps(content | fields))
+    with pytest.raises(ValueError, match="config.json is damaged"):
         workdirs.check(workdir, config_of(images), splits(config_of(images)))
 
 

@@ -87,6 +87,8 @@ class TrainedModel:
             raise ValueError(
                 "This network has no classes, as a super-resolution network or one without a head: load a classifier."
             )
+        if batch_size < 1:
+            raise ValueError(f"batch_size: {batch_size}, expected a whole number above 0")
         pictures = (self.prepare(image, downsample, f"images[{i}]") for i, image in enumerate(_each(images)))
         batches = iter(lambda: list(itertools.islice(pictures, batch_size)), [])
         results = [self.probabilities(np.stack(batch)) for batch in batches]
@@ -185,7 +187,7 @@ def _decoded(image: Picture, name: str, value_range: ValueRange) -> tuple[Image.
     if isinstance(image, Image.Image):
         return as_rgb(image, name, value_range), name
     if hasattr(image, "dtype"):
-        if image.ndim != 3 or image.shape[-1] != 3:
+        if image.ndim != 3 or image.shape[-1] != 3 or not image.size:
             raise ValueError(f"{name}: an array of shape {image.shape}, expected (height, width, 3)")
         return Image.fromarray(np.asarray(image)), name
     file = io.BytesIO(image if isinstance(image, bytes) else image.read())

@@ -8,10 +8,12 @@ next is written, in case the disk damages the latest. Of several processes only 
 """
 
 import contextlib
+import errno
 import json
 import logging
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -57,7 +59,8 @@ def save_state(manager: ocp.CheckpointManager, step: int, state: Any, record: di
     record |= {_CHECKSUM: checksum_of(leaves, record)}
     arrays = jax.tree.map(np.asarray, state)
     try:
-        with _without_logged_tracebacks():
+        _check_space(manager.directory, sum(leaf.nbytes for leaf in leaves.values()))
+        with _without_tracebacks():
             manager.save(
                 step,
                 args=ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(record)),
@@ -117,17 +120,36 @@ def _leaves(state: Any) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
 
 
+def _check_space(folder: Any, needed: int) -> None:
+    """Raises OSError if a file system is too full, before TensorStore finds out with half of the files written."""
+    space = shutil.disk_usage(folder)
+    if space.free < needed and space.total:  # some network file systems report zeros
+        raise OSError(errno.ENOSPC, f"No space left on device, {needed:,} bytes are needed and {space.free:,} are free")
+
+
 @contextlib.contextmanager
-def _without_logged_tracebacks() -> Iterator[None]:
-    """Keeps the threads of Orbax from logging what is raised anyway, unless details are asked for."""
+def _without_tracebacks() -> Iterator[None]:
+    """Keeps the threads of Orbax and TensorStore from showing what is raised anyway, unless details are asked for.
+
+    Those of TensorStore still do so after a failure, from which there is no way back then.
+    """
     logger = logging.getLogger("absl")
-    level = logger.level
-    if not logger.isEnabledFor(logging.DEBUG):
-        logger.setLevel(logging.CRITICAL)
+    if logger.isEnabledFor(logging.DEBUG):
+        yield
+        return
+    level, hook = logger.level, sys.excepthook
+    logger.setLevel(logging.CRITICAL)
+
+    def show(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        if str(error) != "Event loop is closed":
+            hook(kind, error, trace)
+
+    sys.excepthook = show
     try:
         yield
     finally:
         logger.setLevel(level)
+    sys.excepthook = hook
 
 
 def _cause(error: Exception) -> str:

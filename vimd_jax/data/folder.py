@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from vimd_jax.data.catalog import DATASETS, check_complete
 from vimd_jax.data.images import EXTENSIONS, ValueRange, list_folder
 from vimd_jax.data.source import SPLIT_NAMES, FileSource, Source, choose, composed
-from vimd_jax.errors import DatasetError
+from vimd_jax.errors import DatasetError, printable
 from vimd_jax.log import warn_once
 
 LAYOUT = "expected train/<class>/*.jpg and test/<class>/*.jpg, optionally val/<class>/*.jpg"
@@ -58,7 +58,7 @@ def _class_folders(folder: Path) -> dict[str, str]:
     found: dict[str, str] = {}
     for subfolder in list_folder(folder).folders:
         name = composed(subfolder)
-        if not subfolder.isprintable():
+        if subfolder != printable(subfolder, None):
             raise DatasetError(f"config.dataset.directory: {folder} has a class folder called {subfolder!r}; rename it")
         if name in found:
             raise DatasetError(

@@ -5,6 +5,7 @@ down-sampled high-resolution view.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -82,23 +83,23 @@ class View(NamedTuple):
 
 def draw_view(
     full_size: tuple[int, int],
-    side: int,
+    size: int | tuple[int, int],
     rng: np.random.Generator,
     *,
     crop_scale: tuple[float, float],
     flip: bool,
 ) -> View:
-    """A random crop, resized to side × side and, if `flip`, mirrored half of the time.
+    """A random crop, resized and, if `flip`, mirrored half of the time.
 
     Args:
         full_size: (width, height) of the image.
-        side: of the result in pixels.
+        size: side, or (height, width), of the result in pixels.
         rng: the only source of randomness.
         crop_scale: smallest and largest fraction of the image's area that the crop covers.
         flip: mirror left to right with probability 1/2.
     """
     box = random_crop_box(*full_size, rng, crop_scale)
-    return View(full_size, box, (side, side), mirrored=flip and bool(rng.random() < 0.5))
+    return View(full_size, box, pair(size)[::-1], mirrored=flip and bool(rng.random() < 0.5))
 
 
 def random_crop_box(
@@ -237,4 +238,15 @@ def low_resolution_view(image: Image.Image, size: int | tuple[int, int]) -> Imag
 
 def pair(size: int | tuple[int, int]) -> tuple[int, int]:
     """(height, width), from that or from a side."""
-    return (size, size) if isinstance(size, int) else size
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def rounded_sizes(sizes: Sequence[Size], most: int, multiple: int = 1) -> list[Size]:
+    """The sizes with sides rounded to multiples of `multiple`, doubled until there are at most so many sizes."""
+    rounded = list(sizes)
+    while multiple > 1 or len(set(rounded)) > most:
+        rounded = [tuple(max(1, round(side / multiple)) * multiple for side in size) for size in sizes]
+        if len(set(rounded)) <= most:
+            break
+        multiple *= 2
+    return rounded

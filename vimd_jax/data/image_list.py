@@ -95,6 +95,4 @@ def _item(row: object, split: str, place: str) -> Item:
                 f"config.dataset.directory: {place}: the split is {printable(named)!r}; choose one of "
                 f"{', '.join(SPLIT_NAMES)}"
             )
-    if not values["label"].isprintable():
-        raise DatasetError(f"config.dataset.directory: {place}: the label is {values['label']!r}; rename it")
     return Item(str(fields["file"]).strip(), values["label"], split)

@@ -16,7 +16,7 @@ EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif",
 if features.check("avif"):
     EXTENSIONS += (".avif",)
 # Folders that network drives, file systems and archive programs add; most others are hidden.
-SERVICE_FOLDERS = ("@eadir", "lost+found", "__macosx")
+SERVICE_FOLDERS = ("@eadir", "lost+found", "__macosx", "#recycle", "$recycle.bin", "system volume information")
 # JPEGs at least twice this size in both directions are decoded at 1/2, 1/4 or 1/8 scale: the networks see 224 pixels,
 # so a 100-megapixel photograph need not take 300 MB of memory.
 DRAFT_SIZE = 2048
@@ -33,7 +33,7 @@ Reduction = Callable[[int, int], int]
 
 
 class Listing(NamedTuple):
-    """What a folder holds, apart from hidden and service files; links are what they point to.
+    """The entries of a folder, apart from hidden and service files; a link counts as what it points to.
 
     Attributes:
         folders: their names, sorted.
@@ -46,10 +46,10 @@ class Listing(NamedTuple):
     others: list[str]
 
 
-def list_folder(folder: str | os.PathLike) -> Listing:
+def list_folder(folder: str | os.PathLike[str]) -> Listing:
     """Lists a folder, in the one way of training and prediction."""
     listing = Listing([], [], [])
-    with os.scandir(folder) as entries:
+    with os.scandir(os.fspath(folder)) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
             if entry.name.startswith(".") or entry.name.lower() in SERVICE_FOLDERS:
                 continue
@@ -166,6 +166,8 @@ def decode_image(
 
 def as_rgb(image: Image.Image, name: str, value_range: ValueRange = ()) -> Image.Image:
     """A copy of a Pillow image, as `read_image` would return it; error messages call it `name`."""
+    if 0 in image.size:
+        raise UnreadableImage(f"{name}: an image without pixels")
     try:
         return _to_rgb(ImageOps.exif_transpose(image), value_range)
     except Exception as error:  # see decode_image

@@ -20,13 +20,12 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
+from vimd_jax.data.classes import IGNORED, Classes, read_classes
 from vimd_jax.data.images import EXTENSIONS, MAX_PIXELS, Reduction, check_header, find_images, read_image
 from vimd_jax.data.source import SPLIT_NAMES, Record, Source, choose, composed
 from vimd_jax.errors import DatasetError, UnreadableImage, printable
 from vimd_jax.files import open_regular
 
-IGNORED = 255  # the value of pixels without a label, in the maps that sources yield
-MOST_CLASSES = 255
 LAYOUT = "expected images/train/*.jpg and annotations/train/*.png with the same names, likewise val and perhaps test"
 SPLIT_FOLDERS = SPLIT_NAMES | {"training": "train", "testing": "test"}
 
@@ -44,13 +43,6 @@ LAYOUTS = (
     Layout("images", "annotations"),
     Layout("leftImg8bit", "gtFine", "_leftImg8bit", "_gtFine_labelTrainIds"),
 )
-
-
-class Classes(NamedTuple):
-    """The classes of label maps: their names, and their colours (classes, 3) uint8, None where a file has none."""
-
-    names: tuple[str, ...]
-    colours: np.ndarray | None = None
 
 
 class LabelMapSource(Source):
@@ -227,27 +219,6 @@ def _classes(config: ConfigDict, root: Path) -> Classes:
             "num_classes and config.dataset.classes, a file of class names"
         )
     return Classes(tuple(f"class {i}" for i in range(config.num_classes)))
-
-
-def read_classes(path: Path) -> Classes:
-    """Class names from a text file, one a line, each followed by its colour where the file has them: "sky #4682b4".
-
-    Raises:
-        DatasetError: no class, too many, one twice, or colours for some of them only.
-    """
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DatasetError(f"{path}: cannot be read as text: {printable(error)}") from None
-    matches = [re.fullmatch(r"(.+?)(?:\s+#([0-9a-fA-F]{6}))?", line) for line in lines]
-    names, colours = tuple(match[1] for match in matches), [match[2] for match in matches if match[2]]
-    if not 0 < len(names) <= MOST_CLASSES:
-        raise DatasetError(f"{path}: {len(names)} classes; there must be from 1 to {MOST_CLASSES}")
-    if twice := [name for i, name in enumerate(names) if name in names[:i]]:
-        raise DatasetError(f"{path}: the class {printable(twice[0])!r} stands there twice")
-    if len(colours) not in (0, len(names)):
-        raise DatasetError(f"{path}: {len(colours)} of {len(names)} classes have a colour; give it to all or none")
-    return Classes(names, np.array([list(bytes.fromhex(x)) for x in colours], np.uint8) if colours else None)
 
 
 def value_table(num_classes: int, label_values: str, ignored_values: str) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What the official archives of each dataset hold, and which of it is whose training, validation and test image.
+"""The contents of each dataset's official archives, and the split and place of each of their images.
 
 The numbers of images and the official splits are those of the archives' own lists; `prepare` compares them.
 """

@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from vimd_jax.data.augment import augment
+from vimd_jax.data.classes import IGNORED
 from vimd_jax.data.geometry import (
     BICUBIC,
     BILINEAR,
@@ -35,7 +36,6 @@ from vimd_jax.data.geometry import (
     whole_view,
 )
 from vimd_jax.data.images import Reduction
-from vimd_jax.data.label_maps import IGNORED
 from vimd_jax.data.preparation import NetworkView, prepare_views
 from vimd_jax.data.rand_augment import MEAN
 from vimd_jax.data.source import Record, Source
@@ -79,8 +79,8 @@ def train_batches(
         process_count: number of processes that train together.
 
     Returns:
-        An iterator of dictionaries of numpy arrays, b = batch_size / process_count: "high" uint8 (b, H, H, 3), "low"
-        uint8 (b, h, h, 3), "target" (b, …), int32 (b,) "index" (in the source) and "skipped" (1 where an unreadable
+        An iterator of dictionaries of numpy arrays, b = batch_size / process_count: "high" uint8 (b, H, W, 3), "low"
+        uint8 (b, h, w, 3), "target" (b, …), int32 (b,) "index" (in the source) and "skipped" (1 where an unreadable
         image was replaced by the next readable one), and float32 (b,) "weight" (1). Its `close()` stops the worker
         processes.
 
@@ -229,7 +229,7 @@ def _eval_example(source: Source, config: ConfigDict, target: Target | None, per
 
 
 def network_view(config: ConfigDict) -> NetworkView:
-    """What networks read of an image in evaluation, from `config.dataset`."""
+    """The view of an image that networks read in evaluation, from `config.dataset`."""
     return NetworkView(pair(config.high_resolution), config.eval_crop, pair(config.low_resolution))
 
 
@@ -258,7 +258,7 @@ def scaled_views(high: Image.Image, config: ConfigDict, views: Sequence[str] = V
 
 def blank_example(config: ConfigDict, target: Target | None) -> Batch:
     """An example that does not count: black, weight 0, index -1, and the target of a record without one."""
-    record = Record(Image.new("RGB", (config.high_resolution, config.high_resolution)))
+    record = Record(Image.new("RGB", pair(config.high_resolution)[::-1]))
     view = central_view(record.image.size, config.high_resolution)
     return _example(prepare_views(record.image, network_view(config)), PADDING, _beside(target, record, view), weight=0)
 

@@ -41,7 +41,7 @@ def prepare(image: Image.Image, view: NetworkView) -> np.ndarray:
 
 
 def prepare_views(image: Image.Image, view: NetworkView) -> dict[str, np.ndarray]:
-    """What a network reads of an image, see `prepare`, as "low" if it restores images, and "high" without that."""
+    """The views of an image, see `prepare`: "high", and "low" too for a network that restores images."""
     high = central_view(image.size, view.size, view.crop).apply(image)
     if not view.low_resolution:
         return {"high": np.asarray(high)}

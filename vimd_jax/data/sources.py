@@ -9,7 +9,7 @@ from vimd_jax.data import folder, hugging_face, image_list, label_maps, syntheti
 from vimd_jax.data.catalog import DATASETS
 from vimd_jax.data.source import SPLITS, Record, Source, Splits, check_readable
 from vimd_jax.data.synthetic import SyntheticSource
-from vimd_jax.errors import DatasetError
+from vimd_jax.errors import DatasetError, printable
 
 __all__ = ["FORMATS", "SPLITS", "Record", "Source", "Splits", "SyntheticSource", "check_readable", "load_source"]
 
@@ -38,6 +38,8 @@ def load_source(config: ConfigDict, split: str, *, seed: int = 0) -> Source:
     if split not in SPLITS:
         raise DatasetError(f"split is {split!r}; choose one of {', '.join(SPLITS)}")
     source = _format(config)(config, split, seed)
+    if odd := [name for name in source.class_names if name != printable(name, None)]:
+        raise DatasetError(f"config.dataset.name: in these data a class is called {odd[0]!r}; rename it")
     if config.num_classes not in (0, len(source.class_names)):
         raise DatasetError(
             f"config.dataset.num_classes is {config.num_classes}, but the data have {len(source.class_names)} classes; "

@@ -15,6 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image, ImageDraw
 
+from vimd_jax.data.geometry import pair
 from vimd_jax.data.images import Reduction
 from vimd_jax.data.source import SPLITS, Record, Source
 from vimd_jax.errors import DatasetError
@@ -201,14 +202,14 @@ class SyntheticSource(Source):
         """Prepares the labels; nothing is drawn yet.
 
         Args:
-            config: `config.dataset`; reads high_resolution (the side of the images), synthetic_classes,
-                synthetic_train_size, synthetic_test_size and validation_fraction (of synthetic_train_size: the number
-                of validation images, which are additional to the training images).
+            config: `config.dataset`; reads high_resolution (whose longer side is that of the images),
+                synthetic_classes, synthetic_train_size, synthetic_test_size and validation_fraction (of
+                synthetic_train_size: the number of validation images, which are additional to the training images).
             split: "train", "validation" or "test".
         """
         size = config.synthetic_test_size if split == "test" else config.synthetic_train_size
         size = round(size * config.validation_fraction) if split == "validation" else size
-        self._split, self._side = split, config.high_resolution
+        self._split, self._side = split, max(pair(config.high_resolution))
         self._markings = class_markings(config.synthetic_classes)
         self._images: dict[int, np.ndarray] = {}
         self.class_names = tuple(map(str, self._markings))

@@ -6,17 +6,15 @@ images resized to that; scores are compared with the label maps at their own siz
 """
 
 import logging
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from vimd_jax.data.geometry import fitted_size
+from vimd_jax.data.geometry import Size, fitted_size, rounded_sizes
 from vimd_jax.data.source import Source
 from vimd_jax.errors import UnreadableImage
 
-Size = tuple[int, int]  # (width, height)
 PADDING = -1  # index of what fills up a batch
 
 log = logging.getLogger(__name__)
@@ -57,17 +55,6 @@ def slots(source: Source, config: ConfigDict, batch_size: int, multiple: int = 1
         indices = indices + [PADDING] * (-len(indices) % batch_size)
         planned += [Slot(i, size, canvas) for i in indices]
     return planned
-
-
-def rounded_sizes(sizes: Sequence[Size], most: int, multiple: int = 1) -> list[Size]:
-    """The sizes with sides rounded to multiples of `multiple`, doubled until there are at most so many sizes."""
-    rounded = list(sizes)
-    while multiple > 1 or len(set(rounded)) > most:
-        rounded = [tuple(max(1, round(side / multiple)) * multiple for side in size) for size in sizes]
-        if len(set(rounded)) <= most:
-            break
-        multiple *= 2
-    return rounded
 
 
 def _sizes(source: Source) -> list[Size]:

@@ -52,7 +52,7 @@ class Pyramid(nn.Module):
             window = tuple(
                 min(stride // self.stride, side) for side in x.shape[1:3]
             )  # one pixel is left of a short side
-            return nn.max_pool(x, window, window)
+            return _maxima(x, window)
         x = Deconvolution(self.dtype, name=f"deconv_{level}_0")(x)
         if self.stride // stride == 4:
             x = nn.gelu(BatchNorm(self.train, self.bn_axis_name, name=f"norm_{level}")(x), approximate=False)
@@ -74,3 +74,10 @@ class Deconvolution(nn.Module):
         bias = self.param("bias", uniform(bound), (channels,), jnp.float32)
         y = jnp.einsum("byxc,uvcd->byuxvd", x.astype(self.dtype), kernel.astype(self.dtype))
         return y.reshape(batch, 2 * rows, 2 * columns, channels).astype(jnp.float32) + bias
+
+
+def _maxima(x: jax.Array, window: tuple[int, int]) -> jax.Array:
+    """The maxima of windows side by side, by `reshape`: ONNX Runtime pools the last axes of an array only."""
+    (rows, columns), (height, width) = window, (side // size for side, size in zip(x.shape[1:3], window))
+    x = x[:, : height * rows, : width * columns]
+    return x.reshape(x.shape[0], height, rows, width, columns, x.shape[3]).max(axis=(2, 4))

@@ -112,7 +112,7 @@ def trunk_convolve(train: bool) -> Callable[[jax.Array, jax.Array], jax.Array]:
 
 
 def convolve_to_few(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`convolve` for few features, which ONNX Runtime would pad to 16: first each column of the filter, then their sum."""
+    """`convolve` for few features, which ONNX Runtime pads to 16: first each column of the filter, then the sum."""
     size, _, inputs, features = kernel.shape
     margin, width = size // 2, x.shape[2]
     columns = kernel.swapaxes(1, 2).reshape(size, 1, inputs, size * features)

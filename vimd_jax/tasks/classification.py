@@ -87,15 +87,8 @@ def _loss(options: ConfigDict, logits: jax.Array, labels: jax.Array, soft: jax.A
 
 def sums(logits: jax.Array, batch: Batch) -> dict[str, jax.Array]:
     """Cross-entropy, and how many images have their class first, and among the first five."""
-    label, weight = batch["target"], batch["weight"]
-    true_logit = jnp.take_along_axis(logits, label[:, None], axis=-1)
-    rank = jnp.sum(logits > true_logit, axis=-1)
-    return {
-        "count": jnp.sum(weight),
-        "loss": jnp.sum(weight * optax.softmax_cross_entropy_with_integer_labels(logits, label)),
-        "top1": jnp.sum(weight * (jnp.argmax(logits, -1) == label)),
-        "top5": jnp.sum(weight * (rank < 5)),
-    }
+    images, weight = per_image(logits, batch), batch["weight"]
+    return {"count": jnp.sum(weight)} | {name: jnp.sum(weight * images[name]) for name in ("loss", "top1", "top5")}
 
 
 def scores(total: dict[str, np.ndarray]) -> dict[str, float]:
@@ -106,8 +99,17 @@ def scores(total: dict[str, np.ndarray]) -> dict[str, float]:
 
 
 def per_image(logits: jax.Array, batch: Batch) -> dict[str, jax.Array]:
-    """The true and the predicted class."""
-    return {"true": batch["target"], "predicted": jnp.argmax(logits, -1).astype(jnp.int32)}
+    """The true and the predicted class, the probability of the latter, and the image's share of `sums`."""
+    label, predicted = batch["target"], jnp.argmax(logits, -1).astype(jnp.int32)
+    true_logit = jnp.take_along_axis(logits, label[:, None], axis=-1)
+    return {
+        "true": label,
+        "predicted": predicted,
+        "confidence": jnp.max(jax.nn.softmax(logits), axis=-1),
+        "loss": optax.softmax_cross_entropy_with_integer_labels(logits, label),
+        "top1": (predicted == label).astype(jnp.float32),
+        "top5": (jnp.sum(logits > true_logit, axis=-1) < 5).astype(jnp.float32),
+    }
 
 
 def confusion(sums: Sums, num_classes: int) -> np.ndarray:

@@ -18,14 +18,17 @@ def loss(output: Output, batch: Batch, config: ConfigDict) -> tuple[jax.Array, T
     return pixel, {"pixel": pixel}
 
 
-def sums(restored: jax.Array, batch: Batch) -> dict[str, jax.Array]:
-    """PSNR of the restored images, and of bicubic interpolation."""
+def per_image(restored: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+    """PSNR of the restored image, and of bicubic interpolation."""
     high = unit(batch["high"])
-    return {
-        "count": jnp.sum(batch["weight"]),
-        "psnr": jnp.sum(batch["weight"] * psnr(restored, high)),
-        "psnr_bicubic": jnp.sum(batch["weight"] * psnr(bicubic(unit(batch["low"]), high.shape[1]), high)),
-    }
+    enlarged = bicubic(unit(batch["low"]), high.shape[1:3])
+    return {"psnr": psnr(restored, high), "psnr_bicubic": psnr(enlarged, high)}
+
+
+def sums(restored: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+    """The sums of these."""
+    weight = batch["weight"]
+    return {"count": jnp.sum(weight)} | {k: jnp.sum(weight * x) for k, x in per_image(restored, batch).items()}
 
 
 def scores(total: dict[str, np.ndarray]) -> dict[str, float]:
@@ -63,5 +66,6 @@ RESTORATION = Task(
     view="low",
     truth=("high",),
     remark=remark,
+    per_image=per_image,
     panel=panel,
 )

@@ -11,8 +11,8 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from vimd_jax import losses
+from vimd_jax.data.classes import IGNORED
 from vimd_jax.data.geometry import NEAREST, View
-from vimd_jax.data.label_maps import IGNORED
 from vimd_jax.data.sources import Record
 from vimd_jax.drawing import blended, palette
 from vimd_jax.models import SEGMENTERS

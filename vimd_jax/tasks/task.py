@@ -44,7 +44,8 @@ class Sums(NamedTuple):
 
     Attributes:
       total: sums over the images, float64; "count" is how many there were.
-      images: for the arrays of `Task.per_image` their values of all images, in no particular order.
+      images: for the arrays of `Task.per_image`, and for "index", the image's number in the source, their values of all
+        images, in no particular order.
     """
 
     total: dict[str, np.ndarray]
@@ -85,7 +86,8 @@ class Task:
       mix: (key, batch, names of the views, number of outputs, config of the stage, name of the axis of devices) -> the
         batch to train on. None: as it is.
       answer: (network, its variables, images in [0, 1], config of the stage) -> the output that an evaluation scores.
-      per_image: (the network's output, batch) -> arrays (b,) that an evaluation keeps of every image.
+      per_image: (the network's output, batch) -> arrays (b,) that an evaluation keeps of every image; one that has the
+        name of a sum is the image's share of it, from which a report derives intervals.
       confusion: (Sums, number of outputs) -> how often each true class (rows) was predicted as each class, int64.
       tables: (Sums, names of the outputs) -> tables to write as CSV by name, the first row being the titles.
       panel: (the network's output, targets, names of the outputs, the images in high resolution, the source's colours)

@@ -1,7 +1,6 @@
 """The classes of a checkpoint and those of the data: compared by name, in whatever order they are."""
 
 import logging
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,8 +35,14 @@ def in_order(variables: Variables, path: Path, names: Sequence[str]) -> Variable
     if known is None:
         log.info("%s does not name its classes: they are taken to be those of the data, in the same order.", path)
         return variables
+    numbers = [str(i) for i in range(len(known))]
+    if sorted(names) == sorted(numbers):
+        log.info("%s: the data number their classes, which are taken for its classes in their order.", path)
+        known = numbers
     if sorted(known) != sorted(names):
         raise ValueError(f"{path} is for other classes than the data: {_difference(known, names)}.")
+    if known == names:
+        return variables
     log.info("%s: its classes have another order than the data's; they are matched by name.", path)
     index = {name: i for i, name in enumerate(known)}
     return _with_heads(variables, lambda _, leaf: np.take(leaf, [index[name] for name in names], axis=-1))
@@ -69,7 +74,7 @@ def _class_names(path: Path) -> list[str] | None:
     """The class names of a checkpoint; None for a PyTorch file, and where conversion has numbered them."""
     known = description(path)
     names = known["class_names"] if known else []
-    return None if all(re.fullmatch(r"class \d+", name) for name in names) else [composed(name) for name in names]
+    return None if names == [f"class {i}" for i in range(len(names))] else [composed(name) for name in names]
 
 
 def _difference(known: list[str], names: list[str]) -> str:

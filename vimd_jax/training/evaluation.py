@@ -95,8 +95,14 @@ def _output(network: nn.Module, variables: Any, images: jax.Array, return_featur
 
 
 def check_restorer(config: ConfigDict, networks: Networks, variables: Any, source: Source, most: int = 16) -> None:
-    """Warns if a frozen SR network restores images, up to `most` of a source, worse than bicubic interpolation."""
-    records = _spread(source, config, most)
+    """Warns if a frozen SR network restores images, up to `most` of a source, worse than bicubic interpolation.
+
+    Images that are of the low resolution already say nothing about that.
+    """
+    view = network_view(config.dataset)
+    records = [record for record in _spread(source, config, most) if not view.is_ready(record.image)]
+    if not records:
+        return
     views = [_panel_view(config.dataset, record, source.maps) for record in records]
     seen = [_seen(config.dataset, record, view, source.maps) for record, view in zip(records, views)]
     batch = {view: np.stack([images[view] for images in seen]) for view in ("low", "high")}
@@ -106,13 +112,24 @@ def check_restorer(config: ConfigDict, networks: Networks, variables: Any, sourc
         log.warning("config.%s.init: %s", networks.stage.restorer, remark)
 
 
-def save_panel(
-    config: ConfigDict, networks: Networks, variables: Any, source: Source, path: Path, rows: int = 6
-) -> None:
-    """Draws images spread over a source: low, restored and high resolution, and the network's answers."""
+def save_panel(config: ConfigDict, networks: Networks, variables: Any, source: Source, path: Path) -> None:
+    """Draws the `panel` as a PNG."""
+    columns, captions = panel(config, networks, variables, source)
+    if captions:
+        plots.save_panel(columns, captions, path)
+
+
+def panel(
+    config: ConfigDict, networks: Networks, variables: Any, source: Source, rows: int = 6
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Images spread over a source: low, restored and high resolution, and the network's answers.
+
+    Returns:
+      Columns, title -> images (n, height, width, 3), float in [0, 1] or uint8; and n captions. n is up to `rows`.
+    """
     records = _spread(source, config, rows)
     if not records:
-        return
+        return {}, []
     task = networks.task
     views = [_panel_view(config.dataset, record, source.maps) for record in records]
     seen = [_seen(config.dataset, record, view, source.maps) for record, view in zip(records, views)]
@@ -126,8 +143,7 @@ def save_panel(
         output, features = output
         columns["super-resolved"] = features["super_resolved"]
     drawn, captions = task.panel(np.asarray(output), targets, networks.outputs, high, source.colours)
-    columns = {title: np.asarray(x) for title, x in (columns | drawn).items() if x is not None}
-    plots.save_panel(columns, captions, path)
+    return {title: np.asarray(x) for title, x in (columns | drawn).items() if x is not None}, captions
 
 
 def _panel_view(config: ConfigDict, record: Record, maps: bool) -> View:

@@ -15,7 +15,7 @@ from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.summary import scalar
 
 from vimd_jax.errors import TrainingError
-from vimd_jax.files import replace_file
+from vimd_jax.files import open_regular, replace_file
 from vimd_jax.log import extra, warn_once
 from vimd_jax.training import parallel
 
@@ -121,7 +121,11 @@ class _Events:
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
     """The lines of workdir/metrics.jsonl; one that a kill cut short or that is damaged is left out."""
     path, lines = workdir / "metrics.jsonl", []
-    for number, text in enumerate(path.read_bytes().splitlines() if path.exists() else [], 1):
+    if not path.exists():
+        return lines
+    with open_regular(path) as file:
+        content = file.read()
+    for number, text in enumerate(content.splitlines(), 1):
         if (line := _line(text)) is not None:
             lines.append(line)
         else:

@@ -122,10 +122,10 @@ def join_job(wait_seconds: int) -> None:
     """
     try:
         _initialize(wait_seconds)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         raise ValueError(
-            f"--distributed: JAX found no job of SLURM, Open MPI or Kubernetes around this process ({error}); name the "
-            "processes with --coordinator_address, --num_processes and --process_id."
+            f"--distributed: JAX cannot tell from SLURM, Open MPI or Kubernetes whose job this is ({error}); "
+            "give --coordinator_address, --num_processes and --process_id."
         ) from error
 
 

@@ -17,7 +17,7 @@ from vimd_jax.checkpoints.adapt import MODES
 from vimd_jax.config import DERIVED, STAGES, Stage, given_options
 from vimd_jax.load import load_variables
 from vimd_jax.models import create_model, model_options
-from vimd_jax.models.network import input_images, join, variable_shapes
+from vimd_jax.models.network import input_images, join, square, variable_shapes
 from vimd_jax.models.srvm import SRVM, bicubic
 from vimd_jax.tasks.task import Task, unit
 from vimd_jax.training import classes, parallel
@@ -118,7 +118,9 @@ def _build(config: ConfigDict, role: str, class_names: Sequence[str], train: boo
     section = config[role]
     _check_section(role, section)
     outputs = STAGES[role].task.outputs(tuple(class_names))
-    derived = {"num_classes": len(outputs), "image_size": config.dataset.high_resolution} if outputs else {}
+    size = config.dataset.high_resolution
+    image_size = size if isinstance(size, int) else tuple(size)
+    derived = {"num_classes": len(outputs), "image_size": image_size} if outputs else {}
     if train and "bn_axis_name" in model_options(section.name):
         derived["bn_axis_name"] = AXIS
     try:
@@ -142,11 +144,13 @@ def _check_section(role: str, section: ConfigDict) -> None:
 
 def _check_resolutions(config: ConfigDict, role: str, restorer: nn.Module | None) -> None:
     high, low, name = config.dataset.high_resolution, config.dataset.low_resolution, config[role].name
-    scale = high // max(low, 1) if restorer is None else restorer.scale
-    if low < 1 or low * scale != high:
+    scale = square(high)[0] // square(low)[0] if restorer is None else restorer.scale
+    if tuple(scale * side for side in square(low)) != square(high):
+        sides = tuple(side // max(scale, 1) for side in square(high))
+        fitting = sides[0] if isinstance(high, int) else sides
         raise ValueError(
             f"config.dataset.low_resolution {low} x {scale} (config.{role}.name {name}) is not high_resolution {high}: "
-            f"set config.dataset.low_resolution to {high // scale}, or choose another config.{role}.name."
+            f"set config.dataset.low_resolution to {fitting}, or choose another config.{role}.name."
         )
 
 

@@ -228,13 +228,14 @@ def make_eval_step(
 ) -> Callable[[Any, Batch], tuple[dict[str, jax.Array], dict[str, jax.Array]]]:
     """Evaluates one batch over all devices: (variables, batch) -> its sums, and what is kept of every image.
 
-    Each image counts by its weight. The second result is replicated too: `Task.per_image` and "weight", (images,).
+    Each image counts by its weight. The second result is replicated too: `Task.per_image`, "index" and "weight",
+    (images,).
     """
     task, product = networks.task, networks.product
 
     def eval_step(variables, batch):
         output = task.answer(product, variables, unit(batch[networks.view]), config)
-        images = task.per_image(output, batch) | {"weight": batch["weight"]}
+        images = task.per_image(output, batch) | {name: batch[name] for name in ("index", "weight")}
         return jax.lax.psum(task.sums(output, batch), AXIS), jax.lax.all_gather(images, AXIS, tiled=True)
 
     return over_devices(eval_step)

@@ -5,7 +5,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from vimd_jax.config import STAGES, default_config, settings
 from vimd_jax.data.sources import Source, Splits
 from vimd_jax.errors import DatasetError
-from vimd_jax.files import replace_file
+from vimd_jax.files import read_regular, replace_file
 from vimd_jax.training import lock, parallel
 from weight_convert.hub import is_name
 
@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 HERE = "{workdir}"  # in the `init` of a network: the folder of the stage, so that one stage can name another's
 
 _LENGTH = "config.schedule.num_epochs"
+_MOST_BYTES = 2**28  # of a file in the folder
 
 
 def stages(config: ConfigDict, workdir: Path) -> list[tuple[ConfigDict, Path]]:
@@ -30,7 +31,7 @@ def stages(config: ConfigDict, workdir: Path) -> list[tuple[ConfigDict, Path]]:
     if "order" in config:
         return [pair for name in config.order for pair in stages(config.stages[name], workdir / name)]
     config = config.copy_and_resolve_references()
-    for role in STAGES[config.stage].roles:
+    for role in STAGES[config.stage]:
         init = config[role].init
         if init and not init.startswith(HERE) and not is_name(init):
             config[role].init = str(Path(init).expanduser().absolute())
@@ -80,7 +81,7 @@ def check(workdir: Path, config: ConfigDict, data: Splits) -> None:
                 f"{workdir} holds checkpoints, but its {name} is gone, so what they are of is not known: put it back, "
                 "or choose another --workdir."
             )
-    now, then = _flat(_as_json(config)), _flat(_as_json(read_config(workdir)))
+    now, then = flat(_as_json(config)), flat(_as_json(read_config(workdir)))
     keys = sorted(now.keys() | then.keys())
     fixed = [key for key in keys if not (key.endswith(".init") or _is_changeable(config.stage, key))]
     differences = [
@@ -94,7 +95,7 @@ def check(workdir: Path, config: ConfigDict, data: Splits) -> None:
     start = f"{STAGES[config.stage].trained}.init"
     if now[start] != then[start]:
         log.info("%s began with config.%s=%s, which is not read again.", workdir, start, then[start])
-    known, found = _read_json(workdir / "data.json"), fingerprint(data)
+    known, found = _read_data(workdir), fingerprint(data)
     for split in found:
         if known.get(split) != found[split]:
             change = _change(known.get(split, {}), found[split])
@@ -122,9 +123,22 @@ def check_frozen(workdir: Path, config: ConfigDict, known: dict[str, str], found
             )
 
 
+def check_continue_from(config: ConfigDict, names: Sequence[str]) -> None:
+    """Raises ValueError if config.continue_from names no run with a checkpoint, or one of other classes."""
+    if not config.continue_from:
+        return
+    workdir = Path(config.continue_from).expanduser()
+    if not is_begun(workdir):
+        raise ValueError(f"config.continue_from: {workdir} is no workdir with a checkpoint.")
+    known = [name for name in _read_data(workdir).get("train", {}) if name]
+    if names and known != list(names):
+        change = _change(dict.fromkeys(known, []), dict.fromkeys(names, []))
+        raise ValueError(f"config.continue_from: {workdir} was trained on other classes: {change}.")
+
+
 def identity(config: ConfigDict, data: Splits) -> str:
     """A short text that is the same for processes with the same settings and data."""
-    fixed = {k: v for k, v in _flat(_as_json(config)).items() if not _is_changeable(config.stage, k)}
+    fixed = {k: v for k, v in flat(_as_json(config)).items() if not _is_changeable(config.stage, k)}
     fixed = {k: v for k, v in fixed.items() if not k.endswith(".init")}
     text = json.dumps([fixed, fingerprint(data)], sort_keys=True)
     return f"settings and data {hashlib.sha256(text.encode()).hexdigest()[:8]}"
@@ -202,16 +216,29 @@ def read_config(workdir: Path) -> ConfigDict:
     if not path.exists():
         raise FileNotFoundError(f"{workdir} is not a workdir of vimd_jax.train: it holds no config.json.")
     stored = _read_json(path)
-    config = default_config(stored.get("stage"))
-    with config.unlocked():
-        config.update(stored)
+    try:
+        config = default_config(stored.get("stage"))
+        with config.unlocked():
+            config.update(stored)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:  # of ml_collections
+        raise ValueError(f"{path} is damaged ({error}): choose another --workdir.") from error
     return config
+
+
+def _read_data(workdir: Path) -> dict[str, dict[str, list[Any]]]:
+    """The `fingerprint` of the data when the run began; raises ValueError if data.json is damaged."""
+    path = workdir / "data.json"
+    content = _read_json(path)
+    for classes in content.values():
+        if not isinstance(classes, dict) or not all(isinstance(x, list) and len(x) == 2 for x in classes.values()):
+            raise ValueError(f"{path} is damaged (it does not count images): choose another --workdir.")
+    return content
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        content = json.loads(read_regular(path, _MOST_BYTES))
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged or gone ({error}): choose another --workdir.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} is damaged (it is no table of settings): choose another --workdir.")
@@ -222,8 +249,9 @@ def _as_json(config: ConfigDict) -> dict[str, Any]:
     return json.loads(config.to_json())
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one level, under dotted names."""
+    fields: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+        fields |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return fields
