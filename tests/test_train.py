@@ -33,6 +33,7 @@ from vimd_jax.command import StopRequest
 from vimd_jax.data.geometry import central_view
 from vimd_jax.data.images import find_images
 from vimd_jax.data.sources import load_source
+from vimd_jax.data.synthetic import class_markings
 from vimd_jax.errors import DatasetError, Stopped, TrainingError, UnreadableImage
 from vimd_jax.load import load_model
 from vimd_jax.models import create_model
@@ -331,7 +332,7 @@ def test_a_student_and_teacher_of_stages_with_batch_norms(tmp_path):
         config[role].update(dict.fromkeys(tiny.VIM) | maps | {"init": str(tmp_path / "teacher")})
     model = create_model(maps["name"], num_classes=4, image_size=32, dims=(8, 16), depths=(1, 1))
     teacher = golden_models.random_variables(model, np.zeros((1, 32, 32, 3), np.float32))
-    save_model(tmp_path / "teacher", TrainedModel(model, teacher, ("a", "b", "c", "d")))
+    save_model(tmp_path / "teacher", TrainedModel(model, teacher, tuple(map(str, class_markings(4)))))
 
     train.train(config, tmp_path / "student")
     metrics = read_metrics(tmp_path / "student")[0]["metrics"]
