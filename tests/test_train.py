@@ -726,7 +726,7 @@ def test_a_signal_before_there_is_anything_to_save_ends_at_once(number):
     code = (
         "import time, vimd_jax.command as c\n"
         "stop = c.StopRequest(at_once=True); c.show_log(); print('ready', flush=True)\n"
-        "import ctypes; ctypes.CDLL(None).sleep(50) or ctypes.CDLL(None).sleep(50)"
+        "import ctypes; [ctypes.CDLL(None).sleep(50) for _ in range(3)]"  # a signal ends one of them
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

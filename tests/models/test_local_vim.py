@@ -279,7 +279,7 @@ def test_layers_of_different_directions_are_one_program():
         ({"directions": (("h", "w0_flip"),)}, "directions: 'w0_flip' is not valid"),
         ({"directions": (("h",), ("v",))}, "directions: 2 for 3 layers"),
         ({"directions": (("h",),) * 4}, "directions: 4 for 3 layers"),
-        ({"directions": (("h",), ("v",), ("h", "v"))}, "directions: layers differ"),
+        ({"directions": (("h",), ("v",), ("h", "v"))}, "directions: expected at least one in each layer"),
         ({"directions": ((),)}, "directions: "),
         ({"directions": ()}, "directions: 0 for 3 layers"),
         ({"directions": "h"}, "directions: 'h' is not valid"),

@@ -180,7 +180,7 @@ def test_published_directions():
     [
         ({"directions": (("h", "x"),)}, "directions: 'x' is not valid"),
         ({"directions": (("h",), ("v",))}, "directions: 2 for 3 layers"),
-        ({"directions": (("h",), ("v",), ("h", "v"))}, "directions: layers differ"),
+        ({"directions": (("h",), ("v",), ("h", "v"))}, "directions: expected at least one in each layer"),
         ({"depths": (16,), "dims": 8, "directions": SEARCHED_TINY}, "directions: 15 for 16 layers"),
         ({"vertical_reverse": None}, "vertical_reverse: None is not valid"),
         ({"dims": 2}, "dims: "),
