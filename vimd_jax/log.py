@@ -51,4 +51,5 @@ def extra(name: str) -> Iterator[None]:
         yield
     except Exception as error:  # libraries that draw have no common type
         log.debug("The error came from:", exc_info=True)
-        log.warning("%s could not be written (%s); all else goes on.", name, " ".join(str(error).split()))
+        text = f"{name} could not be written ({' '.join(str(error).split())}); all else goes on."
+        log.warning("%s", printable(text, None))
