@@ -1,5 +1,7 @@
 """Distillation: each term is one row, with its weight and its need of a teacher."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -37,7 +39,7 @@ def test_a_new_term_is_one_row_and_its_setting(monkeypatch):
         monkeypatch.setitem(distillation.TERMS, name, term)
         monkeypatch.setitem(distillation.SETTINGS, f"loss.{term.weight}", Setting(0.0, at_least(0), "of the test"))
     task = distilled(CLASSIFICATION)
-    monkeypatch.setitem(STAGES, "student", STAGES["student"]._replace(task=task))
+    monkeypatch.setitem(STAGES, "student", dataclasses.replace(STAGES["student"], task=task))
     config = config_of(logits_weight=0.0, hidden_weight=0.0, bias_weight=2.0)
     assert not task.needs_teacher(config)
     config.loss.distance_weight = 3.0

@@ -30,7 +30,7 @@ def sums(output, batch):
     return {"count": batch["weight"].sum(), "closeness": jnp.sum(batch["weight"] * (1 - distance))}
 
 
-def panel(output, targets, names):
+def panel(output, targets, *_):
     captions = [f"{np.round(colour, 2)}, is {np.round(target, 2)}" for colour, target in zip(output, targets)]
     return {"predicted": np.clip(output, 0, 1)[:, None, None].repeat(4, 1).repeat(4, 2)}, captions
 
