@@ -161,14 +161,14 @@ def run_all(folders: Sequence[Path], jobs: int, after_each: Callable[[], None]) 
     running, failed = {}, []
     try:
         while True:
-            ready = [f for f in waiting if all(is_finished(f.parent / name) for name in RUNS[f.name].needs)]
-            for folder in ready[: jobs - len(running)]:
+            while len(running) < jobs and (folder := next(filter(_is_ready, waiting), None)):
                 waiting.remove(folder)
                 running[folder] = start(folder)
             if not running:
                 return failed + waiting
-            time.sleep(0.2)
-            for folder in [folder for folder, process in running.items() if process.poll() is not None]:
+            while not (ended := [folder for folder, process in running.items() if process.poll() is not None]):
+                time.sleep(0.5)
+            for folder in ended:
                 failed += [folder] if running.pop(folder).returncode or not is_finished(folder) else []
                 said = f"{'FAILED' if folder in failed else 'done'}, {len(waiting) + len(running)} left"
                 print(f"{time.strftime('%H:%M:%S')}  {folder}: {said}", flush=True)
@@ -177,6 +177,10 @@ def run_all(folders: Sequence[Path], jobs: int, after_each: Callable[[], None]) 
         for process in running.values():
             process.terminate()
             process.wait()
+
+
+def _is_ready(folder: Path) -> bool:
+    return all(is_finished(folder.parent / name) for name in RUNS[folder.name].needs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -333,7 +337,7 @@ def main() -> None:
     with readable_errors():
         chosen = settings(study, given)
         folders = [study / f"seed{s}" / name for s in range(chosen["seeds"]) for name in in_order(chosen["arms"])]
-        for folder in folders:
+        for folder in folders[: len(folders) // chosen["seeds"]]:
             get_config(str(folder))  # finds a wrong field before anything runs
         write(study, chosen["seeds"])
         if jobs and (failed := run_all(folders, jobs, lambda: write(study, chosen["seeds"]))):
