@@ -78,13 +78,9 @@ NOTHING = {"student.init": "", "loss.logits_weight": 0.0, "loss.hidden_weight": 
 BICUBIC = NOTHING | {"sr.name": "bicubic"}
 SR = NOTHING | {"sr.init": "sr-network"}
 START = {"student.init": "teacher"}
-LOGITS = {"teacher.init": "teacher", "loss.logits_weight": 1.0}
-ALL = {
-    "teacher.init": "teacher",
-    "loss.hidden_weight": 20.0,
-    "loss.hidden_layers": "all",
-    "loss.hidden_normalize": True,
-}
+TEACHER = {"teacher.init": "teacher"}
+LOGITS = TEACHER | {"loss.logits_weight": 1.0}
+ALL = TEACHER | {"loss.hidden_weight": 20.0, "loss.hidden_layers": "all", "loss.hidden_normalize": True}
 LAST = ALL | {"loss.hidden_layers": "last"}
 VIMD = SR | START | LOGITS | ALL
 RELEASED = SR | START | LAST | {"loss.hidden_weight": 5.0, "loss.hidden_normalize": False}
@@ -129,9 +125,8 @@ def get_config(folder: str) -> ConfigDict:
     changes |= {"schedule.num_epochs": arm.times * study["epochs"]} if arm.stage != "sr" else {}
     config.update_from_flattened_dict(changes)
     if path.name == GENERIC:  # for as many steps as on the task's own images
-        epoch = steps_per_epoch(
-            load_source(config.dataset, "train", seed=config.seed), config.dataset, config.batch_size
-        )
+        images = load_source(config.dataset, "train", seed=config.seed)
+        epoch = steps_per_epoch(images, config.dataset, config.batch_size)
         config.schedule.warmup_steps, config.schedule.num_steps = schedule_steps(config.schedule, epoch)
         config.dataset.update(name="folder", directory=study["generic"])
     return config
@@ -238,23 +233,25 @@ def smallest_visible(values: Sequence[float]) -> float:
 
 def tables(found: Sequence[Result]) -> str:
     """Scores and paired differences, as Markdown."""
-    scores, differ = ["arm", "", "steps", "seeds", "top-1", "95 % interval"], ["difference", "seeds", "points"]
-    scores, differ = [scores, ["---"] * 6], [[*differ, "95 % interval", "", "smallest visible"], ["---"] * 6]
+    arms = [["arm", "", "steps", "seeds", "top-1", "95 % interval"], ["---"] * 6]
     for arm in dict.fromkeys(x.arm for x in found):
-        steps, values = next(x.steps for x in found if x.arm == arm), [x.test for x in found if x.arm == arm]
-        low, high, _ = t_interval(values) if len(values) > 1 else (None, None, "")
-        span = "–" if low is None else f"{low:.1f} to {high:.1f}"
-        scores.append([arm, ARMS[arm].meaning, steps, len(values), f"{np.mean(values):.1f}", span])
+        own = [x for x in found if x.arm == arm]
+        values = [x.test for x in own]
+        span = "{:.1f} to {:.1f}".format(*t_interval(values)) if len(own) > 1 else "–"
+        arms.append([arm, ARMS[arm].meaning, str(own[0].steps), str(len(own)), f"{np.mean(values):.1f}", span])
+    pairs = [["difference", "seeds", "points", "95 % interval", "", "smallest visible"], ["---"] * 6]
     for title, values in differences(found).items():
-        row = [title, len(values), f"{np.mean(values):+.1f}"]
+        row = [title, str(len(values)), f"{np.mean(values):+.1f}", "–", "–", "–"]
         if len(values) > 1:
             low, high, _ = t_interval(values)
             verdict = "better" if low > 0 else "worse" if high < 0 else "no clear difference"
-            row += [f"{low:+.1f} to {high:+.1f}", verdict, f"{smallest_visible(values):.1f}"]
-        differ.append(row + ["–"] * (6 - len(row)))
-    title = f"Top-1 accuracy in % on {found[0].test_images} test images; best of the epochs on held-out images."
-    rows = [["| " + " | ".join(map(str, row)) + " |" for row in table] for table in (scores, differ)]
-    return "\n".join([title, "", *rows[0], "", *rows[1]]) + "\n"
+            row[3:] = [f"{low:+.1f} to {high:+.1f}", verdict, f"{smallest_visible(values):.1f}"]
+        pairs.append(row)
+    images = (
+        f"{found[0].test_images} test images; the epoch was chosen on about {found[0].held_out_images} held-out images"
+    )
+    lines = [["| " + " | ".join(row) + " |" for row in rows] for rows in (arms, pairs)]
+    return "\n".join([f"Top-1 accuracy in % on {images}.", "", *lines[0], "", *lines[1]]) + "\n"
 
 
 def draw(found: Sequence[Result], path: Path) -> None:

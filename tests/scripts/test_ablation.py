@@ -1,6 +1,5 @@
 """The study of what each part brings: it goes on where it was killed; its intervals; wrong settings are one line."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
