@@ -1,5 +1,6 @@
 """Miniatures of the datasets' official archives: the layout, names and lists of each, and a few tiny images."""
 
+import dataclasses
 import io
 import tarfile
 import zipfile
@@ -10,6 +11,8 @@ from typing import NamedTuple
 import numpy as np
 import scipy.io
 from PIL import Image
+
+from vimd_jax.data.layouts import LAYOUTS, Layout
 
 
 class Miniature(NamedTuple):
@@ -64,11 +67,51 @@ def tar(path: Path, files: Mapping[str, bytes], mode: str = "w") -> Path:
     return path
 
 
+def holed(path: Path, name: str, size: int) -> Path:
+    """A plain tar of one sparse file that is nothing but a hole, in the old format of GNU tar."""
+    member = tarfile.TarInfo(name)
+    member.type = tarfile.GNUTYPE_SPARSE
+    header = bytearray(member.tobuf(tarfile.GNU_FORMAT))
+    header[386:410] = b"%011o\0%011o\0" % (size, 0)  # a piece of data at the end, empty
+    header[483:495] = b"%011o\0" % size
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header[:512])
+    return loose(path, bytes(header) + bytes(1024))
+
+
 def zipped(path: Path, files: Mapping[str, bytes]) -> Path:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in files.items():
             archive.writestr(name, content)
     return path
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    """The files of an archive by path, or of a loose file its own."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            return {name: archive.read(name) for name in archive.namelist()}
+    if tarfile.is_tarfile(path):
+        with tarfile.open(path) as archive:
+            return {member.name: archive.extractfile(member).read() for member in archive}
+    return {path.name: path.read_bytes()}
+
+
+def rewrite(path: Path, files: Mapping[str, bytes]) -> Path:
+    """Writes an archive anew in its own form; of a loose file the only content, or nothing."""
+    if zipfile.is_zipfile(path):
+        return zipped(path, files)
+    if tarfile.is_tarfile(path):
+        return tar(path, files, "w:gz" if path.read_bytes()[:2] == b"\x1f\x8b" else "w")
+    return loose(path, b"".join(files.values()))
+
+
+def miniature(name: str, folder: Path) -> tuple[Layout, list[Path]]:
+    """The layout of a dataset with the numbers of its miniature, and the archives, written into a new folder."""
+    made = MINIATURES[name]
+    folder.mkdir()
+    layout = dataclasses.replace(LAYOUTS[name.split()[0]], sizes=made.sizes, num_classes=made.num_classes)
+    return layout, made.write(folder)
 
 
 def loose(path: Path, content: bytes) -> Path:
