@@ -96,7 +96,7 @@ def program_of(trained: TrainedModel, weights: str = "float32", scan: str = "seq
         with kernels.use(scan=scan):
             if not trained.class_names:
                 return model.apply(restored, images)
-            scores = model.segment(restored, images) if hasattr(model, "segment") else model.apply(restored, images)
+            scores = model.segment(restored, images) if model.dense else model.apply(restored, images)
             return jax.nn.softmax(scores)
 
     return program
