@@ -35,7 +35,7 @@ def get_config(model: str = "upernet_vim_tiny"):
 def sr():
     config = default_config("sr")
     config.batch_size = 4
-    config.eval_every_epochs = 5
+    config.eval_every_epochs = 4
     config.sr.update(SR)
     config.dataset.name = "label_maps"
     config.dataset.high_resolution = small_segmenter.CROP
@@ -43,7 +43,7 @@ def sr():
     config.optimizer.weight_decay = 0.0
     config.schedule.learning_rate = 2e-3
     config.schedule.warmup_epochs = 1
-    config.schedule.num_epochs = 10
+    config.schedule.num_epochs = 4
     return config
 
 
