@@ -55,7 +55,8 @@ def test_a_run_learns_and_writes_what_every_run_writes(workdir):
     assert {"mean_iou", "mean_accuracy", "pixel_accuracy", "loss"} <= set(scores)
     assert {"cross_entropy", "auxiliary"} <= set(lines[0]["metrics"])
     assert scores["count"] == 4 and (workdir / "panel.png").exists() and (workdir / "curves.png").exists()
-    assert "mean IoU" in (workdir / "report.html").read_text()
+    page = (workdir / "report.html").read_text()
+    assert "mean IoU" in page and "(bootstrap)" in page
     assert load_model(workdir).class_names == ("sky", "road")
 
 
