@@ -16,7 +16,7 @@ from vimd_jax.checkpoints.format import read_model
 from vimd_jax.checkpoints.trained_model import TrainedModel
 from vimd_jax.models import describe
 from vimd_jax.models.network import Network, part, variable_shapes
-from weight_convert.hub import architecture_of, resolve
+from weight_convert.hub import architecture_of, published, resolve
 from weight_convert.load import load_torch_model, torch_variables
 from weight_convert.mapping import fill, tensors_for
 from weight_convert.tables import recorded_options, tensors_by_part
@@ -35,6 +35,8 @@ def load_model(
 ) -> TrainedModel:
     """A network to use: from the workdir of a run, a converted or exported folder, or a PyTorch file.
 
+    One that is named `pretrained` sees images as published: its crop, and whether it normalises them.
+
     Args:
       path: the folder, or a `.pth` or `.safetensors` file, in which `~` is the home directory; or the name of a file
         elsewhere, see `weight_convert.hub`.
@@ -48,6 +50,8 @@ def load_model(
       ValueError: what is there cannot be read (`CheckpointError`), or does not fit what is asked for.
     """
     architecture = architecture or architecture_of(path)
+    entry = published(path, architecture)
+    options = (entry.options if entry else {}) | (options or {})
     path = resolve(path, architecture).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such workdir, converted checkpoint or PyTorch file")
@@ -60,7 +64,8 @@ def load_model(
     elif not architecture:
         raise ValueError(f"{path} does not say which network it holds: name its architecture (--model)")
     else:
-        trained = load_torch_model(path, architecture, options or {}, key)
+        trained = load_torch_model(path, architecture, options, key)
+        trained = dataclasses.replace(trained, crop=entry.crop) if entry else trained
     if class_names is None:
         return trained
     names, expected = tuple(class_names), len(trained.class_names)

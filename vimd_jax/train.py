@@ -32,7 +32,7 @@ from vimd_jax import report
 from vimd_jax.checkpoints import training_state
 from vimd_jax.checkpoints.format import checksum_of, read_description, save_model
 from vimd_jax.checkpoints.trained_model import TrainedModel
-from vimd_jax.command import StopRequest, run, show_log
+from vimd_jax.command import StopRequest, is_given, run, show_log
 from vimd_jax.config import check_settings
 from vimd_jax.data.augment import check_augment
 from vimd_jax.data.pipeline import steps_per_epoch, train_batches
@@ -357,7 +357,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
         elif given.distributed:
             parallel.join_job(given.wait_seconds)
         stop = StopRequest(at_once=True)
-        stages = workdirs.stages(config, workdir)
+        stages = workdirs.stages(config, workdir, is_given)
         made_before, checked = set(), []
         for stage, folder in stages:
             with workdirs.naming_the_stage(stage, len(stages)):
