@@ -40,6 +40,9 @@ def load_source(config: ConfigDict, split: str, *, seed: int = 0) -> Source:
     source = _format(config)(config, split, seed)
     if odd := [name for name in source.class_names if name != printable(name, None)]:
         raise DatasetError(f"config.dataset.name: in these data a class is called {odd[0]!r}; rename it")
+    if len(set(source.class_names)) < len(source.class_names):
+        twice = next(name for i, name in enumerate(source.class_names) if name in source.class_names[:i])
+        raise DatasetError(f"config.dataset.name: in these data two classes are called {twice!r}; rename one")
     if config.num_classes not in (0, len(source.class_names)):
         raise DatasetError(
             f"config.dataset.num_classes is {config.num_classes}, but the data have {len(source.class_names)} classes; "
