@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
-from vimd_jax.data import folder, hugging_face, image_list, label_maps, synthetic, tfds
+from vimd_jax.data import array_record, folder, hugging_face, image_list, label_maps, synthetic, tfds
 from vimd_jax.data.catalog import DATASETS
 from vimd_jax.data.source import SPLITS, Record, Source, Splits, check_readable
 from vimd_jax.data.synthetic import SyntheticSource
@@ -20,6 +20,7 @@ FORMATS: dict[str, Callable[[ConfigDict, str, int], Source]] = {
     "list": image_list.load,
     "label_maps": label_maps.load,
     "hugging_face": hugging_face.load,
+    "array_record": array_record.load,
 }
 
 
