@@ -16,7 +16,6 @@ from vimd_jax.checkpoints.format import read_model
 from vimd_jax.checkpoints.trained_model import TrainedModel
 from vimd_jax.models import describe
 from vimd_jax.models.network import Network, part, variable_shapes
-from vimd_jax.models.segmenter import Segmenter
 from weight_convert.hub import architecture_of, published, resolve
 from weight_convert.load import load_torch_model, torch_variables
 from weight_convert.mapping import fill, tensors_for
@@ -94,7 +93,7 @@ def load_variables(
       FileNotFoundError, ValueError: nothing is there, it cannot be read, or it holds another network.
     """
     path, origin = resolve(path, describe(model)["architecture"]).expanduser(), None
-    if adapt and isinstance(model, Segmenter) and (classifier := _classifier(path, model, key)):
+    if adapt and "backbone" in model.parts and (classifier := _classifier(path, model, key)):
         leaves, changes = segmenter_leaves(*classifier, model, position_mode, str(path))
         return _logged(path, leaves, changes)
     if path.is_file():
@@ -118,15 +117,15 @@ def _logged(path: Path, leaves: dict[str, Any], changes: list[Change]) -> dict[s
     return unflatten_dict(leaves, sep="/")
 
 
-def _classifier(path: Path, model: Segmenter, key: str | None) -> tuple[dict[str, Any], Network] | None:
+def _classifier(path: Path, model: Network, key: str | None) -> tuple[dict[str, Any], Network] | None:
     """The leaves and the network of a classifier of the class of a segmenter's backbone; None where it is a segmenter.
 
     What a PyTorch file does not record, it has in common with the backbone; class tokens stand in the middle.
     """
-    backbone = model.backbone
+    backbone = model.parts["backbone"]
     if not path.is_file():
         origin, variables = _network_like(backbone, trained := load_model(path))
-        if isinstance(trained.model, Segmenter):
+        if trained.model.dense:
             return None
         if type(origin) is not type(backbone):
             raise ValueError(f"{path} holds a {type(origin).__name__}, but the backbone is a {type(backbone).__name__}")

@@ -68,10 +68,10 @@ def check(config: ConfigDict, workdir: Path, made_before: set[Path] = frozenset(
     data = Splits(*(load_source(config.dataset, s, seed=config.seed) for s in ("train", config.selection, "test")))
     create_schedule(config.schedule, steps_per_epoch(data.train, config.dataset, config.batch_size))
     nets = roles.build_networks(config, data.train.class_names)
+    check_source(nets.task, data.train, config.dataset.name)
     steps.check_scan(config)
     with kernels.use(scan=config.scan_implementation or None):
         steps.check_objective(config, nets)
-    check_source(nets.task, data.train, config.dataset.name)
     if config.optimizer.freeze:
         frozen_mask(roles.zeros(nets.trained)["params"], config.optimizer.freeze)
     parallel.check_same_computation(f"{implementation_in_use()} and {workdirs.identity(config, data)}")
