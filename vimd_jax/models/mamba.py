@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from kernels import selective_scan
-from vimd_jax.models.layers import materialized, uniform, uniform_fan_in
+from vimd_jax.models.layers import materialized, portable, uniform, uniform_fan_in
 
 CONV_WIDTH = 4
 EXPAND = 2  # ratio of a mixer's channels to those of a token
@@ -163,8 +163,10 @@ def _silu_of_conv(x, kernel, bias, reverse):
     weights = materialized(jnp.concatenate([kernel[::-1, 0] if reverse else kernel[:, 0], bias[None]]))
     taps, bias = weights[:-1], weights[-1]  # the last tap is that of the current token
     # Broadcast in one step, so that the gradient of a tap is one sum over images and tokens: over tokens alone, XLA's
-    # sum of products is far slower (on a CPU, JAX 0.10).
-    y = sum(padded[:, k : k + length] * jnp.broadcast_arrays(taps[k], x)[0] for k in range(CONV_WIDTH)) + bias
+    # sum of products is far slower (on a CPU, JAX 0.10). A portable program has no gradient.
+    if not portable.value:
+        taps = jnp.broadcast_to(taps[:, None, None], (CONV_WIDTH, *x.shape))
+    y = sum(padded[:, k : k + length] * taps[k] for k in range(CONV_WIDTH)) + bias
     return jax.nn.silu(y).astype(x.dtype)
 
 
