@@ -91,7 +91,7 @@ def program_of(trained: TrainedModel, weights: str = "float32", scan: str = "seq
 
     def program(images: jax.Array) -> jax.Array:
         restored = jax.tree.map(lambda x: x(), variables)
-        with kernels.use(scan=scan):
+        with kernels.use(scan=scan, convolution="shifted"):
             if not trained.class_names:
                 return model.apply(restored, images)
             scores = model.segment(restored, images) if hasattr(model, "segment") else model.apply(restored, images)
