@@ -621,10 +621,12 @@ def test_evaluate_looks_at_images_as_the_checkpoint_says(trained, tmp_path, monk
 def test_a_checkpoint_names_what_its_images_look_like():
     config = tiny_config("student")
     view = {"low_resolution": [8, 16], "crop": 1.0, "value_range": [0, 4095]}
-    seen = evaluate._as_trained(config, view, lambda field: field == "dataset.eval_crop", "there").dataset
+    seen = evaluate._as_trained(config, view, {}, lambda field: field == "dataset.eval_crop", "there").dataset
     assert (seen.low_resolution, seen.value_range) == ((8, 16), (0, 4095))
     view = {"low_resolution": 0, "crop": 1.0}
-    assert evaluate._as_trained(config, view, lambda field: False, "there").dataset.low_resolution == 8
+    normalised = {"input_normalization": True}
+    seen = evaluate._as_trained(config, view, normalised, lambda field: False, "there")
+    assert seen.dataset.low_resolution == 8 and seen.student.input_normalization
 
 
 def test_classes_in_another_order_are_matched_by_name(trained, tmp_path, caplog):

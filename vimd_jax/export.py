@@ -15,6 +15,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -32,6 +33,7 @@ from vimd_jax.errors import printable
 from vimd_jax.files import replace_file
 from vimd_jax.models import describe
 from vimd_jax.models.layers import portable
+from vimd_jax.publish import publish
 from weight_convert.export import export_part
 
 FORMATS = {"pytorch": ".safetensors", "stablehlo": ".stablehlo", "onnx": ".onnx"}
@@ -189,26 +191,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--checkpoint", required=True, type=parse_path, help="workdir of a run, or converted checkpoint"
     )
     parser.add_argument("--format", choices=FORMATS, default="pytorch", help="default: pytorch")
-    parser.add_argument("--output", required=True, type=parse_path, help="file to write")
+    parser.add_argument("--output", type=parse_path, help="file to write")
     parser.add_argument("--part", help="of a network of several, this one alone, e.g. classifier (pytorch)")
     parser.add_argument("--weights", choices=WEIGHTS, help="of a program: how kernels are stored (default float32)")
+    parser.add_argument(
+        "--push_to_hub",
+        metavar="OWNER/NAME",
+        help="upload the checkpoint, a model card and what --output names to this repository of the Hugging Face Hub",
+    )
+    parser.add_argument("--private", action="store_true", help="a repository that is made is for its owner alone")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal lacks must not end an export
     flags = parser.parse_args(arguments)
     try:
-        if flags.format == "pytorch":
-            if flags.weights:
-                raise ValueError("--weights is for the formats stablehlo and onnx")
-            export_part(flags.checkpoint, flags.output, flags.part)
-        else:
-            _write_program(flags)
+        exported = _write(flags)
+        if flags.push_to_hub:
+            page = publish(flags.checkpoint, flags.push_to_hub, exported, flags.private)
+            print(f"uploaded to {page}: load_model('hf://{flags.push_to_hub}')")
     except (ValueError, OSError) as error:
         print(f"error: {printable(error, None)}", file=sys.stderr)
         return 1
     return 0
 
 
-def _write_program(flags: argparse.Namespace) -> None:
+def _write(flags: argparse.Namespace) -> list[Path]:
+    """Writes what the command line asks for; returns the files."""
+    if not flags.output:
+        if not flags.push_to_hub or flags.weights or flags.part or flags.format != "pytorch":
+            raise ValueError("name the file to write (--output FILE)")
+        return []
+    if flags.format != "pytorch":
+        return _write_program(flags)
+    if flags.weights:
+        raise ValueError("--weights is for the formats stablehlo and onnx")
+    export_part(flags.checkpoint, flags.output, flags.part)
+    return [flags.output]
+
+
+def _write_program(flags: argparse.Namespace) -> list[Path]:
     suffix, description = FORMATS[flags.format], flags.output.with_suffix(".json")
     if flags.part:
         raise ValueError("--part is for the format pytorch")
@@ -225,6 +245,7 @@ def _write_program(flags: argparse.Namespace) -> None:
     replace_file(flags.output, content)
     replace_file(description, text.encode())
     print(f"{len(content) / 1e6:.1f} MB written to {flags.output}, described in {description}")
+    return [flags.output, description]
 
 
 if __name__ == "__main__":

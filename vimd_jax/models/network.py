@@ -28,6 +28,8 @@ class Network(nn.Module):
       image_size: side, or (height, width), in pixels of the images that it is meant for; None if any size will do.
       grid: (rows, columns) of patches that its position table is made for; None if it has none.
       class_token: position of its class tokens among the patches; None if it has none.
+      scale: factor by which it enlarges images before, or instead of, reading them.
+      dense: whether it scores every pixel, by a method `segment`, rather than the image.
 
     Raises:
       ValueError: an option has a wrong type or value; the message starts with the option's name.
@@ -38,6 +40,8 @@ class Network(nn.Module):
     image_size = None
     grid = None
     class_token = None
+    scale = 1
+    dense = False
 
     def __post_init__(self):
         if hasattr(self, "dtype"):

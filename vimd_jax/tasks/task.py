@@ -129,9 +129,8 @@ def unit(images: jax.Array) -> jax.Array:
 
 def check_source(task: Task, source: Source, name: str) -> None:
     """Raises DatasetError unless the dataset of this name has label maps exactly where the task learns them."""
-    if task.target is not None and task.maps != source.maps:
-        has, learns = (("label maps", "classes of images"), ("classes of images", "label maps"))[task.maps]
-        raise DatasetError(
-            f"config.dataset.name={name} has {has}, but this stage learns {learns}; label maps are read with "
-            "config.dataset.name=label_maps"
-        )
+    if task.target is None or (task.maps == source.maps and task.outputs(source.class_names)):
+        return
+    has, learns = (("label maps", "classes of images"), ("classes of images", "label maps"))[task.maps]
+    remedy = "; label maps are read with config.dataset.name=label_maps" if task.maps else ""
+    raise DatasetError(f"config.dataset.name={name} has {has}, but this stage learns {learns}{remedy}")
