@@ -15,8 +15,8 @@ from jax.sharding import PartitionSpec as P
 from kernels import build, depthwise_convolution, use
 
 IMPLEMENTATIONS = [*(["native"] if build.compiler() else []), "shifted"]
-# Shape of x, of the filter, zeros before. Channels fill vectors of any machine or leave some over; a map is smaller than
-# the filter, one has more columns than fit a vector, and one is large enough for several threads.
+# Shape of x, of the filter, zeros before. Channels fill vectors of any machine or leave some over; one map is smaller
+# than the filter, and one is large enough for several threads.
 CASES = {
     "square": ((2, 5, 7, 37), (3, 3), (1, 1)),
     "causal": ((3, 1, 9, 16), (1, 4), (0, 3)),
@@ -110,9 +110,8 @@ def test_vmap_over_everything(implementation):
         return results(*arrays, before=before, silu=True, implementation=implementation)
 
     actual = jax.vmap(function)(*stacked)
-    for k in range(2):
-        alone = function(*(x[k] for x in stacked))
-        assert_close(jax.tree.map(lambda x: x[k], actual), jax.tree.map(np.float64, alone), 1e-5)
+    alone = [function(*(x[k] for x in stacked)) for k in range(2)]
+    assert_close(actual, jax.tree.map(lambda *x: np.float64(jnp.stack(x)), *alone), 1e-5)
 
 
 def test_a_filter_that_does_not_fit():
@@ -142,11 +141,8 @@ def check_split_arrays() -> None:
     arrays = problem(shape, size)
     for kind in (AxisType.Auto, AxisType.Explicit):
         mesh = jax.make_mesh((2,), ("part",), axis_types=(kind,))
-        for split in (
-            (P("part"), P(), P(), P("part")),
-            (P(None, None, None, "part"), P(None, None, "part"), P("part")),
-        ):
-            split = (*split, split[0])[:4]
+        images, channels = P("part"), P(None, None, None, "part")
+        for split in ((images, P(), P(), images), (channels, P(None, None, "part"), P("part"), channels)):
             placed = [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(arrays, split)]
             with jax.set_mesh(mesh), use(convolution="native"):
                 program = jax.jit(results, static_argnames=("before", "silu"))
@@ -161,7 +157,7 @@ def check_shard_map() -> None:
     """Every device has a part of the images; gradients of what all share are summed."""
     shape, size, before = CASES["threads"]
     arrays = problem(shape, size)
-    mesh = jax.make_mesh((2,), ("part",))
+    mesh = jax.make_mesh((2,), ("part",), axis_types=(AxisType.Auto,))
     parts = P("part"), P(), P(), P("part")
 
     def part(*arrays):
