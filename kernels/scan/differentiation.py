@@ -38,7 +38,7 @@ def differentiable(forward: Callable, backward: Callable, saved: str) -> Callabl
 
     def run(inputs: ScanInputs, options: ScanOptions, save: bool) -> tuple:
         results = LONG, STATES, saved if save else None
-        return _on_devices(forward, (_layout(inputs),), results, _group_size(inputs), (options, save))(inputs)
+        return on_devices(forward, (_layout(inputs),), results, _group_size(inputs), (options, save))(inputs)
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
     def scan_in_reverse_mode(inputs: ScanInputs, options: ScanOptions) -> tuple[jax.Array, jax.Array]:
@@ -51,7 +51,7 @@ def differentiable(forward: Callable, backward: Callable, saved: str) -> Callabl
     def gradients(options: ScanOptions, residuals, cotangents):
         layout, size = _layout(residuals[0]), _group_size(residuals[0])
         results = layout._replace(order=None)
-        call = _on_devices(backward, (layout, saved, LONG, STATES), results, size, (options,))
+        call = on_devices(backward, (layout, saved, LONG, STATES), results, size, (options,))
         return (call(*residuals, *cotangents),)
 
     scan_in_reverse_mode.defvjp(run_and_save, gradients)
@@ -82,7 +82,7 @@ def _group_size(inputs: ScanInputs) -> int | None:
     return inputs.channels // inputs.groups if inputs.groups > 1 else None
 
 
-def _on_devices(function: Callable, arguments: Any, results: Any, group_size: int | None, options: tuple) -> Callable:
+def on_devices(function: Callable, arguments: Any, results: Any, group_size: int | None, options: tuple) -> Callable:
     """Makes function(*arrays, *options) run split over devices wherever the arrays, of the given layouts, are split."""
     if jax.sharding.get_abstract_mesh().manual_axes:  # in `jax.shard_map` the arrays are parts already
         call = jax.custom_jvp(lambda *arrays: function(*arrays, *options))
