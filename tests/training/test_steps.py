@@ -106,6 +106,15 @@ def test_hidden_states_of_any_shapes_through_maps(student, teacher):
     assert hidden_map.NAME not in steps.trained_variables(config, after)["params"]
 
 
+def test_a_teacher_sees_what_its_student_reads_if_asked():
+    """Student and teacher have the same weights here, so they agree on the same images, and on no others."""
+    config = tiny_config("student", sr__name="bicubic", student__drop_path_rate=0.0, loss__teacher_view="low")
+    same = one_step(config)[2]
+    config.loss.teacher_view = "high"
+    other = one_step(config)[2]
+    assert max(same["hidden"], same["logits"]) < 1e-6 < 1e-4 < min(other["hidden"], other["logits"])
+
+
 def test_layers_meet_at_the_same_relative_depth():
     assert hidden_map._partners(4, 4) == [0, 1, 2, 3]
     assert hidden_map._partners(2, 24) == [11, 23]

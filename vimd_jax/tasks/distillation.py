@@ -8,7 +8,7 @@ import jax
 from ml_collections import ConfigDict
 
 from vimd_jax import losses
-from vimd_jax.settings import ABOVE_0, ANY, Setting, at_least
+from vimd_jax.settings import ABOVE_0, ANY, Setting, at_least, one_of
 from vimd_jax.tasks.task import Batch, Output, Task, Terms
 
 
@@ -44,6 +44,11 @@ SETTINGS = {
     "loss.hidden_weight": Setting(20.0, at_least(0), "beta of the paper; 0 switches the term off"),
     "loss.hidden_layers": Setting("all", ANY, 'layers that are distilled: "all", "last", or numbers as in "5,11,23"'),
     "loss.hidden_normalize": Setting(True, ANY, "scale each token to unit length first"),
+    "loss.teacher_view": Setting(
+        "high",
+        one_of("high", "low"),
+        'the images that the teacher reads: "high", the true ones; or, a control, "low", those that the student reads',
+    ),
     "loss.hidden_map": Setting(
         False,
         ANY,

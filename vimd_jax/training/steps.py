@@ -86,12 +86,12 @@ def _objective(config: ConfigDict, networks: Networks) -> Callable:
             )
         output = Output(*made) if task.reads_features else Output(made)
         if networks.teacher is not None:
-            high = unit(batch["high"])
-            teacher = networks.teacher.apply(frozen[networks.stage.teacher], high, return_features=True)
+            seen = unit(batch["high"]) if config.loss.teacher_view == "high" else images
+            teacher = networks.teacher.apply(frozen[networks.stage.teacher], seen, return_features=True)
             output = output._replace(teacher=Output(*teacher))
         with blaming("config.loss"):
             if networks.teacher is not None and config.loss.hidden_map:
-                output = hidden_map.apply(variables["params"], networks, output, high.shape[1:3])
+                output = hidden_map.apply(variables["params"], networks, output, seen.shape[1:3])
             loss, terms = task.loss(output, batch, config)
         return loss, (terms, updated.get("batch_stats", {}))
 
