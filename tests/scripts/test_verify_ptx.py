@@ -43,7 +43,7 @@ def test_what_is_found_makes_the_command_fail(monkeypatch, capsys):
         return {"y": 1e-3 if case.name == "large steps" else 1e-7}
 
     monkeypatch.setattr(verify_ptx, "run", run)
-    for words, status in ((["state", "8"], 1), (["large"], 1), (["state 1"], 0)):
+    for words, status in ((["state", "8"], 1), (["large"], 1), (["state", "1"], 0), (["float16"], 0)):
         monkeypatch.setattr("sys.argv", ["verify_ptx", *words, "--architectures", "90"])
         with pytest.raises(SystemExit) as ended:
             verify_ptx.main()
