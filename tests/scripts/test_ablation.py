@@ -109,6 +109,7 @@ def test_arms_differ_from_sr_in_their_part_alone(tmp_path):
         (["--arms", "sr-generic"], "error: --arms: sr-generic needs --generic"),
         (["--set", "optimiser.b1=0.8"], "error: --set: no stage of quickstart has a field optimiser.b1."),
         (["--epochs", "3"], "error: --epochs: "),
+        (["--seeds", "0"], "error: --seeds is 0"),
     ],
 )
 def test_what_is_wrong_is_one_line(tmp_path, monkeypatch, capsys, arguments, message):
@@ -117,6 +118,7 @@ def test_what_is_wrong_is_one_line(tmp_path, monkeypatch, capsys, arguments, mes
     given = ["--study", str(tmp_path), "--config", "quickstart", "--epochs", "2", *arguments]
     if "--epochs" in arguments:
         study(tmp_path)
+        (tmp_path / "seed0").mkdir()
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *given])
     with pytest.raises(SystemExit):
         ablation.main()
