@@ -46,7 +46,7 @@ from vimd_jax.log import extra, readable_errors  # noqa: E402
 from vimd_jax.train import is_finished  # noqa: E402
 from vimd_jax.training.metrics import read_metrics  # noqa: E402
 from vimd_jax.training.optimizer import schedule_steps  # noqa: E402
-from vimd_jax.training.workdirs import HERE, flat  # noqa: E402
+from vimd_jax.training.workdirs import flat  # noqa: E402
 
 POWER = 0.8  # chance of seeing the smallest visible difference
 
@@ -119,7 +119,7 @@ def get_config(folder: str) -> ConfigDict:
     if unknown := set(given).difference(*(flat(stage.to_dict()) for stage in stages.values())):
         raise ValueError(f"--set: no stage of {study['config']} has a field {min(unknown)}.")
     changes = {name: value for name, value in given.items() if name in flat(config.to_dict())} | arm.changes
-    changes |= {name: f"{HERE}/../{changes[name]}" for name in changes if name.endswith(".init") and changes[name]}
+    changes |= {name: str(path.parent / changes[name]) for name in changes if name.endswith(".init") and changes[name]}
     changes |= {"seed": int(path.parent.name.removeprefix("seed")), "selection": "validation"}
     changes |= {"dataset.directory": study["data"]} if study["data"] else {}
     changes |= {"schedule.num_epochs": arm.times * study["epochs"]} if arm.stage != "sr" else {}
