@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from vimd_jax.config import default_config
 
 ISOTROPIC = {"embed_dim": 64, "depth": 4, "patch_size": 8, "stride": 8}
+CROP = 96  # pixels
 HIERARCHICAL = {"dims": (24, 48, 96, 192), "depths": (1, 1, 2, 1)}
 WINDOWS = {"directions": (("h", "h_flip", "w2", "w2_flip"),)}  # of every layer
 OPTIONS = {
@@ -44,8 +45,8 @@ def small(config: ConfigDict, model: str, roles: Sequence[str] = ("segmenter",))
     config.dataset.name = "label_maps"
     config.dataset.classes = str(Path(__file__).with_name("camvid_classes.txt"))
     config.dataset.ignored_values = "11"
-    config.dataset.high_resolution = 96
-    config.dataset.low_resolution = 24
+    config.dataset.high_resolution = CROP
+    config.dataset.low_resolution = CROP // 4
     config.dataset.size_limits = (240, 180)
     config.optimizer.weight_decay = 0.01
     config.optimizer.clip_norm = 1.0

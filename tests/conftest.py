@@ -2,10 +2,12 @@
 
 import os
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hub_server import TOKEN, HubServer, point_at
 
 # Set before JAX is imported, and inherited by the workers of pytest-xdist and by the programs that tests start.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -30,3 +32,21 @@ def clear_caches() -> Iterator[None]:
     import jax
 
     jax.clear_caches()
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A server to which the client of the Hugging Face Hub is redirected, with an empty cache and a token."""
+    pytest.importorskip("huggingface_hub")
+    server = HubServer()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    point_at(monkeypatch, server.address)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True, raising=False)  # plain HTTP
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()

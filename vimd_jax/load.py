@@ -14,10 +14,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from vimd_jax.checkpoints.adapt import ADAPTABLE, Change, adapted_leaves, segmenter_leaves
 from vimd_jax.checkpoints.format import read_model
 from vimd_jax.checkpoints.trained_model import TrainedModel
+from vimd_jax.compilation_cache import keep_programs
 from vimd_jax.models import describe
 from vimd_jax.models.network import Network, part, variable_shapes
-from vimd_jax.models.segmenter import Segmenter
-from weight_convert.hub import architecture_of, resolve
+from weight_convert.hub import architecture_of, published, resolve
 from weight_convert.load import load_torch_model, torch_variables
 from weight_convert.mapping import fill, tensors_for
 from weight_convert.tables import recorded_options, tensors_by_part
@@ -36,6 +36,9 @@ def load_model(
 ) -> TrainedModel:
     """A network to use: from the workdir of a run, a converted or exported folder, or a PyTorch file.
 
+    One that is named `pretrained` sees images as published: its crop, and whether it normalises them. From here on, JAX
+    keeps what it compiles on disk, see `vimd_jax.compilation_cache`.
+
     Args:
       path: the folder, or a `.pth` or `.safetensors` file, in which `~` is the home directory; or the name of a file
         elsewhere, see `weight_convert.hub`.
@@ -48,7 +51,10 @@ def load_model(
       FileNotFoundError: nothing is there.
       ValueError: what is there cannot be read (`CheckpointError`), or does not fit what is asked for.
     """
+    keep_programs()
     architecture = architecture or architecture_of(path)
+    entry = published(path, architecture)
+    options = (entry.options if entry else {}) | (options or {})
     path = resolve(path, architecture).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such workdir, converted checkpoint or PyTorch file")
@@ -61,7 +67,8 @@ def load_model(
     elif not architecture:
         raise ValueError(f"{path} does not say which network it holds: name its architecture (--model)")
     else:
-        trained = load_torch_model(path, architecture, options or {}, key)
+        trained = load_torch_model(path, architecture, options, key)
+        trained = dataclasses.replace(trained, crop=entry.crop) if entry else trained
     if class_names is None:
         return trained
     names, expected = tuple(class_names), len(trained.class_names)
@@ -89,7 +96,7 @@ def load_variables(
       FileNotFoundError, ValueError: nothing is there, it cannot be read, or it holds another network.
     """
     path, origin = resolve(path, describe(model)["architecture"]).expanduser(), None
-    if adapt and isinstance(model, Segmenter) and (classifier := _classifier(path, model, key)):
+    if adapt and "backbone" in model.parts and (classifier := _classifier(path, model, key)):
         leaves, changes = segmenter_leaves(*classifier, model, position_mode, str(path))
         return _logged(path, leaves, changes)
     if path.is_file():
@@ -113,15 +120,15 @@ def _logged(path: Path, leaves: dict[str, Any], changes: list[Change]) -> dict[s
     return unflatten_dict(leaves, sep="/")
 
 
-def _classifier(path: Path, model: Segmenter, key: str | None) -> tuple[dict[str, Any], Network] | None:
+def _classifier(path: Path, model: Network, key: str | None) -> tuple[dict[str, Any], Network] | None:
     """The leaves and the network of a classifier of the class of a segmenter's backbone; None where it is a segmenter.
 
     What a PyTorch file does not record, it has in common with the backbone; class tokens stand in the middle.
     """
-    backbone = model.backbone
+    backbone = model.parts["backbone"]
     if not path.is_file():
         origin, variables = _network_like(backbone, trained := load_model(path))
-        if isinstance(trained.model, Segmenter):
+        if trained.model.dense:
             return None
         if type(origin) is not type(backbone):
             raise ValueError(f"{path} holds a {type(origin).__name__}, but the backbone is a {type(backbone).__name__}")

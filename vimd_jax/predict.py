@@ -26,7 +26,6 @@ from vimd_jax.errors import DatasetError, printable
 from vimd_jax.files import read_regular
 from vimd_jax.load import load_model
 from vimd_jax.log import extra, readable_errors, show_log
-from vimd_jax.models.segmenter import Segmenter
 from vimd_jax.segment import write_label_maps
 
 _MOST_BYTES = 4 * 2**20  # of a file of class names
@@ -173,7 +172,7 @@ def main() -> None:
             raise ValueError(
                 f"{arguments.checkpoint} holds a network without classes, which labels nothing: name a classifier."
             )
-        if isinstance(classifier.model, Segmenter):
+        if classifier.model.dense:
             if arguments.explain:
                 raise ValueError(f"--explain: {arguments.checkpoint} holds a segmenter, but only labels are explained")
             if not arguments.output:
@@ -184,7 +183,7 @@ def main() -> None:
             if arguments.classes:
                 names, colours = read_classes(arguments.classes)
                 classifier = dataclasses.replace(classifier, class_names=names)
-            images = write_label_maps(classifier, paths, arguments.output, colours)
+            images = write_label_maps(classifier, paths, arguments.output, colours, arguments.downsample)
             count = write(images, arguments.format, "share")
         else:
             count = write(labels_of(classifier, paths, arguments), arguments.format)

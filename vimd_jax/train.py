@@ -32,7 +32,7 @@ from vimd_jax import report
 from vimd_jax.checkpoints import training_state
 from vimd_jax.checkpoints.format import checksum_of, read_description, save_model
 from vimd_jax.checkpoints.trained_model import TrainedModel
-from vimd_jax.command import StopRequest, run, show_log
+from vimd_jax.command import StopRequest, is_given, run, show_log
 from vimd_jax.config import check_settings
 from vimd_jax.data.augment import check_augment
 from vimd_jax.data.pipeline import steps_per_epoch, train_batches
@@ -68,10 +68,10 @@ def check(config: ConfigDict, workdir: Path, made_before: set[Path] = frozenset(
     data = Splits(*(load_source(config.dataset, s, seed=config.seed) for s in ("train", config.selection, "test")))
     create_schedule(config.schedule, steps_per_epoch(data.train, config.dataset, config.batch_size))
     nets = roles.build_networks(config, data.train.class_names)
+    check_source(nets.task, data.train, config.dataset.name)
     steps.check_scan(config)
     with kernels.use(scan=config.scan_implementation or None):
         steps.check_objective(config, nets)
-    check_source(nets.task, data.train, config.dataset.name)
     if config.optimizer.freeze:
         frozen_mask(roles.zeros(nets.trained)["params"], config.optimizer.freeze)
     parallel.check_same_computation(f"{implementation_in_use()} and {workdirs.identity(config, data)}")
@@ -357,7 +357,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
         elif given.distributed:
             parallel.join_job(given.wait_seconds)
         stop = StopRequest(at_once=True)
-        stages = workdirs.stages(config, workdir)
+        stages = workdirs.stages(config, workdir, is_given)
         made_before, checked = set(), []
         for stage, folder in stages:
             with workdirs.naming_the_stage(stage, len(stages)):

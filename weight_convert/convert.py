@@ -9,6 +9,7 @@ Every tensor of the file must be used once and every variable of the model fille
 """
 
 import argparse
+import dataclasses
 import difflib
 import io
 import sys
@@ -24,8 +25,8 @@ from vimd_jax.checkpoints.format import save_model
 from vimd_jax.errors import printable
 from vimd_jax.models import create_model, describe, list_models
 from vimd_jax.models.network import Network, variable_shapes
-from weight_convert.hub import resolve
-from weight_convert.load import as_trained_model, assumptions, model_for, provenance_of
+from weight_convert.hub import published, resolve
+from weight_convert.load import as_trained_model, assumptions, model_for, provenance_of, recorded_class_names
 from weight_convert.mapping import Entry, fill, flat_state_dict, plan, step_counters, unwrapped
 from weight_convert.tables import name_in_table, tensors_by_part
 from weight_convert.torch_file import load_torch_checkpoint
@@ -89,10 +90,12 @@ def _convert(flags: argparse.Namespace) -> None:
     if flags.model not in list_models():
         close = difflib.get_close_matches(flags.model, list_models(), n=3) or ["one that --help lists"]
         raise ValueError(f"--model: there is no network {flags.model!r}, did you mean {' or '.join(close)}?")
+    entry = published(flags.checkpoint, flags.model)
     flags.checkpoint = resolve(flags.checkpoint, flags.model)
     flags.sr_checkpoint = flags.sr_checkpoint and resolve(flags.sr_checkpoint)
     given = {"image_size": flags.image_size, "num_classes": flags.num_classes}
-    options = dict(flags.option) | {name: value for name, value in given.items() if value is not None}
+    options = (entry.options if entry else {}) | dict(flags.option)
+    options |= {name: value for name, value in given.items() if value is not None}
     state_dict = _load(flags, create_model(flags.model, **options))
     model = model_for(state_dict, flags.model, options)
     entries = plan(model)
@@ -106,6 +109,7 @@ def _convert(flags: argparse.Namespace) -> None:
     )
     notes = [f"names are read without their prefix {printable(prefix)}" for prefix in prefixes]
     notes += [": ".join(change) for change in changes]
+    notes += [f"it sees images as published: crop {entry.crop:g}, {entry.options or 'not normalised'}"] if entry else []
     assumed = assumptions(model, options)
     if broken := [path for path, leaf in leaves.items() if not np.isfinite(leaf).all()]:
         notes.append(f"warning: {len(broken)} variables contain NaN or infinite values, the first is {broken[0]}")
@@ -128,7 +132,9 @@ def _convert(flags: argparse.Namespace) -> None:
         "parameters": parameters,
         "num_batches_tracked": counters,
     }
-    trained = as_trained_model(model, options, unflatten_dict(leaves, sep="/"), provenance)
+    recorded = recorded_class_names(flags.checkpoint)
+    trained = as_trained_model(model, options, unflatten_dict(leaves, sep="/"), provenance, recorded)
+    trained = dataclasses.replace(trained, crop=entry.crop) if entry else trained
     print(f"written to {flags.output}, checksum {save_model(flags.output, trained)}")
 
 

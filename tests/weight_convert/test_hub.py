@@ -1,95 +1,32 @@
 """Weights by name, from a server on this machine that speaks the Hub's protocol."""
 
-import hashlib
 import os
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from hub_server import COMMITS, point_at
 
 from vimd_jax.errors import CheckpointError
 from vimd_jax.models import MODELS
 from vimd_jax.models.published import FAMILIES, PUBLISHED, page
-from weight_convert.hub import architecture_of, is_name, resolve
+from weight_convert.hub import architecture_of, is_name, push, resolve
 
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of httpx, about the Hub's client
 constants = pytest.importorskip("huggingface_hub.constants")
 
 VIM = PUBLISHED["vim_tiny_stride8"].file
-COMMITS = {"main": "a" * 40, "v1": "b" * 40}
-FILES = {
-    f"hustvl/Vim-tiny-midclstok/{COMMITS['main']}/vim_t_midclstok_ft_78p3acc.pth": b"the newest",
-    f"hustvl/Vim-tiny-midclstok/{COMMITS['v1']}/vim_t_midclstok_ft_78p3acc.pth": b"the first",
-    f"someone/nested/{COMMITS['main']}/folder/model.safetensors": b"nested",
-}
-
-
-class Hub(BaseHTTPRequestHandler):
-    """Answers /owner/repository/resolve/revision/file as the Hugging Face Hub does."""
-
-    def do_HEAD(self):
-        self.answer(body=False)
-
-    def do_GET(self):
-        self.answer(body=True)
-
-    def answer(self, body):
-        self.server.requests.append(self.path)
-        refusal, commit, content = self.find()
-        self.send_response(refusal[0] if refusal else 200)
-        self.send_header("Content-Length", str(len(content)))
-        if refusal:
-            self.send_header("X-Error-Code", refusal[1])
-        else:
-            self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
-        if commit:
-            self.send_header("X-Repo-Commit", commit)
-        self.end_headers()
-        if body:
-            self.wfile.write(content)
-
-    def find(self):
-        """The status and error code, or None; the commit, if any; the content of the file."""
-        repository, _, rest = self.path.lstrip("/").partition("/resolve/")
-        revision, _, file = rest.partition("/")
-        commit = COMMITS.get(revision, revision)
-        content = FILES.get(f"{repository}/{commit}/{file}")
-        if repository == "someone/gated":
-            return (403, "GatedRepo"), None, b""
-        if not any(name.startswith(f"{repository}/") for name in FILES):
-            return (401, "RepoNotFound"), None, b""
-        if commit not in COMMITS.values():
-            return (404, "RevisionNotFound"), None, b""
-        if content is None:
-            return (404, "EntryNotFound"), commit, b""
-        return None, commit, content
-
-    def log_message(self, *_):
-        pass
 
 
 @pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """The server, to which the Hub's client and cache are redirected; `hub.requests` are the requested paths."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.requests = []
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    point_at(monkeypatch, f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-def point_at(monkeypatch, address):
-    monkeypatch.setattr(constants, "ENDPOINT", address)
-    template = address + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client tries again and again, longer each time
+def hub(hub):
+    """The server with a few files."""
+    hub.files |= {
+        f"hustvl/Vim-tiny-midclstok/{COMMITS['main']}/vim_t_midclstok_ft_78p3acc.pth": b"the newest",
+        f"hustvl/Vim-tiny-midclstok/{COMMITS['v1']}/vim_t_midclstok_ft_78p3acc.pth": b"the first",
+        f"someone/nested/{COMMITS['main']}/folder/model.safetensors": b"nested",
+    }
+    return hub
 
 
 def refused(name, message, **arguments):
@@ -145,6 +82,7 @@ def test_without_network(hub, monkeypatch):
         ("hf://someone/nested/model.pth", "someone/nested has no file 'model.pth'"),
         ("hf://someone/nested/model.pth@v1", "has no file 'model.pth' in revision 'v1'"),
         ("hf://someone/nested/../../../etc/passwd", "cannot be downloaded|has no file"),
+        ("hf://someone/nested", "no file 'network.json'; name one that it has: hf://someone/nested/FILE"),
     ],
 )
 def test_what_the_hub_does_not_have(hub, name, message):
@@ -169,9 +107,9 @@ def test_without_the_extra(monkeypatch):
     )
 
 
-@pytest.mark.parametrize("name", ["hf://", "hf://owner/file.pth", "hf://a/b/", "hf://a b/c/d", "hf://a/b@v1/c"])
+@pytest.mark.parametrize("name", ["hf://", "hf://file.pth", "hf://a/b/", "hf://a b/c/d", "hf://a/b/c@"])
 def test_malformed_name(name):
-    refused(name, "not of the form hf://owner/repository/file")
+    refused(name, "not of the form hf://owner/repository")
 
 
 def test_release_file_is_saved_by_hand(tmp_path, monkeypatch):
@@ -207,3 +145,48 @@ def test_the_published_table():
     assert page(VIM) == "https://huggingface.co/hustvl/Vim-tiny-midclstok"
     release = "https://github.com/hunto/LocalMamba/releases/tag/v1.0.0"
     assert page(PUBLISHED["local_vim_tiny"].file) == release
+
+
+def not_pushed(message, repository="someone/new"):
+    with pytest.raises(CheckpointError, match=message) as caught:
+        push(repository, {"a.txt": b"a"})
+    assert "\n" not in str(caught.value)
+
+
+def test_push_makes_a_repository(hub, tmp_path):
+    (tmp_path / "x.safetensors").write_bytes(b"large")
+    page = push("someone/new", {"README.md": b"small", "x.safetensors": tmp_path / "x.safetensors"}, private=True)
+    assert page == f"http://127.0.0.1:{hub.server_port}/someone/new"
+    assert hub.made == {"someone/new": True}
+    assert resolve("hf://someone/new/README.md").read_bytes() == b"small"
+    assert resolve("hf://someone/new/x.safetensors").read_bytes() == b"large"
+
+
+def test_push_replaces_the_network_that_was_there(hub):
+    push("someone/new", {"variables-1.safetensors": b"1", "notes.txt": b"notes"})
+    push("someone/new", {"variables-2.safetensors": b"2"})
+    names = {name.rpartition("/")[2] for name in hub.files if name.startswith("someone/new/")}
+    assert names == {"variables-2.safetensors", "notes.txt"}
+
+
+def test_push_needs_a_token(hub, monkeypatch):
+    not_pushed("the token may not write there", repository="someone/gated")
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    not_pushed("the token is not valid; run: hf auth login")
+    monkeypatch.delenv("HF_TOKEN")
+    not_pushed("uploading needs a token; run: hf auth login, or set HF_TOKEN")
+    assert not hub.made
+
+
+def test_push_without_network_or_with_a_wrong_name(hub, monkeypatch):
+    not_pushed("cannot be uploaded .*; check the name", repository="someone/new/file")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    not_pushed("nothing can be uploaded while HF_HUB_OFFLINE is set")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    point_at(monkeypatch, "http://127.0.0.1:9")
+    not_pushed("cannot be uploaded .*; check the name, or try again")
+
+
+def test_push_without_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    not_pushed(r"not installed; run: pip install 'vimd-jax\[hub\]'")

@@ -79,7 +79,7 @@ def read_model(path: Path) -> TrainedModel:
       FileNotFoundError: there is none.
       CheckpointError: it is damaged, or not what its description says.
     """
-    folder = path / "best" if (path / "best").is_dir() else path
+    folder = folder_of(path)
     content = read_description(folder)
     names, view = tuple(content["class_names"]), content["view"]
     try:
@@ -110,6 +110,11 @@ def read_model(path: Path) -> TrainedModel:
     low = tuple(low) if isinstance(low, list) else low
     value_range = tuple(view.get("value_range", ()))
     return TrainedModel(model, variables, names, low, view["crop"], content["provenance"], value_range)
+
+
+def folder_of(path: Path) -> Path:
+    """The folder of a network: the best/ of a workdir, or the folder itself."""
+    return path / "best" if (path / "best").is_dir() else path
 
 
 def _read_tensors(path: Path, expected: dict[str, tuple[tuple[int, ...], np.dtype]]) -> dict[str, np.ndarray]:

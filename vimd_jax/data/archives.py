@@ -40,6 +40,7 @@ class Archive:
 
     def __init__(self, path: Path):
         self.path, self.progress = path, 0.0
+        self._read = 0  # bytes of the files so far
 
     def read(self, wanted: Wanted) -> Iterator[tuple[str, bytes]]:
         """Yields the paths and contents of the regular files for which `wanted(path, size)` holds.
@@ -90,6 +91,9 @@ class Archive:
                     yield from self._tar_files(tar.extractfile(member), wanted, f"{path}/")
                 elif member.isreg() and wanted(path, member.size):
                     self._check_size(path, member.size)
+                    self._read += member.size  # which of a sparse file is more than the archive holds
+                    if self._read > self._max_bytes():
+                        raise self._refused_size()
                     yield path, tar.extractfile(member).read()
                 tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all
 

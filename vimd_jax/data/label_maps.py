@@ -13,6 +13,7 @@ import contextlib
 import os
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,13 +46,43 @@ LAYOUTS = (
 )
 
 
-class LabelMapSource(Source):
+class ImageSource(Source):
+    """The images of pairs of files, for a stage that learns from images alone."""
+
+    class_names = ()
+
+    def __init__(self, pairs: list[tuple[Path, Path]], root: Path):
+        """Keeps what it is given; nothing is read yet.
+
+        Args:
+            pairs: files of images and of their maps.
+            root: the folder that holds all of them.
+        """
+        self._pairs, self._root = pairs, root
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def read(self, i: int, reduction: Reduction | None = None) -> Record:
+        return Record(read_image(self.name(i), reduction))
+
+    def check(self, i: int) -> None:
+        check_header(self.name(i))
+
+    def name(self, i: int) -> str:
+        return os.fspath(self._pairs[i][0])
+
+    def key(self, i: int) -> str:
+        return composed(self._pairs[i][0].relative_to(self._root).as_posix())
+
+
+class LabelMapSource(ImageSource):
     """Image files with a label map each; `colours` (classes, 3) uint8, or None."""
 
     maps = True
 
     def __init__(self, pairs: list[tuple[Path, Path]], root: Path, classes: Classes, values: np.ndarray):
-        """Keeps what it is given; nothing is read yet.
+        """See `ImageSource`.
 
         Args:
             pairs: files of images and of their maps.
@@ -59,11 +90,9 @@ class LabelMapSource(Source):
             classes: of the maps.
             values: (256,) int, the class of each value of a map, `IGNORED`, or -1 for values that may not occur.
         """
-        self._pairs, self._root, self._values = pairs, root, values
+        super().__init__(pairs, root)
+        self._values = values
         self.class_names, self.colours = classes
-
-    def __len__(self) -> int:
-        return len(self._pairs)
 
     def read(self, i: int, reduction: Reduction | None = None) -> Record:
         image, path = read_image(self.name(i), reduction), self._pairs[i][1]
@@ -84,19 +113,13 @@ class LabelMapSource(Source):
         return Record(image, Image.fromarray(labels.astype(np.uint8)))
 
     def check(self, i: int) -> None:
-        check_header(self.name(i))
+        super().check(i)
         self.size(i)
 
     def size(self, i: int) -> tuple[int, int]:
         """(width, height) of image i, which are those of its label map."""
         with _opened_map(self._pairs[i][1]) as image:
             return image.size
-
-    def name(self, i: int) -> str:
-        return os.fspath(self._pairs[i][0])
-
-    def key(self, i: int) -> str:
-        return composed(self._pairs[i][0].relative_to(self._root).as_posix())
 
 
 def read_map(path: Path) -> Image.Image:
@@ -135,22 +158,17 @@ def _opened_map(path: Path) -> Iterator[Image.Image]:
 
 
 def load(config: ConfigDict, split: str, seed: int) -> Source:
-    """A split of a dataset of label maps.
+    """A split of a dataset of label maps; of a stage without settings of label maps, as "sr", its images alone.
 
     Args:
-        config: `config.dataset`; reads directory, classes, num_classes, label_values, ignored_values and
-            validation_fraction.
+        config: `config.dataset`; reads directory, validation_fraction and, of label maps, classes, num_classes,
+            label_values and ignored_values.
         split: "train", "validation" or "test".
         seed: selects the images that are held out, where there is no folder of validation images.
 
     Raises:
         DatasetError: the folders, the file of classes or the values are not as expected.
     """
-    if "label_values" not in config:
-        raise DatasetError(
-            "config.dataset.name=label_maps: this stage learns no label maps; they are for the stages segmenter "
-            "and segmenter_student"
-        )
     if not config.directory:
         raise DatasetError("config.dataset.directory is empty; name the folder of the images and label maps")
     root = Path(config.directory).expanduser()
@@ -159,10 +177,13 @@ def load(config: ConfigDict, split: str, seed: int) -> Source:
         raise DatasetError(f"config.dataset.directory: {root} has no folder images; {LAYOUT}")
     if not (root / layout.maps).is_dir():
         raise DatasetError(f"config.dataset.directory: {root} has no folder {layout.maps}; {LAYOUT}")
-    classes = _classes(config, root)
-    values = value_table(len(classes.names), config.label_values, config.ignored_values)
+    make = ImageSource
+    if "label_values" in config:
+        classes = _classes(config, root)
+        values = value_table(len(classes.names), config.label_values, config.ignored_values)
+        make = partial(LabelMapSource, classes=classes, values=values)
     found = {
-        split: LabelMapSource(_pairs(root, layout, name), root, classes, values)
+        split: make(_pairs(root, layout, name), root)
         for name, split in SPLIT_FOLDERS.items()
         if (root / layout.images / name).is_dir()
     }

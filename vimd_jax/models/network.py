@@ -16,6 +16,8 @@ import typeguard
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
+from vimd_jax.models.layers import portable
+
 # Options of how a network is computed. The others define the network, and are saved in a checkpoint.
 COMPUTATION = ("dtype", "remat", "bn_axis_name", "drop_path_rate")
 
@@ -28,6 +30,8 @@ class Network(nn.Module):
       image_size: side, or (height, width), in pixels of the images that it is meant for; None if any size will do.
       grid: (rows, columns) of patches that its position table is made for; None if it has none.
       class_token: position of its class tokens among the patches; None if it has none.
+      scale: factor by which it enlarges images before, or instead of, reading them.
+      dense: whether it scores every pixel, by a method `segment`, rather than the image.
 
     Raises:
       ValueError: an option has a wrong type or value; the message starts with the option's name.
@@ -38,6 +42,8 @@ class Network(nn.Module):
     image_size = None
     grid = None
     class_token = None
+    scale = 1
+    dense = False
 
     def __post_init__(self):
         if hasattr(self, "dtype"):
@@ -165,7 +171,8 @@ def input_images(model: Network) -> jax.ShapeDtypeStruct:
 
 def variable_shapes(model: Network) -> dict[str, jax.ShapeDtypeStruct]:
     """Path → shape and dtype of every leaf of `model.init`, computed without running the model."""
-    return flatten_dict(jax.eval_shape(model.init, jax.random.key(0), input_images(model)), sep="/")
+    with portable(True):  # the shortest to trace; the variables are the same
+        return flatten_dict(jax.eval_shape(lambda x: model.init(jax.random.key(0), x), input_images(model)), sep="/")
 
 
 def square(size: int | tuple[int, int]) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """Published results and weights of each network, and the image preprocessing that the weights expect."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Family(NamedTuple):
@@ -27,7 +27,8 @@ class Published(NamedTuple):
       operations: billions of operations, as the authors count them.
       file: the weights, `hf://owner/repository/file` or the address of a file; None if there are none.
       mebibytes: size of that file, where known.
-      crop: share of the short side in the evaluation crop; for classifiers the central 224 of 256 pixels.
+      crop: share of the short side in the evaluation crop; for classifiers the central 224 of 256 pixels. All were
+        evaluated on images resized bicubically, as this library resizes.
       input_normalization: whether it was trained on images normalised by ImageNet's mean and standard deviation.
       mean_iou: mean IoU of a segmenter on ADE20K's validation images, at a single scale, in %.
     """
@@ -41,6 +42,11 @@ class Published(NamedTuple):
     crop: float = 0.875
     input_normalization: bool = True
     mean_iou: float | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options of the network under which it sees images as published."""
+        return {"input_normalization": True} if self.input_normalization else {}
 
 
 FAMILIES = {

@@ -11,6 +11,7 @@ from typing import Any
 
 from vimd_jax.models import efficient_vmamba, local_vim, local_vmamba, srresnet, v2m, vim, vmamba, vmamba2
 from vimd_jax.models.network import Network, from_plain
+from vimd_jax.models.published import PUBLISHED
 
 _ISOTROPIC = vim.MODELS | local_vim.MODELS | v2m.MODELS
 _HIERARCHICAL = vmamba.MODELS | vmamba2.MODELS | local_vmamba.MODELS | efficient_vmamba.MODELS
@@ -41,9 +42,15 @@ def create_model(name: str, **options: Any) -> Network:
     return kind.from_options(**defaults | {option: from_plain(value) for option, value in options.items()})
 
 
-def list_models(pattern: str = "*") -> list[str]:
-    """The names that `create_model` knows and that match a shell pattern such as "vim_*", sorted."""
-    return sorted(fnmatch.filter(MODELS, pattern))
+def list_models(pattern: str = "*", pretrained: bool = False) -> list[str]:
+    """The names that `create_model` knows and that match a shell pattern such as "vim_*", sorted.
+
+    Args:
+      pattern: of the names.
+      pretrained: only those with published weights, `load_model("pretrained:<name>")`.
+    """
+    names = sorted(fnmatch.filter(MODELS, pattern))
+    return [name for name in names if name in PUBLISHED and PUBLISHED[name].file] if pretrained else names
 
 
 def model_options(name: str, **chosen: Any) -> dict[str, Any]:

@@ -46,6 +46,8 @@ class Segmenter(Composite):
     tapped: State = "stream"
     normalize_last: bool = False
 
+    dense = True
+
     def __post_init__(self):
         super().__post_init__()
         if not self.num_classes:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from vimd_jax.models import registry
-from vimd_jax.models.network import Composite, Network, square
+from vimd_jax.models.network import Composite, Network, part, square
 from vimd_jax.models.registry import CLASSIFIERS, create_model, describe, model_options
 from vimd_jax.models.srresnet import SRResNet
 
@@ -22,7 +22,7 @@ class SRVM(Composite):
 
     Attributes:
       sr: the super-resolution network; None: bicubic interpolation to the classifier's image_size.
-      classifier: any classifier of `list_models()`, which reads the enlarged image.
+      classifier: any classifier or segmenter of `list_models()`, which reads the enlarged image.
     """
 
     sr: SRResNet | None
@@ -49,10 +49,19 @@ class SRVM(Composite):
         return self.classifier.class_token
 
     @property
+    def scale(self) -> int:
+        """See `Network`; 1 for bicubic interpolation, which enlarges any image to one size."""
+        return 1 if self.sr is None else self.sr.scale
+
+    @property
+    def dense(self) -> bool:
+        """See `Network`."""
+        return self.classifier.dense
+
+    @property
     def input_size(self) -> tuple[int, int]:
         """See `Network`."""
-        scale = 1 if self.sr is None else self.sr.scale
-        return tuple(-(-side // scale) for side in self.classifier.input_size)
+        return tuple(-(-side // self.scale) for side in self.classifier.input_size)
 
     @classmethod
     def option_types(cls, chosen: dict[str, Any]) -> dict[str, Any]:
@@ -113,6 +122,11 @@ class SRVM(Composite):
     ) -> tuple[jax.Array, ...]:
         """The classifier's maps of the enlarged images; see its `feature_maps`."""
         return self.classifier.feature_maps(self.enlarge(images), layers, **options)
+
+    def segment(self, variables: dict[str, Any], images: jax.Array, *how: Any) -> jax.Array:
+        """Class scores for every pixel of the enlarged images; see `Segmenter.segment`."""
+        enlarged = self.apply(variables, images, method="enlarge")
+        return self.classifier.segment(part(variables, "classifier"), enlarged, *how)
 
     def enlarge(self, images: jax.Array) -> jax.Array:
         """Enlarges low-resolution images for the classifier, without a gradient."""

@@ -9,7 +9,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vimd_jax.checkpoints.adapt import HEAD
-from vimd_jax.checkpoints.format import read_description
+from vimd_jax.checkpoints.description import read_description
+from vimd_jax.checkpoints.format import folder_of
 from vimd_jax.data.source import composed
 from vimd_jax.errors import printable
 
@@ -67,7 +68,7 @@ def description(path: Path) -> dict[str, Any] | None:
     """The description of a checkpoint, see `read_description`; None for a PyTorch file."""
     if path.is_file():
         return None
-    return read_description(path / "best" if (path / "best").is_dir() else path)
+    return read_description(folder_of(path))
 
 
 def _class_names(path: Path) -> list[str] | None:

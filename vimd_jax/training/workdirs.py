@@ -5,18 +5,20 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from vimd_jax.checkpoints.description import read_description
+from vimd_jax.checkpoints.format import folder_of
 from vimd_jax.config import STAGES, default_config, settings
 from vimd_jax.data.sources import Source, Splits
 from vimd_jax.errors import DatasetError
 from vimd_jax.files import read_regular, replace_file
 from vimd_jax.training import lock, parallel
-from weight_convert.hub import is_name
+from weight_convert.hub import is_name, published
 
 log = logging.getLogger(__name__)
 
@@ -26,10 +28,18 @@ _LENGTH = "config.schedule.num_epochs"
 _MOST_BYTES = 2**28  # of a file in the folder
 
 
-def stages(config: ConfigDict, workdir: Path) -> list[tuple[ConfigDict, Path]]:
-    """The stages of a config with their folders: one, or for a config with `order` and `stages` several in a row."""
+def stages(
+    config: ConfigDict, workdir: Path, given: Callable[[str], bool] = lambda field: False
+) -> list[tuple[ConfigDict, Path]]:
+    """The stages of a config with their folders: one, or for a config with `order` and `stages` several in a row.
+
+    Args:
+      config: of one stage or several.
+      workdir: the folder of all.
+      given: whether the command line sets a field, see `_as_published`.
+    """
     if "order" in config:
-        return [pair for name in config.order for pair in stages(config.stages[name], workdir / name)]
+        return [pair for name in config.order for pair in stages(config.stages[name], workdir / name, given)]
     config = config.copy_and_resolve_references()
     for role in STAGES[config.stage]:
         init = config[role].init
@@ -37,7 +47,31 @@ def stages(config: ConfigDict, workdir: Path) -> list[tuple[ConfigDict, Path]]:
             config[role].init = str(Path(init).expanduser().absolute())
     if config.continue_from:
         config.continue_from = str(Path(config.continue_from).expanduser().absolute())
+    _as_published(config, given)
     return [(config, workdir.expanduser().absolute())]
+
+
+def _as_published(config: ConfigDict, given: Callable[[str], bool]) -> None:
+    """Where networks start from `pretrained` weights, sets how these saw images, unless the user has said it.
+
+    A frozen network that a run has trained sees them as it did there.
+    """
+    stage, default = STAGES[config.stage], settings(config.stage)["dataset.eval_crop"].default
+    for role in stage:
+        section, changed = config[role], []
+        entry = published(section.init, section.name)
+        options = entry.options if entry else {}
+        if role != stage.trained and (folder_of(Path(section.init)) / "network.json").is_file():
+            options = read_description(folder_of(Path(section.init)))["options"]
+        if options.get("input_normalization") and section.input_normalization is None:
+            section.input_normalization = True
+            changed.append(f"config.{role}.input_normalization is True")
+        keeps_crop = role != stage.trained or stage.task.maps or given("dataset.eval_crop")
+        if entry and not keeps_crop and config.dataset.eval_crop == default != entry.crop:
+            config.dataset.eval_crop = entry.crop
+            changed.append(f"config.dataset.eval_crop is {entry.crop:g}")
+        if changed:
+            log.info("%s, as for %s; set it to differ.", " and ".join(changed), entry.file if entry else section.init)
 
 
 def init_source(config: ConfigDict, role: str, workdir: Path) -> str:
