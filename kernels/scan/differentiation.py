@@ -98,7 +98,8 @@ def _partitioned(function: Callable, arguments: Any, results: Any, group_size: i
         return function(*arrays, *options)
 
     def partition(mesh: Mesh, shapes, _):
-        split = _mesh_axes(mesh, shapes[0].delta, group_size)
+        long = next(x for x, layout in zip(shapes[0], arguments[0]) if layout == LONG)
+        split = _mesh_axes(mesh, long, group_size)
 
         def sharding(layout):
             return NamedSharding(mesh, PartitionSpec(*map(split.get, layout)))
@@ -126,16 +127,16 @@ def _partitioned(function: Callable, arguments: Any, results: Any, group_size: i
     return mapped
 
 
-def _mesh_axes(mesh: Mesh, delta, group_size: int | None) -> dict[str, tuple[str, ...]]:
-    """Maps the letters of a layout to axes of the mesh: as delta is split, except into parts of different sizes."""
+def _mesh_axes(mesh: Mesh, long, group_size: int | None) -> dict[str, tuple[str, ...]]:
+    """Maps the letters of a layout to axes of the mesh: as an array (batch, length, channels) is split, except into parts of different sizes."""
 
     def whole(axis: int, count: int) -> tuple[str, ...]:
-        names = delta.sharding.spec[axis] or ()
+        names = long.sharding.spec[axis] or ()
         names = names if isinstance(names, tuple) else (names,)
         return () if count % math.prod(mesh.shape[name] for name in names) else names
 
-    channels = whole(2, delta.shape[2] // (group_size or 1))
-    return dict(b=whole(0, delta.shape[0]), c=channels, g=channels)
+    channels = whole(2, long.shape[2] // (group_size or 1))
+    return dict(b=whole(0, long.shape[0]), c=channels, g=channels)
 
 
 def _rule(arguments: Any, results: Any, group_size: int | None) -> str:
