@@ -18,7 +18,7 @@ BATCH, GROUPS, CHANNELS, STATE, POSITIONS = 2, 3, 10, 5, 37
 
 
 def make_order(padding: int) -> np.ndarray:
-    """(GROUPS, POSITIONS + padding), each group in an order of its own, with steps without position among the others."""
+    """(GROUPS, POSITIONS + padding), a random order in each group, with steps without position among the others."""
     steps = np.concatenate([np.arange(POSITIONS), np.full(padding, -1)])
     generator = np.random.default_rng(0)
     return np.stack([generator.permutation(steps) for _ in range(GROUPS)]).astype(np.int32)
@@ -58,7 +58,7 @@ def exact(inputs: dict, order: np.ndarray, reverse: bool) -> tuple[np.ndarray, n
         parts = np.stack([parts[:, steps, group] for group, steps in enumerate(order)], axis=2)
         return parts if x.ndim == 4 else parts.reshape(*parts.shape[:2], -1)
 
-    varying = {name: sequences(x) for name, x in inputs.items() if name in "u delta z B C".split() and x.ndim > 2}
+    varying = {name: sequences(x) for name, x in inputs.items() if name in ("u", "delta", "z", "B", "C") and x.ndim > 2}
     y, last_state = reference.scan(ScanInputs(**inputs | varying), ScanOptions(True, reverse))
     y = y.reshape(*y.shape[:2], GROUPS, CHANNELS)
     result = np.zeros((BATCH, POSITIONS, GROUPS, CHANNELS))
@@ -129,9 +129,9 @@ def test_native_refuses_an_order_that_leaves_out_a_position(wrong):
         (np.zeros((GROUPS, POSITIONS), np.float32), "order: dtype is float32"),
         (np.zeros(POSITIONS, np.int32), "order: shape is"),
         (np.zeros((4, POSITIONS), np.int32), "order: shape is"),
-        (np.zeros((1, POSITIONS), np.int32), "A: shape is"),
+        (np.zeros((1, POSITIONS), np.int32), "B: shape is"),
     ],
 )
 def test_bad_orders_are_named(order, message):
     with pytest.raises(ValueError, match=message):
-        selective_scan(**make_inputs(True, ""), order=order)
+        selective_scan(**make_inputs(False, ""), order=order)
