@@ -4,7 +4,7 @@
     pallas       Pallas kernels lowered through Triton: GPU
     triton       the same in Triton's own language, through jax_triton: GPU, where Pallas' Triton backend is gone
     sequential   a loop over time with a hand-written gradient: any backend
-    chunked      few steps of wide operations: any backend, for programs that another runtime executes
+    plain        one `lax.scan`, the whole batch at every step: any backend, for programs that another runtime executes
     associative  `lax.associative_scan` in chunks of time: any backend, also forward mode and second derivatives
 
 `reference` is the same in float64 NumPy, for tests. Each implementation is a module beside this one with
@@ -29,7 +29,7 @@ IMPLEMENTATIONS = OPERATIONS["scan"] = Implementations(
     operation="scan",
     title="selective scan",
     package="kernels.scan",
-    names=("native", "pallas", "triton", "sequential", "chunked", "associative"),
+    names=("native", "pallas", "triton", "sequential", "plain", "associative"),
     fastest_first={"cpu": ("native", "sequential"), "gpu": ("pallas", "triton", "associative")},
 )
 
@@ -80,7 +80,7 @@ def selective_scan(
         directions: u, delta, B, C and z are read and y is written there, so that all of them lie as the image does,
         (batch, positions, …), and need not be permuted. Every group has each position once; a negative one stands for a
         step of zeros without a result. u and z may be (batch, positions, channels // groups), which every group reads.
-      implementation: "native", "pallas", "triton", "sequential", "chunked" or "associative"; None takes the one named
+      implementation: "native", "pallas", "triton", "sequential", "plain" or "associative"; None takes the one named
         by `kernels.use`, else the fastest that can run where JAX runs: on the devices of the current mesh, else on the
         default device. `jax.sharding.use_abstract_mesh` with an abstract GPU lowers for a GPU without having one.
 
