@@ -128,7 +128,10 @@ def _partitioned(function: Callable, arguments: Any, results: Any, group_size: i
 
 
 def _mesh_axes(mesh: Mesh, long, group_size: int | None) -> dict[str, tuple[str, ...]]:
-    """Maps the letters of a layout to axes of the mesh: as an array (batch, length, channels) is split, except into parts of different sizes."""
+    """Maps the letters of a layout to axes of the mesh: as `long`, (batch, length, channels), is split.
+
+    What would be split into parts of different sizes is not split.
+    """
 
     def whole(axis: int, count: int) -> tuple[str, ...]:
         names = long.sharding.spec[axis] or ()
