@@ -1,19 +1,17 @@
 """Measures inference of every classifier against Vim-tiny, and against the time predicted from its operations.
 
-    python scripts/benchmark_families.py [PATTERN …] [--repeats 7] [--batch 1] [--json FILE]
+    python scripts/benchmark_families.py [PATTERN …] [--repeats 7]
 
-The input is an image, or a batch, of the network's own size, the output a Markdown table. The two networks of a line run
+The input is one image of the network's own size, the output a Markdown table. The two networks of a line run
 alternately, so that a busy machine slows both equally. "predicted" is Vim-tiny's time multiplied by the ratio of
 operations (see model_table.py): the last column is the slowdown against a network that performs its operations as fast
 as Vim-tiny. Weights are random.
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -28,14 +26,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("patterns", nargs="*", default=["*"], metavar="PATTERN", help="names, such as 'vim_*'")
     parser.add_argument("--repeats", type=positive, default=7)
-    parser.add_argument("--batch", type=positive, default=1, help="images")
-    parser.add_argument("--json", type=Path, help="file for each network's shortest time, for compare_commits.py")
     arguments = parser.parse_args()
-    rows = []
     print("| network | operations, 10⁹ | ms | times Vim-tiny | times predicted |\n|---|---:|---:|---:|---:|")
-    standard, standard_operations = compiled("vim_tiny", arguments.batch)
+    standard, standard_operations = compiled("vim_tiny")
     for name in listed(arguments.patterns):
-        program, operations = compiled(name, arguments.batch)
+        program, operations = compiled(name)
         seconds = [(timed(program), timed(standard)) for _ in range(arguments.repeats + 1)][1:]
         own, others = (statistics.median(column) for column in zip(*seconds))
         predicted = others * operations / standard_operations
@@ -43,15 +38,12 @@ def main() -> None:
             f"| `{name}` | {operations / 1e9:.2f} | {1e3 * own:.0f} | {own / others:.1f} | {own / predicted:.2f} |",
             flush=True,
         )
-        rows.append(dict(network=name, batch=arguments.batch, seconds=min(seconds)[0]))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(dict(rows=rows)))
 
 
-def compiled(name: str, batch: int) -> tuple[Callable[[], jax.Array], int]:
-    """A network's compiled inference on a batch of images, and its number of operations for one."""
+def compiled(name: str) -> tuple[Callable[[], jax.Array], int]:
+    """A network's compiled inference on one image, and its number of operations."""
     model = create_model(name)
-    images = jnp.full((batch, *input_images(model).shape[1:]), 0.5)
+    images = jnp.full(input_images(model).shape, 0.5)
     variables = jax.jit(model.init)(jax.random.key(0), images)
     program = jax.jit(model.apply).lower(variables, images).compile()
     return lambda: program(variables, images), count_operations(model).total
