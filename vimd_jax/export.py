@@ -75,7 +75,7 @@ def to_onnx(trained: TrainedModel, weights: str = "float32") -> bytes:
     images = _images(trained)
     # Traced here, not by jax2onnx, whose own versions of JAX's functions do not go with Flax's loops.
     with portable(True):
-        program = jax.make_jaxpr(program_of(trained, weights, scan="chunked"))(images)
+        program = jax.make_jaxpr(program_of(trained, weights, scan="plain"))(images)
     with _symbolic_sizes_by_name():
         model = jax2onnx.to_onnx(
             jaxpr_as_fun(program),
@@ -97,7 +97,7 @@ def program_of(trained: TrainedModel, weights: str = "float32", scan: str = "seq
         with kernels.use(scan=scan):
             if not trained.class_names:
                 return model.apply(restored, images)
-            scores = model.segment(restored, images) if hasattr(model, "segment") else model.apply(restored, images)
+            scores = model.segment(restored, images) if model.dense else model.apply(restored, images)
             return jax.nn.softmax(scores)
 
     return program
@@ -164,12 +164,76 @@ def _tidied(model: Any) -> bytes:
         if node.op_type == "Cast" and node.inputs[0].dtype == node.attributes["to"].value:
             node.op_type = "Identity"
             node.attributes.clear()
+    for node in [node for node in model.graph.all_nodes() if node.op_type == "Loop"]:
+        _make_scan(node)
     for graph in model.graphs():
         for name, value in list(graph.initializers.items()):
             if not value.uses() and not value.is_graph_output():
                 del graph.initializers[name]
-    tidy = passes.Sequential(common.IdentityEliminationPass(), common.RemoveUnusedNodesPass())
+    tidy = passes.Sequential(
+        common.IdentityEliminationPass(),
+        common.RemoveUnusedNodesPass(),
+    )
     return to_proto(tidy(model).model).SerializeToString()
+
+
+def _make_scan(loop: Any) -> None:
+    """Replaces a Loop that reads one entry of arrays at every step by a Scan, if it is one.
+
+    JAX's scan is that, but jax2onnx writes it as a Loop, which ONNX Runtime executes several times slower: it copies
+    every entry that a step reads, every array that all steps share, and all results once more at the end.
+    """
+    from onnx_ir import AttrGraph, AttrInt64, Node, Value
+
+    body = loop.attributes["body"].value
+    step, _, *carried = body.inputs
+    results, stacked = list(body.outputs[1 : 1 + len(carried)]), list(body.outputs[1 + len(carried) :])
+    entries: dict[int, list] = {}  # of the arrays that are read so
+    for i, (value, result) in enumerate(zip(carried, results)):
+        if _source(result) is value:
+            readers = [node for node, _ in value.uses() if node is not result.producer()]
+            if readers and all(node.op_type == "Gather" and node.inputs[1] is step for node in readers):
+                entries[i] = readers
+    if not entries or len(step.uses()) != sum(map(len, entries.values())):
+        return
+    shared = [i for i, (value, result) in enumerate(zip(carried, results)) if _source(result) is value]
+    states = [i for i in range(len(carried)) if i not in shared]
+    given = loop.inputs[2:]
+    for i in shared:
+        loop.outputs[i].replace_all_uses_with(given[i], replace_graph_outputs=True)
+        if i not in entries:
+            carried[i].replace_all_uses_with(given[i])
+    slices = []
+    for readers in entries.values():
+        first = readers[0].outputs[0]
+        slices.append(Value(name=f"{first.name}_entry", type=first.type, shape=first.shape))
+        for node in readers:
+            node.outputs[0].replace_all_uses_with(slices[-1], replace_graph_outputs=True)
+            body.remove(node, safe=True)
+    del loop.attributes["body"]
+    body.outputs[:] = [results[i] for i in states] + stacked
+    for node in [results[i].producer() for i in shared]:
+        body.remove(node, safe=True)
+    body.inputs[:] = [carried[i] for i in states] + slices
+    old = [loop.outputs[i] for i in states] + list(loop.outputs[len(carried) :])
+    scan = Node(
+        "",
+        "Scan",
+        [given[i] for i in states] + [given[i] for i in entries],
+        [AttrGraph("body", body), AttrInt64("num_scan_inputs", len(entries))],
+        outputs=[Value(name=value.name, type=value.type, shape=value.shape) for value in old],
+    )
+    loop.graph.insert_before(loop, scan)
+    for value, new in zip(old, scan.outputs):
+        value.replace_all_uses_with(new, replace_graph_outputs=True)
+    loop.graph.remove(loop, safe=True)
+
+
+def _source(value: Any) -> Any:
+    """The value that this one is a copy of."""
+    while value.producer() and value.producer().op_type == "Identity":
+        value = value.producer().inputs[0]
+    return value
 
 
 @contextlib.contextmanager

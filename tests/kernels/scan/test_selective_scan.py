@@ -20,7 +20,7 @@ from kernels.scan.shapes import SHAPES
 needs_compiler = pytest.mark.skipif(not build.compiler(), reason="no C++ compiler")
 NATIVE = pytest.param("native", marks=needs_compiler)
 EXACT = [NATIVE, "sequential"]  # the same operations in the same order each time
-ALL = [*EXACT, "chunked", "associative"]
+ALL = [*EXACT, "plain", "associative"]
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiles in half the time
 
 
