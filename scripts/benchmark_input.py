@@ -178,7 +178,7 @@ def time_pipeline(directory: Path, rounds: int, worker_counts: list[int]) -> lis
 
 
 def time_packed(directory: Path, packed: Path, rounds: int) -> dict[str, float]:
-    """Prints and returns how many files are read a second in random order, from a folder and from an ArrayRecord file."""
+    """Prints and returns how many files a second are read in random order, of a folder and of an ArrayRecord file."""
     packed.mkdir()
     paths = find_images([directory / "train"])
     array_record.write(
