@@ -54,5 +54,5 @@ def small(config: ConfigDict, model: str, roles: Sequence[str] = ("segmenter",))
     config.schedule.learning_rate = 1e-3
     config.schedule.min_learning_rate = 0.0
     config.schedule.warmup_epochs = 2
-    config.schedule.num_epochs = 15
+    config.schedule.num_epochs = 30
     return config

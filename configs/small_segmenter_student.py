@@ -7,7 +7,8 @@ Command     python -m vimd_jax.train --config configs/small_segmenter_student.py
             Its stages are an SR network, the teacher, three students (seeds 0 to 2), and the control of each, which
             differs in that nobody teaches it.
 Data        as in small_segmenter.py; the SR network learns from the images alone
-Networks    the teacher is that of small_segmenter.py, the student the same network behind an SRResNet x4
+Networks    the teacher is that of small_segmenter.py, the student the same network behind an SRResNet x4; they train
+            for 15 and 10 epochs
 Loss        that of the label maps, the divergence from the teacher's class scores of every place, and the distance of
             the maps that the heads read
 Measured    docs/segmentation.md
@@ -22,7 +23,7 @@ SR = {"channels": 16, "num_blocks": 4}
 
 
 def get_config(model: str = "upernet_vim_tiny"):
-    stages = {"sr": sr(), "teacher": small_segmenter.get_config(model)}
+    stages = {"sr": sr(), "teacher": teacher(model)}
     for seed in range(3):
         stages |= {f"student_{seed}": student(model, seed), f"control_{seed}": control(model, seed)}
     config = ConfigDict({"order": tuple(stages), "stages": stages})
@@ -35,7 +36,7 @@ def get_config(model: str = "upernet_vim_tiny"):
 def sr():
     config = default_config("sr")
     config.batch_size = 4
-    config.eval_every_epochs = 5
+    config.eval_every_epochs = 4
     config.sr.update(SR)
     config.dataset.name = "label_maps"
     config.dataset.high_resolution = small_segmenter.CROP
@@ -43,7 +44,13 @@ def sr():
     config.optimizer.weight_decay = 0.0
     config.schedule.learning_rate = 2e-3
     config.schedule.warmup_epochs = 1
-    config.schedule.num_epochs = 10
+    config.schedule.num_epochs = 4
+    return config
+
+
+def teacher(model: str):
+    config = small_segmenter.get_config(model)
+    config.schedule.num_epochs = 15
     return config
 
 

@@ -57,6 +57,20 @@ def compiler() -> str | None:
     return os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
 
 
+def shared_folder() -> Path | None:
+    """Returns the folder where the processes of this user keep what they compile; None if there is nowhere to write."""
+    return next(filter(_writable, _cache_folders()), None)
+
+
+def processor() -> str:
+    """Describes this machine's processor, since unlike machines may share a cache."""
+    info = Path("/proc/cpuinfo")
+    if not info.exists():
+        return _run(["sysctl", "machdep.cpu", "hw.optional"]) if platform.system() == "Darwin" else platform.processor()
+    names = ("model name", "flags", "Features", "CPU part")
+    return "\n".join(sorted({line for line in info.read_text().splitlines() if line.startswith(names)}))
+
+
 def main() -> int:
     """Compiles every operation's C++ into the cache and prints the paths of the libraries."""
     from kernels.build import loaded
@@ -102,7 +116,7 @@ def _build(source: Path, macros: tuple[str, ...] = ()) -> Path:
             with contextlib.suppress(OSError):
                 os.utime(folder / name)  # the last one used
             return folder / name
-    library = (next(filter(_writable, _cache_folders()), None) or _private_folder()) / name
+    library = (shared_folder() or _private_folder()) / name
     _compile(source, macros, library)
     _prune(library)
     return library
@@ -148,8 +162,8 @@ def _ingredients(source: Path, macros: tuple[str, ...]) -> list[str]:
     interface = Path(jax.ffi.include_dir(), "xla/ffi/api/c_api.h").read_text()
     versions = re.findall(r"#define (XLA_FFI_API_(?:MAJOR|MINOR) \d+)", interface)
     system = [*platform.libc_ver(), platform.system(), platform.machine()]
-    processor = [_processor()] if _for_this_processor() else []
-    return [source.read_text(), *_flags(macros), *versions, *system, *processor]
+    target = [processor()] if _for_this_processor() else []
+    return [source.read_text(), *_flags(macros), *versions, *system, *target]
 
 
 def _run(command: list[str]) -> str:
@@ -166,15 +180,6 @@ def _run(command: list[str]) -> str:
         reason = next((line for line in errors.splitlines() if "error" in line), errors.strip()[:200])
         raise RuntimeError(f"{command[0]} failed: {reason}")
     return output
-
-
-def _processor() -> str:
-    """Describes what `native` means here, since unlike machines may share a cache."""
-    info = Path("/proc/cpuinfo")
-    if not info.exists():
-        return _run(["sysctl", "machdep.cpu", "hw.optional"]) if platform.system() == "Darwin" else platform.processor()
-    names = ("model name", "flags", "Features", "CPU part")
-    return "\n".join(sorted({line for line in info.read_text().splitlines() if line.startswith(names)}))
 
 
 def _cache_folders() -> list[Path]:

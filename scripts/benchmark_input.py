@@ -1,12 +1,14 @@
 """Measures the input pipeline: each step on one core, and images per second by number of worker processes.
 
     python scripts/benchmark_input.py [--directory DIR] [--size 500 375] [--rounds 5] [--workers 0 1 2]
-                                      [--gpu_images_per_second 1000]
+                                      [--gpu_images_per_second 1000] [--array_record]
 
 The first table processes images one by one: Pillow decoding alone, the views of a batch, and augmentation. "of
 decoding" is the speed relative to decoding alone. "cores" is the number of cores that keep a GPU busy at the given
 training speed. The second table compares the pipeline, delivering batches of 224-pixel views, with the same number of
-processes that only decode with Pillow, and with the same number that decode, crop, resize and flip with Pillow.
+processes that only decode with Pillow, and with the same number that decode, crop, resize and flip with Pillow. With
+--array_record, a third one compares the folder with the same images packed into an ArrayRecord file: the files alone,
+read in random order, and the pipeline without worker processes.
 
 Rows are measured alternately, `--rounds` times, and the median is reported, so that ratios are reliable on a shared
 machine. DIR holds train/<class>/*.jpg; without it, JPEGs are generated from noise, with about as much detail as
@@ -20,15 +22,17 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+from array_record.python.array_record_data_source import ArrayRecordDataSource
 from ml_collections import ConfigDict
 from PIL import Image, features
 
 from vimd_jax.config import default_config
+from vimd_jax.data import array_record
 from vimd_jax.data.augment import augment
 from vimd_jax.data.geometry import draw_view, low_resolution_view
 from vimd_jax.data.images import decode_image, find_images
@@ -49,6 +53,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="*", default=[0, 1, 2], help="numbers of worker processes")
     parser.add_argument("--gpu_images_per_second", type=float, default=1000, help="speed of training (default 1000)")
     parser.add_argument("--size", type=int, nargs=2, default=(500, 375), help="width and height of the images of noise")
+    parser.add_argument("--array_record", action="store_true", help="also compare with packed images")
     parser.add_argument("--json", type=Path, help="also write the tables here")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -63,6 +68,8 @@ def main() -> None:
             "steps": time_steps(directory, arguments.images, arguments.rounds, arguments.gpu_images_per_second),
             "pipeline": time_pipeline(directory, arguments.rounds, arguments.workers),
         }
+        if arguments.array_record:
+            tables["array_record"] = time_packed(directory, Path(folder) / "packed", arguments.rounds)
     if arguments.json:
         arguments.json.write_text(json.dumps(tables, indent=1))
 
@@ -166,6 +173,63 @@ def time_pipeline(directory: Path, rounds: int, worker_counts: list[int]) -> lis
     return table
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Packed images
+
+
+def time_packed(directory: Path, packed: Path, rounds: int) -> list[dict]:
+    """Prints and returns the images per second from the folder and from its training images in an ArrayRecord file."""
+    packed.mkdir()
+    paths = find_images([directory / "train"])
+    for split in ("train", "test"):
+        images = ((path.name, path.parent.name, path.read_bytes()) for path in paths)
+        array_record.write(packed / f"{split}.array_record", images)
+    sources, configs = {}, {}
+    for name, place in (("folder", directory), ("array_record", packed)):
+        configs[name] = default_config("classifier").dataset
+        configs[name].update({"name": name, "directory": str(place), "validation_fraction": 0.0})
+        sources[name] = load_source(configs[name], "train")
+    order = np.random.default_rng(0).integers(0, len(paths), PARALLEL_IMAGES)
+    records = ArrayRecordDataSource(str(packed / "train.array_record"))
+
+    def files() -> None:
+        for i in order:
+            paths[i].read_bytes()
+
+    def packed_files() -> None:
+        for i in order:
+            records[i]
+
+    with (
+        Pipeline(sources["folder"], configs["folder"], 0) as folder,
+        Pipeline(sources["array_record"], configs["array_record"], 0) as pack,
+    ):
+        rows = {
+            ("reading", "folder"): lambda: seconds_of(files),
+            ("reading", "array_record"): lambda: seconds_of(packed_files),
+            ("pipeline", "folder"): folder,
+            ("pipeline", "array_record"): pack,
+        }
+        seconds = in_turn(rows, rounds)
+    print(f"\n{len(paths)} images{'':<28}{'images/s':>10}{'of the folder':>15}")
+    table = []
+    for (what, form), taken in seconds.items():
+        row = {"images_per_second": PARALLEL_IMAGES / taken, "of_the_folder": seconds[what, "folder"] / taken}
+        print(f"{f'{what}, {form}':<38}{row['images_per_second']:>10.0f}{row['of_the_folder']:>14.0%}")
+        table.append({"what": what, "form": form, **row})
+    return table
+
+
+def seconds_of(work: Callable[[], None]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the measurements share
+
+
 class Pipeline:
     """A running pipeline; a call consumes `PARALLEL_IMAGES` images and returns the seconds."""
 
@@ -215,7 +279,7 @@ def view_paths(paths: list[str]) -> None:
         np.asarray(draw_view(image.size, 224, rng, crop_scale=(0.08, 1.0), flip=True).apply(image))
 
 
-def in_turn(rows: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:
+def in_turn(rows: dict[Hashable, Callable[[], float]], rounds: int) -> dict[Hashable, float]:
     """Calls every row once per round, after a warm-up round, and returns the median result of each."""
     results = {name: [] for name in rows}
     for number in range(rounds + 1):

@@ -91,7 +91,7 @@ def _tallies() -> Iterator[None]:
 
     def scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, **options):
         skips = (D is not None) + (z is not None)
-        return _tally.bind(u, states=u.size * A.shape[1], skips=u.size * skips)
+        return _tally.bind(delta, states=delta.size * A.shape[1], skips=delta.size * skips)
 
     def call(next_call, args, kwargs, context):
         module = context.module

@@ -54,7 +54,7 @@ def images_for(network: TrainedModel, count: int) -> np.ndarray:
 
 
 def answers(network: TrainedModel, images: np.ndarray) -> np.ndarray:
-    if hasattr(network.model, "segment"):
+    if network.model.dense:
         return np.asarray(jax.nn.softmax(network.model.segment(network.variables, images)))
     if network.class_names:
         return network.probabilities(images)

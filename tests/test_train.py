@@ -618,6 +618,18 @@ def test_evaluate_looks_at_images_as_the_checkpoint_says(trained, tmp_path, monk
     assert any("was trained with eval_crop 0.5, which is taken; the config has 1.0" in line for line in caplog.messages)
 
 
+def test_evaluate_reads_deep_images_as_the_checkpoint_says(trained, tmp_path):
+    teacher = load_model(trained / "teacher")
+    for name in teacher.class_names:
+        (tmp_path / "test" / name).mkdir(parents=True)
+        Image.fromarray(np.full((32, 32), 2048, np.uint16)).save(tmp_path / "test" / name / "1.png")
+    save_model(tmp_path / "deep", dataclasses.replace(teacher, value_range=(0, 4095)))
+    config = tiny_config("teacher", dataset__name="folder", dataset__directory=str(tmp_path))
+    for checkpoint, grey in (("deep", 128), (trained / "teacher", 8)):
+        source = evaluate.measure(config, tmp_path, "test", tmp_path / checkpoint).source
+        assert source.read(0).image.getpixel((0, 0)) == (grey,) * 3
+
+
 def test_a_checkpoint_names_what_its_images_look_like():
     config = tiny_config("student")
     view = {"low_resolution": [8, 16], "crop": 1.0, "value_range": [0, 4095]}

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
 from vimd_jax import log as logs
+from vimd_jax.compilation_cache import keep_programs
 from vimd_jax.configs import find_config
 from vimd_jax.errors import Stopped
 from vimd_jax.training import parallel
@@ -53,6 +54,7 @@ def run(main: Callable[[ConfigDict, Path], None], define_flags: Callable[[], Non
     sys.modules["__main__"].__doc__ = sys.modules[main.__module__].__doc__
     for name in set(flags.FLAGS) - others:
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
+    keep_programs()
     app.run(lambda _: main(config.value, Path(workdir.value).expanduser()), flags_parser=_parse)
 
 

@@ -108,8 +108,8 @@ _SETTINGS = {
     "dataset.name": Setting(
         "folder",
         ANY,
-        "folder, list, label_maps, hugging_face, synthetic, cub, cars, dogs, pets, flowers, mit67, action, aircraft or "
-        "imagenet; or module:function, a source of your own",
+        "folder, list, label_maps, hugging_face, array_record, synthetic, cub, cars, dogs, pets, flowers, mit67, "
+        "action, aircraft or imagenet; or module:function, a source of your own",
     ),
     "dataset.directory": Setting(
         "",

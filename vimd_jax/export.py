@@ -35,6 +35,7 @@ from vimd_jax.models import describe
 from vimd_jax.models.layers import portable
 from vimd_jax.publish import publish
 from weight_convert.export import export_part
+from weight_convert.hub import resolve
 
 FORMATS = {"pytorch": ".safetensors", "stablehlo": ".stablehlo", "onnx": ".onnx"}
 WEIGHTS = ("float32", "bfloat16", "int8")
@@ -96,7 +97,7 @@ def program_of(trained: TrainedModel, weights: str = "float32", scan: str = "seq
         with kernels.use(scan=scan):
             if not trained.class_names:
                 return model.apply(restored, images)
-            scores = model.segment(restored, images) if hasattr(model, "segment") else model.apply(restored, images)
+            scores = model.segment(restored, images) if model.dense else model.apply(restored, images)
             return jax.nn.softmax(scores)
 
     return program
@@ -251,9 +252,7 @@ def _symbolic_sizes_by_name() -> Iterator[None]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m vimd_jax.export", description=__doc__.split(":")[0])
-    parser.add_argument(
-        "--checkpoint", required=True, type=parse_path, help="workdir of a run, or converted checkpoint"
-    )
+    parser.add_argument("--checkpoint", required=True, help="workdir of a run, converted checkpoint, or its name")
     parser.add_argument("--format", choices=FORMATS, default="pytorch", help="default: pytorch")
     parser.add_argument("--output", type=parse_path, help="file to write")
     parser.add_argument("--part", help="of a network of several, this one alone, e.g. classifier (pytorch)")
@@ -268,6 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal lacks must not end an export
     flags = parser.parse_args(arguments)
     try:
+        flags.checkpoint = resolve(flags.checkpoint).expanduser()
         exported = _write(flags)
         if flags.push_to_hub:
             page = publish(flags.checkpoint, flags.push_to_hub, exported, flags.private)

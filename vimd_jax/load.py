@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from vimd_jax.checkpoints.adapt import ADAPTABLE, Change, adapted_leaves, segmenter_leaves
 from vimd_jax.checkpoints.format import read_model
 from vimd_jax.checkpoints.trained_model import TrainedModel
+from vimd_jax.compilation_cache import keep_programs
 from vimd_jax.models import describe
 from vimd_jax.models.network import Network, part, variable_shapes
 from weight_convert.hub import architecture_of, published, resolve
@@ -35,7 +36,8 @@ def load_model(
 ) -> TrainedModel:
     """A network to use: from the workdir of a run, a converted or exported folder, or a PyTorch file.
 
-    One that is named `pretrained` sees images as published: its crop, and whether it normalises them.
+    One that is named `pretrained` sees images as published: its crop, and whether it normalises them. From here on, JAX
+    keeps what it compiles on disk, see `vimd_jax.compilation_cache`.
 
     Args:
       path: the folder, or a `.pth` or `.safetensors` file, in which `~` is the home directory; or the name of a file
@@ -49,6 +51,7 @@ def load_model(
       FileNotFoundError: nothing is there.
       ValueError: what is there cannot be read (`CheckpointError`), or does not fit what is asked for.
     """
+    keep_programs()
     architecture = architecture or architecture_of(path)
     entry = published(path, architecture)
     options = (entry.options if entry else {}) | (options or {})

@@ -11,7 +11,6 @@ from vimd_jax.checkpoints.format import folder_of, read_model
 from vimd_jax.checkpoints.trained_model import TrainedModel
 from vimd_jax.models import describe
 from vimd_jax.models.network import square
-from vimd_jax.models.segmenter import Segmenter
 from weight_convert.hub import push
 
 _CARD = """---
@@ -73,7 +72,7 @@ def publish(checkpoint: Path, repository: str, exported: Sequence[Path] = (), pr
 
 def model_card(trained: TrainedModel, repository: str) -> str:
     """The README.md of a repository, from what the checkpoint says. Names and values from it stand in JSON only."""
-    if isinstance(trained.model, Segmenter):
+    if trained.model.dense:
         task, sentence = "image-segmentation", "It gives every pixel of an image a class."
         use = f"# label maps: vimd-predict --checkpoint hf://{repository} --output maps IMAGE"
     elif trained.class_names:

@@ -49,10 +49,10 @@ class Run(NamedTuple):
 
     @property
     def shares(self) -> intervals.Shares | None:
-        """Each image's share of every sum; None for a task that keeps none."""
+        """Each image's share of the sums that scores rest on; None for a task that keeps none."""
         sums = self.measurement.sums
-        names = set(sums.total) - {"count"}
-        return {name: sums.images[name].astype(np.float64) for name in names} if names <= set(sums.images) else None
+        kept = {name: sums.images[name].astype(np.float64) for name in sums.total if name in sums.images}
+        return kept or None
 
 
 def report(runs: Sequence[Run]) -> str:
@@ -137,7 +137,7 @@ def paired(first: Run, second: Run) -> list[Difference]:
         for run, place in zip((first, second), places)
     )
     scores, count, found = mine.networks.task.scores, {"count": np.float64(len(common))}, []
-    old, new = (scores(count | {name: values.sum() for name, values in shares.items()}) for shares in (before, after))
+    old, new = (scores(count | {name: x.sum(axis=0) for name, x in shares.items()}) for shares in (before, after))
     for name in names:
         only = None
         if intervals.is_share(name, before) and intervals.is_share(name, after):

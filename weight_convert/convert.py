@@ -26,7 +26,7 @@ from vimd_jax.errors import printable
 from vimd_jax.models import create_model, describe, list_models
 from vimd_jax.models.network import Network, variable_shapes
 from weight_convert.hub import published, resolve
-from weight_convert.load import as_trained_model, assumptions, model_for, provenance_of
+from weight_convert.load import as_trained_model, assumptions, model_for, provenance_of, recorded_class_names
 from weight_convert.mapping import Entry, fill, flat_state_dict, plan, step_counters, unwrapped
 from weight_convert.tables import name_in_table, tensors_by_part
 from weight_convert.torch_file import load_torch_checkpoint
@@ -132,7 +132,8 @@ def _convert(flags: argparse.Namespace) -> None:
         "parameters": parameters,
         "num_batches_tracked": counters,
     }
-    trained = as_trained_model(model, options, unflatten_dict(leaves, sep="/"), provenance)
+    recorded = recorded_class_names(flags.checkpoint)
+    trained = as_trained_model(model, options, unflatten_dict(leaves, sep="/"), provenance, recorded)
     trained = dataclasses.replace(trained, crop=entry.crop) if entry else trained
     print(f"written to {flags.output}, checksum {save_model(flags.output, trained)}")
 

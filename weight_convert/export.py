@@ -2,11 +2,12 @@
 
     python -m weight_convert.export --checkpoint DIR --output X.safetensors
 
-In PyTorch: `model.load_state_dict(safetensors.torch.load_file("X.safetensors"))`.
+In PyTorch: `model.load_state_dict(safetensors.torch.load_file("X.safetensors"))`. The file's metadata name the classes.
 """
 
 import argparse
 import io
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,8 +64,11 @@ def export_part(checkpoint: Path, output: Path, part: str | None = None) -> None
             tensors[name] = np.array(counters[name])
     if part is not None:
         tensors = {name.removeprefix(f"{part}."): x for name, x in tensors.items() if name.startswith(f"{part}.")}
+    metadata = {"format": "pt"}
+    if trained.class_names and part in (None, "classifier"):
+        metadata["class_names"] = json.dumps(trained.class_names)
     output.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(output, save(tensors, metadata={"format": "pt"}))
+    replace_file(output, save(tensors, metadata=metadata))
     print(f"{len(tensors)} tensors written to {output}")
 
 

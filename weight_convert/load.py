@@ -1,6 +1,7 @@
 """Loads PyTorch files as networks of this library, or as variables of one."""
 
 import hashlib
+import json
 import logging
 import math
 from importlib.metadata import version
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from flax.traverse_util import unflatten_dict
+from safetensors import safe_open
 
 from vimd_jax.checkpoints.trained_model import TrainedModel
 from vimd_jax.models import create_model, describe
@@ -34,19 +36,38 @@ def load_torch_model(path: Path, architecture: str, options: dict[str, Any], key
     assumed = assumptions(model, options)
     for note in assumed:
         log.info("%s: assumed (not recorded in the file): %s", path, note)
-    return as_trained_model(model, options, variables, provenance_of([path], key) | {"assumed": assumed})
+    provenance = provenance_of([path], key) | {"assumed": assumed}
+    return as_trained_model(model, options, variables, provenance, recorded_class_names(path))
 
 
 def as_trained_model(
-    model: Network, options: dict[str, Any], variables: dict[str, Any], provenance: dict[str, Any]
+    model: Network,
+    options: dict[str, Any],
+    variables: dict[str, Any],
+    provenance: dict[str, Any],
+    recorded: tuple[str, ...] = (),
 ) -> TrainedModel:
-    """Adds numbered class names, and for a student the resolution of the images that it reads."""
+    """Adds class names, numbered unless those recorded fit, and for a student the resolution of its images."""
     names = tuple(f"class {i}" for i in range(model.num_classes))
+    names = recorded if len(recorded) == len(names) else names
     low_resolution = 0
     if model.image_size and "scale" in model.option_types({}):
         height, width = (side // options.get("scale", 4) for side in square(model.image_size))
         low_resolution = height if height == width else (height, width)
     return TrainedModel(model, variables, names, low_resolution, provenance=provenance)
+
+
+def recorded_class_names(path: Path) -> tuple[str, ...]:
+    """The class names in the metadata of a .safetensors file, as `weight_convert.export` writes it; or none."""
+    if path.suffix != ".safetensors":
+        return ()
+    with safe_open(path, framework="numpy") as file:
+        text = (file.metadata() or {}).get("class_names", "")
+    try:
+        names = json.loads(text)
+    except (ValueError, RecursionError):
+        return ()
+    return tuple(names) if isinstance(names, list) and all(isinstance(name, str) for name in names) else ()
 
 
 def provenance_of(files: list[Path], key: str | None) -> dict[str, Any]:

@@ -48,6 +48,7 @@ def selective_scan(
     reverse: bool = False,
     initial_state: jax.Array | None = None,
     return_last_state: bool = False,
+    order: jax.Array | None = None,
     implementation: str | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Runs a diagonal linear recurrence whose step, input and output matrices depend on the position.
@@ -75,6 +76,10 @@ def selective_scan(
       initial_state: the state before the first step (which is at the last position if `reverse`),
         (batch, channels, state); zero if None.
       return_last_state: also return the state after the final step, (batch, channels, state) float32.
+      order: (groups, length) integers, the position at which each step of a group is, for scans of an image in several
+        directions: u, delta, B, C and z are read and y is written there, so that all of them lie as the image does,
+        (batch, positions, …), and need not be permuted. Every group has each position once; a negative one stands for a
+        step of zeros without a result. u and z may be (batch, positions, channels // groups), which every group reads.
       implementation: "native", "pallas", "triton", "sequential", "plain" or "associative"; None takes the one named
         by `kernels.use`, else the fastest that can run where JAX runs: on the devices of the current mesh, else on the
         default device. `jax.sharding.use_abstract_mesh` with an abstract GPU lowers for a GPU without having one.
@@ -85,7 +90,7 @@ def selective_scan(
     Raises:
       ValueError: an argument has a wrong shape or dtype, or the implementation is unknown or cannot run here.
     """
-    arrays = u, delta, A, B, C, D, z, delta_bias, initial_state
+    arrays = u, delta, A, B, C, D, z, delta_bias, initial_state, order
     inputs = ScanInputs(*(None if x is None else jnp.asarray(x) for x in arrays))
     check(inputs)
     dtype, inputs = inputs.u.dtype, canonical(inputs)
@@ -98,7 +103,7 @@ def selective_scan(
 def _on_mesh(scan: Callable, inputs: ScanInputs) -> tuple[jax.Array, jax.Array]:
     """Lets XLA's partitioner split the scan on a mesh with explicit axes, and inputs vary alike in `jax.shard_map`."""
     inputs = ScanInputs(*(None if x is None else vary_like(x, *jax.tree.leaves(inputs)) for x in inputs))
-    sharding = jax.typeof(inputs.u).sharding
+    sharding = jax.typeof(inputs.delta).sharding
     explicit = sharding.mesh.explicit_axes
     if not explicit:
         return scan(inputs)

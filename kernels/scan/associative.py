@@ -10,10 +10,12 @@ import jax
 import jax.numpy as jnp
 
 from kernels.scan.inputs import ScanInputs, ScanOptions, zeros
+from kernels.scan.order import gathered
 
 CHUNK = 8  # steps; longer chunks take more memory, at 730 steps more than 1.5 times the inputs and results
 
 
+@gathered
 def scan(inputs: ScanInputs, options: ScanOptions) -> tuple[jax.Array, jax.Array]:
     """See `kernels.scan.api` for the contract. Its derivatives are JAX's own."""
     batch, length, channels = inputs.u.shape
@@ -50,7 +52,7 @@ def softplus(x: jax.Array) -> jax.Array:
 
 def _scan_chunk(inputs: ScanInputs, exists, state, options: ScanOptions) -> tuple[jax.Array, jax.Array]:
     """Computes all states, (batch, CHUNK, channels, state), and y; steps that do not exist leave the state as it is."""
-    u, delta, A, B, C, D, z, delta_bias, _ = inputs
+    u, delta, A, B, C, D, z, delta_bias = inputs[:-2]
     delta = delta if delta_bias is None else delta + delta_bias
     delta = softplus(delta) if options.delta_softplus else delta
     delta = jnp.where(exists, delta, 0)

@@ -50,7 +50,8 @@ def differentiable(forward: Callable, backward: Callable, saved: str) -> Callabl
 
     def gradients(options: ScanOptions, residuals, cotangents):
         layout, size = _layout(residuals[0]), _group_size(residuals[0])
-        call = _on_devices(backward, (layout, saved, LONG, STATES), layout, size, (options,))
+        results = layout._replace(order=None)
+        call = _on_devices(backward, (layout, saved, LONG, STATES), results, size, (options,))
         return (call(*residuals, *cotangents),)
 
     scan_in_reverse_mode.defvjp(run_and_save, gradients)
@@ -58,7 +59,8 @@ def differentiable(forward: Callable, backward: Callable, saved: str) -> Callabl
     def scan(inputs: ScanInputs, options: ScanOptions) -> tuple[jax.Array, jax.Array]:
         """See `kernels.scan.api` for the contract."""
         try:
-            return scan_in_reverse_mode(_refuse_forward_mode(inputs), options)
+            order, inputs = inputs.order, _refuse_forward_mode(inputs._replace(order=None))
+            return scan_in_reverse_mode(inputs._replace(order=order), options)
         except TypeError as error:  # of JAX, where tangents are mapped, as in `jax.jacfwd`
             if "forward-mode" in str(error):
                 _refuse()
@@ -68,8 +70,10 @@ def differentiable(forward: Callable, backward: Callable, saved: str) -> Callabl
 
 
 def _layout(inputs: ScanInputs) -> ScanInputs:
-    B, C = ("c." if x.ndim == 2 else "b.g." if inputs.groups > 1 else "b..." for x in (inputs.B, inputs.C))
-    layout = ScanInputs(u=LONG, delta=LONG, A="c.", B=B, C=C, D="c", z=LONG, delta_bias="c", initial_state=STATES)
+    group = "g" if inputs.groups > 1 else "."
+    B, C = ("c." if x.ndim == 2 else f"b.{group}." for x in (inputs.B, inputs.C))
+    source = LONG if inputs.u.shape[2] == inputs.channels else "b.."  # of u and z, which all groups may read
+    layout = ScanInputs(source, LONG, "c.", B, C, "c", source, "c", initial_state=STATES, order=f"{group}.")
     return ScanInputs(*(None if x is None else axes for x, axes in zip(inputs, layout)))
 
 
@@ -94,7 +98,7 @@ def _partitioned(function: Callable, arguments: Any, results: Any, group_size: i
         return function(*arrays, *options)
 
     def partition(mesh: Mesh, shapes, _):
-        split = _mesh_axes(mesh, shapes[0].u, group_size)
+        split = _mesh_axes(mesh, shapes[0].delta, group_size)
 
         def sharding(layout):
             return NamedSharding(mesh, PartitionSpec(*map(split.get, layout)))
@@ -122,16 +126,16 @@ def _partitioned(function: Callable, arguments: Any, results: Any, group_size: i
     return mapped
 
 
-def _mesh_axes(mesh: Mesh, u, group_size: int | None) -> dict[str, tuple[str, ...]]:
-    """Maps the letters of a layout to axes of the mesh: as u is split, except into parts of different sizes."""
+def _mesh_axes(mesh: Mesh, delta, group_size: int | None) -> dict[str, tuple[str, ...]]:
+    """Maps the letters of a layout to axes of the mesh: as delta is split, except into parts of different sizes."""
 
     def whole(axis: int, count: int) -> tuple[str, ...]:
-        names = u.sharding.spec[axis] or ()
+        names = delta.sharding.spec[axis] or ()
         names = names if isinstance(names, tuple) else (names,)
         return () if count % math.prod(mesh.shape[name] for name in names) else names
 
-    channels = whole(2, u.shape[2] // (group_size or 1))
-    return dict(b=whole(0, u.shape[0]), c=channels, g=channels)
+    channels = whole(2, delta.shape[2] // (group_size or 1))
+    return dict(b=whole(0, delta.shape[0]), c=channels, g=channels)
 
 
 def _rule(arguments: Any, results: Any, group_size: int | None) -> str:

@@ -24,15 +24,18 @@ class ScanInputs(NamedTuple):
     z: Any = None
     delta_bias: Any = None
     initial_state: Any = None  # (batch, channels, state)
+    order: Any = None  # (groups, length) int32; then long arrays have positions instead of a length
 
     batch = property(lambda self: self.u.shape[0])
-    length = property(lambda self: self.u.shape[1])
-    channels = property(lambda self: self.u.shape[2])
+    length = property(lambda self: self.u.shape[1] if self.order is None else self.order.shape[1])
+    channels = property(lambda self: self.A.shape[0])
     state = property(lambda self: self.A.shape[1])
 
     @property
     def groups(self) -> int:
         """Groups of channels that share B and C; channel c is in group c // (channels // groups)."""
+        if self.order is not None:
+            return self.order.shape[0]
         return max(x.shape[2] if x.ndim == 4 else 1 for x in (self.B, self.C))
 
 
@@ -49,15 +52,18 @@ def check(inputs: ScanInputs) -> None:
     for name, array in inputs._asdict().items():
         if array is None and name not in ScanInputs._field_defaults:
             raise ValueError(f"{name}: it is None, expected an array")
-        if array is not None and not jnp.issubdtype(array.dtype, jnp.floating):
-            raise ValueError(f"{name}: dtype is {array.dtype}, expected a real floating dtype")
+        kind = jnp.integer if name == "order" else jnp.floating
+        if array is not None and not jnp.issubdtype(array.dtype, kind):
+            raise ValueError(f"{name}: dtype is {array.dtype}, expected a real {kind.__name__} dtype")
     u, A = inputs.u.shape, inputs.A.shape
     if len(u) != 3 or 0 in u:
         raise ValueError(f"u: shape is {u}, expected (batch, length, channels), none of them 0")
-    if len(A) != 2 or A[0] != u[2] or A[1] == 0:
+    orders = 1 if inputs.order is None else _count_orders(inputs)
+    if len(A) != 2 or A[0] not in (u[2], u[2] * orders) or A[1] == 0:
         raise ValueError(f"A: shape is {A}, expected ({u[2]}, state) for u of shape {u}")
     channels, state = A
-    expected = dict(delta=u, z=u, D=(channels,), delta_bias=(channels,), initial_state=(u[0], channels, state))
+    delta = *u[:2], channels
+    expected = dict(delta=delta, z=u, D=(channels,), delta_bias=(channels,), initial_state=(u[0], channels, state))
     for name, shape in expected.items():
         array = getattr(inputs, name)
         if array is not None and array.shape != shape:
@@ -66,11 +72,25 @@ def check(inputs: ScanInputs) -> None:
         shape = getattr(inputs, name).shape
         groups = shape[2] if len(shape) == 4 else 1
         varying, grouped = (*u[:2], state), (*u[:2], groups, state)
-        if shape not in (A, varying, grouped) or groups == 0 or channels % groups:
+        if (
+            shape not in (A, varying, grouped)
+            or groups == 0
+            or channels % groups
+            or shape != A
+            and orders not in (1, groups)
+        ):
             raise ValueError(
                 f"{name}: shape is {shape}, expected one of {A}, {varying}, ({u[0]}, {u[1]}, groups, {state}) "
                 f"with groups dividing channels, for u {u} and A {A}"
             )
+
+
+def _count_orders(inputs: ScanInputs) -> int:
+    """The groups that `order` has; raises a ValueError unless it may be one of the channels of A."""
+    shape, channels = inputs.order.shape, inputs.A.shape[0]
+    if len(shape) != 2 or 0 in shape or channels % shape[0]:
+        raise ValueError(f"order: shape is {shape}, expected (groups, length) with groups dividing {channels} channels")
+    return shape[0]
 
 
 def canonical(inputs: ScanInputs) -> ScanInputs:
@@ -78,6 +98,8 @@ def canonical(inputs: ScanInputs) -> ScanInputs:
     dtypes = {x.dtype for x in (inputs.u, inputs.delta, inputs.z) if x is not None}
     kept = ("u", "delta", "z") if len(dtypes) == 1 and dtypes <= HALVES else ()  # float32 holds every mixture exactly
     arrays = {n: x if x is None or n in kept else x.astype(jnp.float32) for n, x in inputs._asdict().items()}
+    if inputs.order is not None:
+        arrays["order"] = inputs.order.astype(jnp.int32)
     B, C = (x[:, :, None] if x.ndim == 3 else x for x in (arrays["B"], arrays["C"]))
     if B.ndim == C.ndim == 4 and B.shape[2] != C.shape[2]:
         groups = math.lcm(B.shape[2], C.shape[2])

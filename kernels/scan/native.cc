@@ -315,14 +315,14 @@ class Arena {
 // The recurrences, over `count` steps of one block of channels and N of its states.
 
 // B or C over the steps of a chunk: one number per state for all lanes (kSplat) or a vector per state, for matrices
-// that differ between channels. Step k starts at data + k * stride.
+// that differ between channels. Step k starts at data + at[k].
 struct Matrix {
   const float* data;
-  int64_t stride;
+  const int64_t* at;
 
   template <bool kSplat>
   Vec Get(int64_t k, int n) const {
-    return kSplat ? Splat(data[k * stride + n]) : Load(data + k * stride + n * kLanes);
+    return kSplat ? Splat(data[at[k] + n]) : Load(data + at[k] + n * kLanes);
   }
 };
 
@@ -415,79 +415,108 @@ void ForStates(int64_t states, F&& f) {
 // One call, and the tasks it is cut into.
 
 struct Scan {
-  // `rows` sequences, of which each `batch` share the parameters A, D and so on; under vmap there are several batches.
-  int64_t rows, batch, length, channels, state, groups, ranges;
+  // Groups of channels are scanned like sequences of their own: the long arrays are (groups * batch, positions, channels),
+  // B and C (groups * batch, positions, state), with `channels` those of one group. Parameters and states end in all
+  // channels, (…, width). Under vmap there are several of all these, one after the other: `rows` counts all sequences.
+  int64_t rows, groups, batch, positions, length, channels, width, state, ranges;
   const void *u, *delta, *z;  // of one element type, T below
   const float *A, *B, *C, *D, *delta_bias, *initial_state;
-  bool constant_B, constant_C, softplus, reverse;
+  const int32_t* order;  // (groups, length): the position of each step, negative where there is none; null if it counts
+  bool shared, constant_B, constant_C, softplus, reverse;  // shared: all groups read the same u and z
 
-  int64_t per_group() const { return channels / groups; }
   int64_t chunks() const { return (length + kChunk - 1) / kChunk; }
-  int64_t blocks() const { return (per_group() + kLanes - 1) / kLanes; }
-  int64_t tasks() const { return rows * groups * ranges; }
+  int64_t blocks() const { return (channels + kLanes - 1) / kLanes; }
+  int64_t tasks() const { return rows * ranges; }
   int64_t blocks_per_task() const { return (blocks() + ranges - 1) / ranges; }
   bool splat() const { return !constant_B && !constant_C; }
+
+  // Shapes of arrays, without leading dimensions.
+  std::vector<int64_t> sequences() const { return {groups * batch, positions, channels}; }
+  std::vector<int64_t> matrices() const { return {groups * batch, positions, state}; }
+  std::vector<int64_t> states() const { return {batch, state, width}; }
+  std::vector<int64_t> starts() const { return {batch, chunks(), state, width}; }
 };
 
-// A sequence, and a range of the channel blocks of a group.
+// The steps of a chunk, and where each is in a sequence of (positions, channels); negative where it has no position.
+struct Chunk {
+  int64_t number = 0;
+  int count = 0;
+  int64_t positions[kChunk], at[kChunk];
+};
+
+// A sequence, and a range of its channel blocks.
 struct Task {
   const Scan& scan;
-  int64_t row, group, range, first_block, blocks;
+  int64_t row, range, first_block, blocks, problem, group, sequence;  // the sequence is that of the batch
 
   Task(const Scan& scan, int64_t index)
       : scan(scan),
-        row(index / (scan.groups * scan.ranges)),
-        group(index / scan.ranges % scan.groups),
+        row(index / scan.ranges),
         range(index % scan.ranges),
         first_block(range * scan.blocks() / scan.ranges),
-        blocks((range + 1) * scan.blocks() / scan.ranges - first_block) {}
+        blocks((range + 1) * scan.blocks() / scan.ranges - first_block),
+        problem(row / (scan.groups * scan.batch)),
+        group(row / scan.batch % scan.groups),
+        sequence(problem * scan.batch + row % scan.batch) {}
 
-  int64_t problem() const { return row / scan.batch; }
-  int64_t Channel(int64_t block) const { return group * scan.per_group() + (first_block + block) * kLanes; }
+  int64_t Channel(int64_t block) const { return (first_block + block) * kLanes; }
   int Lanes(int64_t block) const {
-    return static_cast<int>(std::min<int64_t>(kLanes, scan.per_group() - (first_block + block) * kLanes));
-  }
-  int64_t stride() const { return scan.reverse ? -scan.channels : scan.channels; }  // from one step to the next
-  int64_t Position(int64_t step) const { return scan.reverse ? scan.length - 1 - step : step; }
-
-  // Where a block's first channel is in (rows, length, channels), and this group's first state in (rows or rows and
-  // ranges, length, groups, state).
-  int64_t At(int64_t step, int64_t block) const {
-    return (row * scan.length + Position(step)) * scan.channels + Channel(block);
-  }
-  int64_t MatrixAt(int64_t row, int64_t step) const {
-    return ((row * scan.length + Position(step)) * scan.groups + group) * scan.state;
+    return static_cast<int>(std::min<int64_t>(kLanes, scan.channels - Channel(block)));
   }
 
-  // A block's part of state n in a (rows, chunks, state, channels) array.
+  // A chunk's steps. Before the first and after the last one comes the same chunk of the next sequence, which is likely
+  // to be the next task of this thread.
+  Chunk Steps(int64_t number) const {
+    Chunk chunk{number};
+    const int32_t* order = scan.order ? scan.order + (problem * scan.groups + group) * scan.length : nullptr;
+    const bool here = 0 <= number && number < scan.chunks();
+    const int64_t first = here ? number * kChunk : number < 0 ? (scan.chunks() - 1) * kChunk : 0;
+    const int64_t sequences = here ? 0 : scan.positions * scan.channels;
+    for (int64_t step = first; chunk.count < kChunk && step < scan.length; ++step, ++chunk.count) {
+      const int64_t counted = scan.reverse ? scan.length - 1 - step : step;
+      const int64_t position = order ? order[counted] : counted;
+      chunk.positions[chunk.count] = position;
+      chunk.at[chunk.count] = position * scan.channels + (position < 0 ? 0 : sequences);
+    }
+    return chunk;
+  }
+
+  // A block of a long array, whose steps are at Chunk::at; null of null.
+  template <class T, class Data>
+  T* Block(Data* data, int64_t block, bool shared = false) const {
+    if (!data) return nullptr;
+    return static_cast<T*>(data) + (shared ? sequence : row) * scan.positions * scan.channels + Channel(block);
+  }
+
+  // A block's part of row `index` of an array that ends in all channels.
+  int64_t At(int64_t index, int64_t block) const {
+    return index * scan.width + group * scan.channels + Channel(block);
+  }
+  int64_t StateAt(int64_t n, int64_t block) const { return At(sequence * scan.state + n, block); }
   int64_t StartAt(int64_t chunk, int64_t n, int64_t block) const {
-    return ((row * scan.chunks() + chunk) * scan.state + n) * scan.channels + Channel(block);
+    return At((sequence * scan.chunks() + chunk) * scan.state + n, block);
   }
 
   Vec Parameter(const float* values, int64_t block) const {
-    return values ? Load(values + problem() * scan.channels + Channel(block), Lanes(block)) : Vec{};
+    return values ? Load(values + At(problem, block), Lanes(block)) : Vec{};
   }
 
-  // [block][state] vectors from and to an (index, channels, state) array; zeros from null.
+  // [block][state] vectors from and to an array (index, state, width); zeros from null.
   Vec* Gather(const float* from, int64_t index, Arena& arena) const {
     Vec* to = arena.Zeros(blocks * scan.state);
-    for (int64_t block = 0; block < blocks; ++block) {
-      float* lanes = reinterpret_cast<float*>(to + block * scan.state);
-      for (int lane = 0; from && lane < Lanes(block); ++lane)
-        for (int64_t n = 0; n < scan.state; ++n)
-          lanes[n * kLanes + lane] = from[(index * scan.channels + Channel(block) + lane) * scan.state + n];
-    }
+    for (int64_t block = 0; from && block < blocks; ++block)
+      for (int64_t n = 0; n < scan.state; ++n)
+        to[block * scan.state + n] = Load(from + At(index * scan.state + n, block), Lanes(block));
     return to;
   }
   void Scatter(const Vec* from, float* to, int64_t index) const {
     for (int64_t block = 0; block < blocks; ++block)
       for (int64_t n = 0; n < scan.state; ++n)
-        for (int lane = 0; lane < Lanes(block); ++lane)
-          to[(index * scan.channels + Channel(block) + lane) * scan.state + n] = from[block * scan.state + n][lane];
+        Store(to + At(index * scan.state + n, block), from[block * scan.state + n], Lanes(block));
   }
 
   Vec* Exponents(Arena& arena) const {
-    Vec* A = Gather(scan.A, problem(), arena);
+    Vec* A = Gather(scan.A, problem, arena);
     for (int64_t i = 0; i < blocks * scan.state; ++i) A[i] *= kLog2e;
     return A;
   }
@@ -497,34 +526,30 @@ struct Task {
 class MatrixReader {
  public:
   MatrixReader(const Task& task, const float* values, bool constant, Arena& arena)
-      : task_(task), values_(values), constant_(constant) {
+      : state_(task.scan.state), constant_(constant) {
+    values_ = values + (constant ? 0 : task.row * task.scan.positions * state_);
     if (task.scan.splat()) return;
-    vectors_ = constant ? task.Gather(values, task.problem(), arena) : arena.Zeros(kChunk * task.scan.state);
+    vectors_ = constant ? task.Gather(values, task.problem, arena) : arena.Zeros(kChunk * state_);
   }
   // A matrix that varies in time beside a constant one is spread over the lanes, for both to be vectors.
-  void Start(int64_t first_step, int count) {
-    const int64_t state = task_.scan.state;
-    first_step_ = first_step;
-    for (int k = 0; vectors_ && !constant_ && k < count; ++k)
-      for (int64_t n = 0; n < state; ++n)
-        vectors_[k * state + n] = Splat(values_[task_.MatrixAt(task_.row, first_step + k) + n]);
+  void Start(const Chunk& chunk) {
+    for (int k = 0; !constant_ && k < chunk.count; ++k) {
+      const int64_t from = std::max<int64_t>(0, chunk.positions[k]) * state_;  // where u is zero, any row will do
+      at_[k] = vectors_ ? k * state_ * kLanes : from;
+      for (int64_t n = 0; vectors_ && n < state_; ++n) vectors_[k * state_ + n] = Splat(values_[from + n]);
+    }
   }
   Matrix Get(int64_t block, int64_t first_state) const {
-    const Scan& scan = task_.scan;
-    if (!vectors_) {
-      const int64_t stride = scan.groups * scan.state;
-      return {values_ + task_.MatrixAt(task_.row, first_step_) + first_state, scan.reverse ? -stride : stride};
-    }
-    const Vec* vectors = vectors_ + (constant_ ? block * scan.state : 0) + first_state;
-    return {reinterpret_cast<const float*>(vectors), constant_ ? 0 : scan.state * kLanes};
+    if (!vectors_) return {values_ + first_state, at_};
+    return {reinterpret_cast<const float*>(vectors_ + (constant_ ? block * state_ : 0) + first_state), at_};
   }
 
  private:
-  const Task& task_;
-  const float* values_;
+  int64_t state_;
   bool constant_;
+  const float* values_;
   Vec* vectors_ = nullptr;
-  int64_t first_step_ = 0;
+  int64_t at_[kChunk] = {};
 };
 
 // Sums of dB or dC of a task: over channels, per position, or over time, per channel, where the matrix is constant.
@@ -539,18 +564,20 @@ class MatrixGradient {
     return sums_ + (constant_ ? block * task_.scan.state : 0) + first_state;
   }
   int64_t stride() const { return constant_ ? 0 : task_.scan.state; }
-  void EndChunk(int64_t first_step, int count) {
+  void EndChunk(const Chunk& chunk) {
     if (constant_) return;
-    const int64_t state = task_.scan.state, row = task_.row * task_.scan.ranges + task_.range;
+    const Scan& scan = task_.scan;
+    float* to = result_ + (task_.row * scan.ranges + task_.range) * scan.positions * scan.state;
     static_assert(kChunk % kLanes == 0);
     for (int64_t i = 0; i < size_ / kLanes; ++i) sums_[i] = LaneSums(sums_ + i * kLanes);
     const float* sums = reinterpret_cast<const float*>(sums_);
-    for (int k = 0; k < count; ++k)
-      std::memcpy(result_ + task_.MatrixAt(row, first_step + k), sums + k * state, state * sizeof(float));
+    for (int k = 0; k < chunk.count; ++k)
+      if (chunk.positions[k] >= 0)
+        std::memcpy(to + chunk.positions[k] * scan.state, sums + k * scan.state, scan.state * sizeof(float));
     std::fill_n(sums_, size_, Vec{});
   }
   void EndTask() const {
-    if (constant_) task_.Scatter(sums_, result_, task_.row);
+    if (constant_) task_.Scatter(sums_, result_, task_.sequence);
   }
 
  private:
@@ -561,25 +588,38 @@ class MatrixGradient {
   Vec* sums_;
 };
 
-// Reads a block's inputs for a chunk, for the backward pass also the slopes of softplus and silu. Meanwhile fetches the
-// `streams` of the chunk that comes next, whose rows are too far apart for the processor to foresee them.
+template <class T>
+Vec LoadStep(const T* from, int64_t at, int lanes) {
+  return at < 0 ? Vec{} : Load(from + at, lanes);
+}
+template <class T>
+void StoreStep(T* to, int64_t at, Vec v, int lanes) {
+  if (at >= 0) Store(to + at, v, lanes);
+}
+
+// Reads a block's inputs for a chunk, for the backward pass also the slopes of softplus and silu. Meanwhile fetches what
+// the next chunk needs of them and of `others`: rows are too far apart for the processor to foresee them.
 template <class T, bool kBackward>
-void Read(const Task& task, int64_t first_step, int count, int64_t block, std::initializer_list<const void*> streams,
-          Steps& steps, Gradients* grads = nullptr) {
+void Read(const Task& task, const Chunk& chunk, const Chunk& next, int64_t block,
+          std::initializer_list<const T*> others, Steps& steps, Gradients* grads = nullptr) {
   const Scan& scan = task.scan;
-  const auto u = static_cast<const T*>(scan.u), delta = static_cast<const T*>(scan.delta);
-  const auto z = static_cast<const T*>(scan.z);
-  const int64_t next = first_step + (kBackward ? -kChunk : kChunk), stride = task.stride();
+  const T* u = task.Block<const T>(scan.u, block, scan.shared);
+  const T* delta = task.Block<const T>(scan.delta, block);
+  const T* z = task.Block<const T>(scan.z, block, scan.shared);
   const int lanes = task.Lanes(block);
-  const bool fetch = next >= 0 && block * kLanes * sizeof(T) % kCacheLine == 0;
+  const int fetched = block * kLanes * sizeof(T) % kCacheLine == 0 ? next.count : 0;
   const Vec bias = task.Parameter(scan.delta_bias, block), D = task.Parameter(scan.D, block);
-  int64_t at = task.At(first_step, block);
-  for (int k = 0; k < count; ++k, at += stride) {
-    if (fetch && next + k < scan.length)
-      for (const void* stream : streams)
-        if (stream) __builtin_prefetch(static_cast<const T*>(stream) + at + (next - first_step) * stride, 0, 2);
-    const Vec input = Load(u + at, lanes);
-    Vec step = Load(delta + at, lanes) + bias;
+  for (int k = 0; k < chunk.count; ++k) {
+    const int64_t at = chunk.at[k];
+    if (k < fetched && next.at[k] >= 0) {
+      const auto fetch = [&](const T* stream) {
+        if (stream) __builtin_prefetch(stream + next.at[k], 0, 2);
+      };
+      fetch(u), fetch(delta), fetch(z);
+      for (const T* stream : others) fetch(stream);
+    }
+    const Vec input = LoadStep(u, at, lanes);
+    Vec step = LoadStep(delta, at, lanes) + bias;
     if (scan.softplus) {
       const Vec w = Exp(MinusAbs(step));
       if constexpr (kBackward) grads->delta_slope[k] = Sigmoid(step, w);
@@ -590,7 +630,7 @@ void Read(const Task& task, int64_t first_step, int count, int64_t block, std::i
     steps.input[k] = step * input;
     steps.y[k] = D * input;
     if (z) {
-      const Vec gate = Load(z + at, lanes), sigmoid = Sigmoid(gate, Exp(MinusAbs(gate)));
+      const Vec gate = LoadStep(z, at, lanes), sigmoid = Sigmoid(gate, Exp(MinusAbs(gate)));
       if constexpr (kBackward) grads->gate_slope[k] = sigmoid * (1.0f + gate * (1.0f - sigmoid));
       steps.gate[k] = gate * sigmoid;
     }
@@ -606,34 +646,30 @@ template <class T>
 void ForwardTask(const Scan& scan, const ForwardResults& results, int64_t index, Arena arena) {
   const Task task(scan, index);
   const Vec* A = task.Exponents(arena);
-  Vec* state = task.Gather(scan.initial_state, task.row, arena);
+  Vec* state = task.Gather(scan.initial_state, task.sequence, arena);
   MatrixReader B(task, scan.B, scan.constant_B, arena), C(task, scan.C, scan.constant_C, arena);
-  const int64_t stride = task.stride();
   Steps steps;
-  for (int64_t chunk = 0; chunk < scan.chunks(); ++chunk) {
-    const int64_t first_step = chunk * kChunk;
-    const int count = static_cast<int>(std::min<int64_t>(kChunk, scan.length - first_step));
-    B.Start(first_step, count);
-    C.Start(first_step, count);
+  for (Chunk chunk = task.Steps(0), next; chunk.number < scan.chunks(); chunk = next) {
+    next = task.Steps(chunk.number + 1);
+    B.Start(chunk);
+    C.Start(chunk);
     for (int64_t block = 0; block < task.blocks; ++block) {
       const int lanes = task.Lanes(block);
+      T* y = task.Block<T>(results.y, block);
       Vec* h = state + block * scan.state;
       for (int64_t n = 0; results.starts && n < scan.state; ++n)
-        Store(results.starts + task.StartAt(chunk, n, block), h[n], lanes);
-      Read<T, false>(task, first_step, count, block, {scan.u, scan.delta, scan.z, results.y}, steps);
+        Store(results.starts + task.StartAt(chunk.number, n, block), h[n], lanes);
+      Read<T, false>(task, chunk, next, block, {y}, steps);
       ForStates<kMaxStates>(scan.state, [&](auto states, int64_t first) {
         constexpr int kStates = decltype(states)::value;
         const auto forward = scan.splat() ? Forward<kStates, true> : Forward<kStates, false>;
-        forward(count, steps, B.Get(block, first), C.Get(block, first), A + block * scan.state + first, h + first);
+        forward(chunk.count, steps, B.Get(block, first), C.Get(block, first), A + block * scan.state + first, h + first);
       });
-      int64_t at = task.At(first_step, block);
-      for (int k = 0; k < count; ++k, at += stride) {
-        const Vec y = scan.z ? steps.y[k] * steps.gate[k] : steps.y[k];
-        Store(static_cast<T*>(results.y) + at, y, lanes);
-      }
+      for (int k = 0; k < chunk.count; ++k)
+        StoreStep(y, chunk.at[k], scan.z ? steps.y[k] * steps.gate[k] : steps.y[k], lanes);
     }
   }
-  task.Scatter(state, results.last_state, task.row);
+  task.Scatter(state, results.last_state, task.sequence);
 }
 
 struct Incoming {
@@ -649,12 +685,9 @@ struct BackwardResults {
 template <class T>
 void BackwardTask(const Scan& scan, const Incoming& incoming, const BackwardResults& results, int64_t index,
                   Arena arena) {
-  const auto dy = static_cast<const T*>(incoming.y);
-  const auto du = static_cast<T*>(results.u), d_delta = static_cast<T*>(results.delta);
-  const auto dz = static_cast<T*>(results.z);
   const Task task(scan, index);
   const Vec* A = task.Exponents(arena);
-  Vec* d_state = task.Gather(incoming.last_state, task.row, arena);
+  Vec* d_state = task.Gather(incoming.last_state, task.sequence, arena);
   Vec* dA = arena.Zeros(task.blocks * scan.state);
   Vec* dD = arena.Zeros(task.blocks);
   Vec* d_bias = arena.Zeros(task.blocks);
@@ -663,21 +696,22 @@ void BackwardTask(const Scan& scan, const Incoming& incoming, const BackwardResu
   Vec* start = arena.Zeros(kMaxStates);
   Vec* decays = arena.Zeros(kChunk * kMaxStates);
   Vec* carried = arena.Zeros(kChunk * kMaxStates);
-  const int64_t stride = task.stride();
   Steps steps;
   Gradients grads;
-  for (int64_t chunk = scan.chunks() - 1; chunk >= 0; --chunk) {
-    const int64_t first_step = chunk * kChunk;
-    const int count = static_cast<int>(std::min<int64_t>(kChunk, scan.length - first_step));
-    B.Start(first_step, count);
-    C.Start(first_step, count);
+  for (Chunk chunk = task.Steps(scan.chunks() - 1), next; chunk.number >= 0; chunk = next) {
+    next = task.Steps(chunk.number - 1);
+    B.Start(chunk);
+    C.Start(chunk);
     for (int64_t block = 0; block < task.blocks; ++block) {
       const int lanes = task.Lanes(block);
+      const T* dy = task.Block<const T>(incoming.y, block);
+      T* du = task.Block<T>(results.u, block);
+      T* d_delta = task.Block<T>(results.delta, block);
+      T* dz = task.Block<T>(results.z, block);
       const Vec D = task.Parameter(scan.D, block);
-      Read<T, true>(task, first_step, count, block, {scan.u, scan.delta, scan.z, dy, du, d_delta, dz}, steps, &grads);
-      int64_t at = task.At(first_step, block);
-      for (int k = 0; k < count; ++k, at += stride) {
-        grads.y[k] = Load(dy + at, lanes);
+      Read<T, true>(task, chunk, next, block, {dy, du, d_delta, dz}, steps, &grads);
+      for (int k = 0; k < chunk.count; ++k) {
+        grads.y[k] = LoadStep(dy, chunk.at[k], lanes);
         grads.core[k] = scan.z ? grads.y[k] * steps.gate[k] : grads.y[k];
         grads.u[k] = D * grads.core[k];
         grads.delta[k] = Vec{};
@@ -687,32 +721,32 @@ void BackwardTask(const Scan& scan, const Incoming& incoming, const BackwardResu
         const int64_t at = block * scan.state + first;
         const Matrix b = B.Get(block, first), c = C.Get(block, first);
         for (int n = 0; n < kStates; ++n)
-          start[n] = Load(incoming.starts + task.StartAt(chunk, first + n, block), lanes);
+          start[n] = Load(incoming.starts + task.StartAt(chunk.number, first + n, block), lanes);
         const auto replay = scan.splat() ? Replay<kStates, true> : Replay<kStates, false>;
-        replay(count, steps, b, c, A + at, start, decays, carried);
+        replay(chunk.count, steps, b, c, A + at, start, decays, carried);
         const auto adjoint = scan.splat() ? Adjoint<kStates, true> : Adjoint<kStates, false>;
-        adjoint(count, steps, grads, b, c, A + at, decays, carried, d_state + at, dA + at, dB.At(block, first),
+        adjoint(chunk.count, steps, grads, b, c, A + at, decays, carried, d_state + at, dA + at, dB.At(block, first),
                 dB.stride(), dC.At(block, first), dC.stride());
       });
-      for (int k = count - 1; k >= 0; --k) {
-        at -= stride;
+      for (int k = chunk.count - 1; k >= 0; --k) {
+        const int64_t at = chunk.at[k];
         const Vec d_step = scan.softplus ? grads.delta[k] * grads.delta_slope[k] : grads.delta[k];
         dD[block] += grads.core[k] * steps.u[k];
         d_bias[block] += d_step;
-        Store(du + at, grads.u[k], lanes);
-        Store(d_delta + at, d_step, lanes);
-        if (dz) Store(dz + at, grads.y[k] * steps.y[k] * grads.gate_slope[k], lanes);
+        StoreStep(du, at, grads.u[k], lanes);
+        StoreStep(d_delta, at, d_step, lanes);
+        if (dz) StoreStep(dz, at, grads.y[k] * steps.y[k] * grads.gate_slope[k], lanes);
       }
     }
-    dB.EndChunk(first_step, count);
-    dC.EndChunk(first_step, count);
+    dB.EndChunk(chunk);
+    dC.EndChunk(chunk);
   }
   dB.EndTask();
   dC.EndTask();
-  task.Scatter(d_state, results.initial_state, task.row);
-  task.Scatter(dA, results.A, task.row);
+  task.Scatter(d_state, results.initial_state, task.sequence);
+  task.Scatter(dA, results.A, task.sequence);
   for (int64_t block = 0; block < task.blocks; ++block) {
-    const int64_t at = task.row * scan.channels + task.Channel(block);
+    const int64_t at = task.At(task.sequence, block);
     if (results.D) Store(results.D + at, dD[block], task.Lanes(block));
     if (results.delta_bias) Store(results.delta_bias + at, d_bias[block], task.Lanes(block));
   }
@@ -800,47 +834,76 @@ class Arrays {
   float* Floats(const char* name, const ffi::AnyBuffer& array, std::vector<int64_t> shape) {
     return static_cast<float*>(Take(name, array, ffi::DataType::F32, std::move(shape)));
   }
+  void Refuse(const std::string& why) {
+    if (refused_.empty()) refused_ = "selective scan: " + why;
+  }
   float* MaybeFloats(const char* name, const ffi::AnyBuffer& array, std::vector<int64_t> shape) {
     return array.element_count() ? Floats(name, array, std::move(shape)) : nullptr;
   }
 
  private:
-  void Refuse(const std::string& why) {
-    if (refused_.empty()) refused_ = "selective scan: " + why;
-  }
-
   const ffi::RemainingArgs& args_;
   const ffi::RemainingRets& rets_;
   std::vector<int64_t> lead_;
   std::string refused_;
 };
 
-// u, delta, A, B, C, D, z and delta_bias come first in both calls.
+// Whether every group's order visits each position once; otherwise results would be missing, or written by two steps.
+bool VisitsAll(const Scan& scan) {
+  const int64_t orders = scan.rows / scan.batch;
+  std::vector<bool> visited(scan.positions);
+  for (int64_t i = 0; i < orders; ++i) {
+    visited.assign(scan.positions, false);
+    int64_t count = 0;
+    for (int64_t step = 0; step < scan.length; ++step) {
+      const int32_t position = scan.order[i * scan.length + step];
+      if (position < 0) continue;
+      if (position >= scan.positions || visited[position]) return false;
+      visited[position] = true;
+      ++count;
+    }
+    if (count != scan.positions) return false;
+  }
+  return true;
+}
+
+// u, delta, A, B, C, D, z, delta_bias and the order come first in both calls.
 Scan MakeScan(Arrays& arrays, int64_t ranges, bool softplus, bool reverse) {
   const auto get = [&](size_t i) { return arrays.Argument(i); };
-  const ffi::AnyBuffer u = get(0), A = get(2), B = get(3), C = get(4), z = get(6);
-  const auto shape = u.dimensions();
+  const ffi::AnyBuffer u = get(0), delta = get(1), A = get(2), B = get(3), C = get(4), z = get(6), order = get(8);
+  const auto shape = delta.dimensions(), sizes = A.dimensions();
   const size_t rank = shape.size();
   Scan scan{};
-  scan.batch = shape[rank - 3];
-  scan.length = shape[rank - 2];
-  scan.channels = shape[rank - 1];
-  scan.rows = static_cast<int64_t>(u.element_count()) / (scan.length * scan.channels);
-  scan.state = A.dimensions().back();
+  if (rank != u.dimensions().size() || sizes.size() + 1 != rank || sizes.back() % shape.back()) {
+    arrays.Refuse("shape of delta or A");
+    return scan;
+  }
+  scan.state = sizes[rank - 3];
+  scan.width = sizes.back();
+  scan.channels = shape.back();
+  scan.groups = scan.width / scan.channels;
+  scan.batch = shape[rank - 3] / scan.groups;
+  scan.positions = shape[rank - 2];
+  scan.length = order.element_count() ? order.dimensions().back() : scan.positions;
+  scan.rows = static_cast<int64_t>(delta.element_count()) / (scan.positions * scan.channels);
+  scan.shared = u.dimensions()[rank - 3] == scan.batch;
   scan.constant_B = B.dimensions().size() < rank;
   scan.constant_C = C.dimensions().size() < rank;
-  scan.groups = !scan.constant_B ? B.dimensions()[rank - 1] : !scan.constant_C ? C.dimensions()[rank - 1] : 1;
   scan.ranges = ranges;
-  const std::vector<int64_t> sequence{scan.batch, scan.length, scan.channels}, matrix{scan.channels, scan.state};
-  const std::vector<int64_t> varying{scan.batch, scan.length, scan.groups, scan.state};
-  scan.u = arrays.Take("u", u, u.element_type(), sequence);
-  scan.delta = arrays.Take("delta", get(1), u.element_type(), sequence);
+  const int64_t sources = scan.shared ? scan.batch : scan.groups * scan.batch;
+  const std::vector<int64_t> source{sources, scan.positions, scan.channels}, matrix{scan.state, scan.width};
+  scan.u = arrays.Take("u", u, u.element_type(), source);
+  scan.delta = arrays.Take("delta", delta, u.element_type(), scan.sequences());
   scan.A = arrays.Floats("A", A, matrix);
-  scan.B = arrays.Floats("B", B, scan.constant_B ? matrix : varying);
-  scan.C = arrays.Floats("C", C, scan.constant_C ? matrix : varying);
-  scan.D = arrays.MaybeFloats("D", get(5), {scan.channels});
-  scan.z = z.element_count() ? arrays.Take("z", z, u.element_type(), sequence) : nullptr;
-  scan.delta_bias = arrays.MaybeFloats("delta_bias", get(7), {scan.channels});
+  scan.B = arrays.Floats("B", B, scan.constant_B ? matrix : scan.matrices());
+  scan.C = arrays.Floats("C", C, scan.constant_C ? matrix : scan.matrices());
+  scan.D = arrays.MaybeFloats("D", get(5), {scan.width});
+  scan.z = z.element_count() ? arrays.Take("z", z, u.element_type(), source) : nullptr;
+  scan.delta_bias = arrays.MaybeFloats("delta_bias", get(7), {scan.width});
+  if (order.element_count()) {
+    scan.order = static_cast<const int32_t*>(arrays.Take("order", order, ffi::DataType::S32, {scan.groups, scan.length}));
+    if (arrays.refused().empty() && !VisitsAll(scan)) arrays.Refuse("order visits a position twice or never");
+  }
   scan.softplus = softplus;
   scan.reverse = reverse;
   return scan;
@@ -863,16 +926,14 @@ ffi::Error Perform(ffi::ThreadPool& pool, const Scan& scan, const Arrays& arrays
 
 ffi::Error ForwardCall(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets, int64_t ranges,
                        bool softplus, bool reverse) {
-  Arrays arrays(args, rets, 9, 3);
+  Arrays arrays(args, rets, 10, 3);
   if (!arrays.refused().empty()) return ffi::Error::InvalidArgument(arrays.refused());
   Scan scan = MakeScan(arrays, ranges, softplus, reverse);
-  const std::vector<int64_t> state{scan.batch, scan.channels, scan.state};
-  scan.initial_state = arrays.MaybeFloats("initial_state", arrays.Argument(8), state);
+  scan.initial_state = arrays.MaybeFloats("initial_state", arrays.Argument(9), scan.states());
   ForwardResults results;
-  results.y = arrays.Take("y", arrays.Result(0), arrays.Argument(0).element_type(),
-                          {scan.batch, scan.length, scan.channels});
-  results.last_state = arrays.Floats("last_state", arrays.Result(1), state);
-  results.starts = arrays.MaybeFloats("starts", arrays.Result(2), {scan.batch, scan.chunks(), scan.state, scan.channels});
+  results.y = arrays.Take("y", arrays.Result(0), arrays.Argument(0).element_type(), scan.sequences());
+  results.last_state = arrays.Floats("last_state", arrays.Result(1), scan.states());
+  results.starts = arrays.MaybeFloats("starts", arrays.Result(2), scan.starts());
   return Perform(pool, scan, arrays, [&](auto element, int64_t task, Arena arena) {
     ForwardTask<decltype(element)>(scan, results, task, arena);
   });
@@ -880,27 +941,26 @@ ffi::Error ForwardCall(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remai
 
 ffi::Error BackwardCall(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets, int64_t ranges,
                         bool softplus, bool reverse) {
-  Arrays arrays(args, rets, 11, 9);
+  Arrays arrays(args, rets, 12, 9);
   if (!arrays.refused().empty()) return ffi::Error::InvalidArgument(arrays.refused());
   const Scan scan = MakeScan(arrays, ranges, softplus, reverse);
   const auto type = arrays.Argument(0).element_type();
-  const std::vector<int64_t> sequence{scan.batch, scan.length, scan.channels};
-  const std::vector<int64_t> state{scan.batch, scan.channels, scan.state}, channels{scan.batch, scan.channels};
-  const std::vector<int64_t> varying{scan.batch, ranges, scan.length, scan.groups, scan.state};
+  const std::vector<int64_t> channels{scan.batch, scan.width};
+  const std::vector<int64_t> matrices{scan.groups * scan.batch, ranges, scan.positions, scan.state};
   Incoming incoming;
-  incoming.y = arrays.Take("dy", arrays.Argument(8), type, sequence);
-  incoming.last_state = arrays.Floats("d_last_state", arrays.Argument(9), state);
-  incoming.starts = arrays.Floats("starts", arrays.Argument(10), {scan.batch, scan.chunks(), scan.state, scan.channels});
+  incoming.y = arrays.Take("dy", arrays.Argument(9), type, scan.sequences());
+  incoming.last_state = arrays.Floats("d_last_state", arrays.Argument(10), scan.states());
+  incoming.starts = arrays.Floats("starts", arrays.Argument(11), scan.starts());
   BackwardResults results;
-  results.u = arrays.Take("du", arrays.Result(0), type, sequence);
-  results.delta = arrays.Take("d_delta", arrays.Result(1), type, sequence);
-  results.A = arrays.Floats("dA", arrays.Result(2), state);
-  results.B = arrays.Floats("dB", arrays.Result(3), scan.constant_B ? state : varying);
-  results.C = arrays.Floats("dC", arrays.Result(4), scan.constant_C ? state : varying);
+  results.u = arrays.Take("du", arrays.Result(0), type, scan.sequences());
+  results.delta = arrays.Take("d_delta", arrays.Result(1), type, scan.sequences());
+  results.A = arrays.Floats("dA", arrays.Result(2), scan.states());
+  results.B = arrays.Floats("dB", arrays.Result(3), scan.constant_B ? scan.states() : matrices);
+  results.C = arrays.Floats("dC", arrays.Result(4), scan.constant_C ? scan.states() : matrices);
   results.D = scan.D ? arrays.Floats("dD", arrays.Result(5), channels) : nullptr;
-  results.z = scan.z ? arrays.Take("dz", arrays.Result(6), type, sequence) : nullptr;
+  results.z = scan.z ? arrays.Take("dz", arrays.Result(6), type, scan.sequences()) : nullptr;
   results.delta_bias = scan.delta_bias ? arrays.Floats("d_delta_bias", arrays.Result(7), channels) : nullptr;
-  results.initial_state = arrays.Floats("d_initial_state", arrays.Result(8), state);
+  results.initial_state = arrays.Floats("d_initial_state", arrays.Result(8), scan.states());
   return Perform(pool, scan, arrays, [&](auto element, int64_t task, Arena arena) {
     BackwardTask<decltype(element)>(scan, incoming, results, task, arena);
   });

@@ -1,4 +1,9 @@
-"""Selective scan in C++ (native.cc) through `jax.ffi`: CPU."""
+"""Selective scan in C++ (native.cc) through `jax.ffi`: CPU.
+
+There, groups of channels are scanned like sequences of their own: what varies in time is (groups * batch, positions,
+…), so that a projection with different weights in each group needs no transposition before the scan. Everything else
+ends in all channels, the states and the matrices that are constant in time in (state, channels).
+"""
 
 import functools
 from pathlib import Path
@@ -30,46 +35,53 @@ def why_unavailable(platform: str, inputs: ScanInputs) -> str | None:
 
 def forward(inputs: ScanInputs, options: ScanOptions, save: bool) -> tuple:
     """Computes y, the last state and, if asked, the state before every `CHUNK` steps."""
+    batch, state, channels = inputs.batch, inputs.state, inputs.channels
     chunks = -(-inputs.length // CHUNK) if save else 0
-    results = (
-        jax.ShapeDtypeStruct(inputs.u.shape, inputs.u.dtype),
-        _float32((inputs.batch, inputs.channels, inputs.state)),
-        _float32((inputs.batch, chunks, inputs.state, inputs.channels)),
-    )
-    y, last_state, starts = _call(FORWARD, results, inputs, options, _ranges(inputs))
-    return y, last_state, starts if save else None
+    results = _like_delta(inputs), _float32((batch, state, channels)), _float32((batch, chunks, state, channels))
+    y, last_state, starts = _call(FORWARD, results, inputs, (_swap(inputs.initial_state),), options)
+    return _join(y, inputs.groups), _swap(last_state), starts if save else None
 
 
 def backward(inputs: ScanInputs, starts, dy, d_last_state, options: ScanOptions) -> ScanInputs:
     """Computes the gradients of the inputs; the sums over the batch and over a group's ranges are left to XLA."""
-    ranges, nothing = _ranges(inputs), _float32((0,))
-    long = jax.ShapeDtypeStruct(inputs.u.shape, inputs.u.dtype)
-
-    def each_sequence(x):
-        return nothing if x is None else _float32((inputs.batch, *x.shape))
-
-    def each_range(x):
-        return each_sequence(x) if x.ndim == 2 else _float32((inputs.batch, ranges, *x.shape[1:]))
-
+    long, nothing, groups = _like_delta(inputs), _float32((0,)), inputs.groups
+    states = _float32((inputs.batch, inputs.state, inputs.channels))
+    matrices = _float32((long.shape[0], _ranges(inputs), long.shape[1], inputs.state))
+    vectors = _float32((inputs.batch, inputs.channels))
     partial = ScanInputs(
         u=long,
         delta=long,
-        A=each_sequence(inputs.A),
-        B=each_range(inputs.B),
-        C=each_range(inputs.C),
-        D=each_sequence(inputs.D),
+        A=states,
+        B=states if inputs.B.ndim == 2 else matrices,
+        C=states if inputs.C.ndim == 2 else matrices,
+        D=nothing if inputs.D is None else vectors,
         z=nothing if inputs.z is None else long,
-        delta_bias=each_sequence(inputs.delta_bias),
-        initial_state=each_sequence(inputs.A),
+        delta_bias=nothing if inputs.delta_bias is None else vectors,
+        initial_state=states,
     )
-    partial = _call(BACKWARD, partial, (*inputs[:-1], dy, d_last_state, starts), options, ranges)
+    incoming = _split(dy, groups), _swap(d_last_state), starts
+    grads = ScanInputs(*_call(BACKWARD, partial[:-1], inputs, incoming, options))
 
-    def total(x, partial):
+    def source(x, grad):
+        """The gradient of u or z, which all groups may have read."""
         if x is None:
             return None
-        return partial if partial.ndim == x.ndim else partial.sum(1 if x.ndim == 4 else 0)
+        return _join(grad, groups) if x.shape[2] == inputs.channels else grad.reshape(groups, *x.shape).sum(0)
 
-    return ScanInputs(*map(total, inputs, partial))
+    def matrix(x, grad):
+        return _swap(grad.sum(0)) if x.ndim == 2 else _join(grad.sum(1), groups).reshape(x.shape)
+
+    return ScanInputs(
+        u=source(inputs.u, grads.u),
+        delta=_join(grads.delta, groups),
+        A=_swap(grads.A.sum(0)),
+        B=matrix(inputs.B, grads.B),
+        C=matrix(inputs.C, grads.C),
+        D=None if inputs.D is None else grads.D.sum(0),
+        z=source(inputs.z, grads.z),
+        delta_bias=None if inputs.delta_bias is None else grads.delta_bias.sum(0),
+        initial_state=None if inputs.initial_state is None else _swap(grads.initial_state),
+    )
 
 
 scan = differentiable(forward, backward, saved="b..c")
@@ -81,9 +93,36 @@ def _ranges(inputs: ScanInputs) -> int:
     return max(least, min(most, -(-TASKS // (inputs.batch * inputs.groups))))
 
 
-def _call(target: str, results: tuple, arrays: tuple, options: ScanOptions, ranges: int):
+def _call(target: str, results: tuple, inputs: ScanInputs, others: tuple, options: ScanOptions):
     """Absent arrays are passed as empty ones; vmapped axes come first, as native.cc expects them."""
-    arrays = [zeros((0,), like=arrays[0]) if x is None else x for x in arrays]
+    groups, width = inputs.groups, inputs.channels // inputs.groups
+    u, z = (x if x is None else _split(x, x.shape[2] // width) for x in (inputs.u, inputs.z))
+    B, C = (_swap(x) if x.ndim == 2 else _split(x, groups) for x in (inputs.B, inputs.C))
+    delta, A = _split(inputs.delta, groups), _swap(inputs.A)
+    order = jnp.zeros((0,), jnp.int32) if inputs.order is None else inputs.order
+    arrays = u, delta, A, B, C, inputs.D, z, inputs.delta_bias, order, *others
+    arrays = [zeros((0,), like=u) if x is None else x for x in arrays]
     call = jax.ffi.ffi_call(target, results, vmap_method="broadcast_all")
-    outputs = call(*arrays, ranges=ranges, delta_softplus=options.delta_softplus, reverse=options.reverse)
-    return jax.tree.map(lambda x: vary_like(x, arrays[0]), outputs)
+    flags = dict(delta_softplus=options.delta_softplus, reverse=options.reverse)
+    return jax.tree.map(lambda x: vary_like(x, u), call(*arrays, ranges=_ranges(inputs), **flags))
+
+
+def _like_delta(inputs: ScanInputs) -> jax.ShapeDtypeStruct:
+    return jax.eval_shape(lambda x: _split(x, inputs.groups), inputs.delta)
+
+
+def _split(x: jax.Array, groups: int) -> jax.Array:
+    """(batch, positions, groups * channels) or (…, groups, channels) -> (groups * batch, positions, channels)."""
+    parts = x.reshape(*x.shape[:2], groups, -1)
+    return jnp.moveaxis(parts, 2, 0).reshape(-1, x.shape[1], parts.shape[3])
+
+
+def _join(x: jax.Array, groups: int) -> jax.Array:
+    """(groups * batch, positions, channels) -> (batch, positions, groups * channels)."""
+    parts = x.reshape(groups, -1, *x.shape[1:])
+    return jnp.moveaxis(parts, 0, 2).reshape(*parts.shape[1:3], -1)
+
+
+def _swap(x: jax.Array | None) -> jax.Array | None:
+    """Swaps the last two axes."""
+    return None if x is None else x.swapaxes(-1, -2)

@@ -40,6 +40,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from kernels.scan.differentiation import differentiable
 from kernels.scan.inputs import ScanInputs, ScanOptions
+from kernels.scan.order import gathered
 
 WINDOW = 12  # steps from one saved state to the next, all of whose states the backward kernel holds in registers
 ROWS = 4  # steps whose contributions to the gradients of B and C it holds there; a power of two
@@ -224,7 +225,7 @@ def _pad_and_run_backward(inputs: ScanInputs, states, dy, d_last_state, options:
     return backward(pad(inputs, options), states, dy, d_last_state, options)
 
 
-scan = differentiable(_pad_and_run_forward, _pad_and_run_backward, saved="b.c.")
+scan = gathered(differentiable(_pad_and_run_forward, _pad_and_run_backward, saved="b.c."))
 
 
 def pad(inputs: ScanInputs, options: ScanOptions) -> ScanInputs:

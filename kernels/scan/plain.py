@@ -9,8 +9,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels.scan.inputs import ScanInputs, ScanOptions
+from kernels.scan.order import gathered
 
 
+@gathered
 def scan(inputs: ScanInputs, options: ScanOptions) -> tuple[jax.Array, jax.Array]:
     """See `kernels.scan.api` for the contract. The gradient is JAX's own."""
     batch, length, channels = inputs.u.shape
@@ -40,7 +42,7 @@ def scan(inputs: ScanInputs, options: ScanOptions) -> tuple[jax.Array, jax.Array
         return lax.dot_general(C, h, (((3,), (2,)), ((0, 1), (0, 1))), precision="highest")
 
     dtype = inputs.u.dtype
-    u, delta, A, B, C, D, z, delta_bias, initial_state = jax.tree.map(lambda x: x.astype(jnp.float32), inputs)
+    u, delta, A, B, C, D, z, delta_bias, initial_state, _ = jax.tree.map(lambda x: x.astype(jnp.float32), inputs)
     delta = delta if delta_bias is None else delta + delta_bias
     delta = softplus(delta) if options.delta_softplus else delta
     A = by_state(A)[None]  # as many axes as the state, so that a step reshapes nothing

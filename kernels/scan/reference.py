@@ -7,7 +7,7 @@ from kernels.scan.inputs import ScanInputs, ScanOptions
 
 def scan(inputs: ScanInputs, options: ScanOptions) -> tuple[np.ndarray, np.ndarray]:
     """Takes B and C in any form that `selective_scan` allows; returns (y, last state) in float64."""
-    u, delta, A, B, C, D, z, delta_bias, h = (None if x is None else np.asarray(x, np.float64) for x in inputs)
+    u, delta, A, B, C, D, z, delta_bias, h = (None if x is None else np.asarray(x, np.float64) for x in inputs[:-1])
     batch, length, channels = u.shape
     if delta_bias is not None:
         delta = delta + delta_bias

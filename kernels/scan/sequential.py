@@ -16,6 +16,7 @@ from jax import lax
 from kernels.scan.associative import softplus
 from kernels.scan.differentiation import differentiable
 from kernels.scan.inputs import ScanInputs, ScanOptions, zeros
+from kernels.scan.order import gathered
 
 CHUNK = 10  # the kept states and the states of a chunk together are least around here, at the lengths of Vim
 
@@ -121,7 +122,7 @@ def backward(given: ScanInputs, starts, dy, d_last_state, options: ScanOptions) 
     return _transpose_back(jax.tree.map(_as_floats, grads), given)
 
 
-scan = differentiable(forward, backward, saved="b..c")
+scan = gathered(differentiable(forward, backward, saved="b..c"))
 
 
 def _transpose(inputs: ScanInputs) -> ScanInputs:

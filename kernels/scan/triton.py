@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from kernels.scan.differentiation import differentiable
 from kernels.scan.inputs import ScanInputs, ScanOptions, vary_like
+from kernels.scan.order import gathered
 
 WINDOW = 8  # steps from one saved state to the next
 BLOCK = 32  # channels of a program, one for each thread
@@ -64,7 +65,7 @@ def forward(inputs: ScanInputs, options: ScanOptions, save_states: bool, run) ->
     batch, length, channels = inputs.u.shape
     saved = (batch, -(-length // WINDOW), inputs.state, channels) if save_states else (1, 1, 1, 1)
     outputs = [_like(inputs.u), _float32(batch, inputs.state, channels), _float32(*saved)]
-    arrays = [inputs.u if x is None else x for x in _transpose_states(inputs)]
+    arrays = [inputs.u if x is None else x for x in _transpose_states(inputs)[:-1]]
     constants = _constants(inputs, options) | dict(SAVE=save_states)
     y, last_state, states = run("forward", arrays, outputs, _grid(inputs), BLOCK // 32, constants)
     return y, last_state.swapaxes(1, 2), states if save_states else None
@@ -87,8 +88,8 @@ def backward(inputs: ScanInputs, states, dy, d_last_state, options: ScanOptions,
         delta_bias=vector,
         initial_state=constant,
     )
-    outputs = [_float32(1) if name in absent else x for name, x in outputs._asdict().items()]
-    arrays = [inputs.u if x is None else x for x in _transpose_states(inputs)[:-1]]
+    outputs = [_float32(1) if name in absent else x for name, x in outputs._asdict().items()][:-1]
+    arrays = [inputs.u if x is None else x for x in _transpose_states(inputs)[:-2]]
     arrays += [states, dy, d_last_state.swapaxes(1, 2)]
     partial = ScanInputs(*run("backward", arrays, outputs, _grid(inputs), BLOCK // 32, _constants(inputs, options)))
 
@@ -102,7 +103,7 @@ def backward(inputs: ScanInputs, states, dy, d_last_state, options: ScanOptions,
     return _transpose_states(ScanInputs(**{name: total(name, x) for name, x in partial._asdict().items()}))
 
 
-scan = differentiable(functools.partial(forward, run=run), functools.partial(backward, run=run), saved="b..c")
+scan = gathered(differentiable(functools.partial(forward, run=run), functools.partial(backward, run=run), saved="b..c"))
 
 
 def _transpose_states(inputs: ScanInputs) -> ScanInputs:

@@ -133,6 +133,7 @@ def test_damage_is_noticed(vim):
         ({"options": {"depth": 10**6}}, "is damaged .a network with .* steps in its scans of an image, more than"),
         ({"options": {"image_size": 10**6}}, "is damaged .a network with .* pixels in an image, more than"),
         ({"class_names": "owl"}, "has class_names 'owl', expected a list of names"),
+        ({"class_names": ["owl", "jay", "owl"]}, r"has class_names .*, expected a list of names, each once"),
         ({"class_names": {"owl": 1}}, "has class_names .*expected a list of names"),
         ({"class_names": ["\x1b[2J", 3]}, r"has class_names \['.x1b.2J', 3\], expected"),
         ({"view": {"low_resolution": 0, "crop": "x"}}, "has view.crop 'x', expected a number above 0 and up to 1"),

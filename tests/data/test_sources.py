@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vimd_jax.data import sources
 from vimd_jax.data.catalog import DATASETS, DatasetInfo
 from vimd_jax.data.sources import check_readable, load_source
 from vimd_jax.errors import DatasetError, UnreadableImage
@@ -222,6 +223,14 @@ def test_a_source_of_ones_own(dataset_config, tmp_path, monkeypatch):
     for name in ("my_birds:laod", "no_birds:load"):
         with pytest.raises(DatasetError, match=f"config.dataset.name is '{name}': "):
             load_source(dataset_config(name=name), "train")
+
+
+def test_two_classes_of_one_name(dataset_config, monkeypatch):
+    source = load_source(dataset_config(), "test")
+    source.class_names = ("owl", "jay", "owl", "rook")
+    monkeypatch.setitem(sources.FORMATS, "synthetic", lambda *_: source)
+    with pytest.raises(DatasetError, match="in these data two classes are called 'owl'; rename one"):
+        load_source(dataset_config(), "test")
 
 
 def test_unknown_split(dataset_config):

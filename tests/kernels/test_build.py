@@ -179,7 +179,7 @@ def test_a_library_for_a_named_processor_is_the_same_on_every_machine(source, em
     monkeypatch.setenv("CXXFLAGS", "-march=x86-64-v3")
     portable = build._build(source)
     assert "=native" not in portable.read_text()
-    monkeypatch.setattr(build, "_processor", lambda: "another")
+    monkeypatch.setattr(build, "processor", lambda: "another")
     assert build._build(source) == portable
     monkeypatch.delenv("CXXFLAGS")
     assert build._build(source) != here

@@ -27,7 +27,7 @@ class Step(nn.Module):
     ("conv", "options", "shape"),
     [
         (ShortConv, {"reverse": True}, (1, 9, 8)),
-        (GroupedShortConv, {}, (1, 9, 2, 8)),
+        (GroupedShortConv, {}, (2, 1, 9, 8)),
         (DepthwiseConv, {"activation": nn.silu}, (1, 5, 4, 8)),
     ],
 )

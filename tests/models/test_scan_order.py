@@ -70,12 +70,12 @@ def test_orders_of_several_directions(class_token):
     grid, directions = (3, 5), ("h", "v_flip", "w2", "w7_flip")
     order = local_scan_order(directions, grid, class_token)
     count = 15 + (class_token is not None)
-    assert order.places.shape == (count, 4)
-    assert order.tokens.shape == (49 + (class_token is not None), 4)
+    assert order.places.shape == (4, count)
+    assert order.tokens.shape == (4, 49 + (class_token is not None))
     for k, direction in enumerate(directions):
-        sequence = order.tokens[:, k]
+        sequence = order.tokens[k]
         np.testing.assert_array_equal(np.sort(sequence[sequence != PADDING]), np.arange(count))
-        np.testing.assert_array_equal(order.tokens.reshape(-1)[order.places[:, k]], np.arange(count))
+        np.testing.assert_array_equal(order.tokens.reshape(-1)[order.places[k]], np.arange(count))
         patches = np.delete(np.arange(count), {"middle": 7, "head": 0, None: []}[class_token])
         path = scan_map(direction, grid)
         scanned = [token for token in sequence if token in patches]
@@ -83,24 +83,26 @@ def test_orders_of_several_directions(class_token):
 
     tokens = np.random.default_rng(0).normal(size=(2, count, 3)).astype(np.float32)
     sequences = to_sequences(jnp.asarray(tokens), order)
-    assert not np.any(np.asarray(sequences)[:, order.tokens == PADDING])
-    np.testing.assert_array_equal(to_tokens(sequences, order), np.repeat(tokens[:, :, None], 4, axis=2))
+    assert not np.any(np.asarray(sequences).swapaxes(1, 2)[order.tokens == PADDING])
+    np.testing.assert_array_equal(to_tokens(sequences, order), np.stack([tokens] * 4))
     np.testing.assert_allclose(sum_visits(to_tokens(sequences, order)), 4 * tokens, rtol=1e-6)
 
 
 def test_where_class_tokens_are_scanned():
-    middle = local_scan_order(("h", "h_flip", "w2", "w2_flip"), (3, 3), "middle").tokens.T
+    middle = local_scan_order(("h", "h_flip", "w2", "w2_flip"), (3, 3), "middle").tokens
     assert [np.flatnonzero(sequence == 4).tolist() for sequence in middle] == [[4]] * 4  # also in padded sequences
-    head = local_scan_order(("h", "h_flip", "w2", "w2_flip"), (3, 3), "head").tokens.T
+    head = local_scan_order(("h", "h_flip", "w2", "w2_flip"), (3, 3), "head").tokens
     assert [np.flatnonzero(sequence == 0).tolist() for sequence in head] == [[0], [9], [0], [16]]
 
 
 def test_stacked_orders_have_one_length():
     orders = [local_scan_order(("h", "v"), (3, 3)), local_scan_order(("w2", "h"), (3, 3))]
     stacked = stack_orders(orders)
-    assert stacked.tokens.shape == (2, 16, 2) and stacked.places.shape == (2, 9, 2)
-    np.testing.assert_array_equal(stacked.tokens[0, :9], orders[0].tokens)
-    assert np.all(stacked.tokens[0, 9:] == PADDING)
+    assert stacked.tokens.shape == (2, 2, 16) and stacked.places.shape == (2, 2, 9)
+    np.testing.assert_array_equal(stacked.tokens[0, :, :9], orders[0].tokens)
+    assert np.all(stacked.tokens[0, :, 9:] == PADDING)
+    for tokens, places in zip(*stacked):
+        np.testing.assert_array_equal(tokens.reshape(-1)[places], [range(9)] * 2)
 
 
 def test_maps_cannot_be_changed():

@@ -248,10 +248,10 @@ def test_jit_traces_once(small):
 
 def test_orders_of_different_lengths_are_stacked():
     short, long = cross_scan_order((2, 3)), cross_scan_order((2, 3))
-    long = long._replace(tokens=np.pad(long.tokens, ((0, 2), (0, 0)), constant_values=-1))
+    long = long._replace(tokens=np.pad(long.tokens, ((0, 0), (0, 2)), constant_values=-1))
     stacked = stack_orders([short, long])
-    assert stacked.tokens.shape == (2, 8, 4) and stacked.places.shape == (2, 6, 4)
-    np.testing.assert_array_equal(stacked.tokens[0, 6:], -1)
+    assert stacked.tokens.shape == (2, 4, 8) and stacked.places is None
+    np.testing.assert_array_equal(stacked.tokens[0, :, 6:], -1)
 
 
 def test_initial_distributions():

@@ -11,7 +11,6 @@ from tests.tiny import tiny_config
 from vimd_jax import losses
 from vimd_jax.data.geometry import whole_view
 from vimd_jax.data.sources import Record
-from vimd_jax.models import create_model
 from vimd_jax.models.resize import resize_bilinear, resize_into
 from vimd_jax.tasks import segmentation
 from vimd_jax.tasks.segmentation import SEGMENTATION
@@ -29,12 +28,14 @@ def small_config(**changes):
 def test_the_recorded_losses_and_gradients(case, over, recorded):
     tensors, made = golden.tensors(case), golden.meta(case)["constructor"]
 
+    @jax.jit
+    @jax.value_and_grad
     def loss(logits):
         config = small_config(loss__pixel_mean=over, loss__class_weights=tuple(made["class_weight"] or ()))
         output, batch = Output(logits), {"target": jnp.asarray(tensors["labels"], jnp.uint8)}
         return made["loss_weight"] * SEGMENTATION.loss(output, batch, config)[0]
 
-    value, gradient = jax.value_and_grad(loss)(jnp.moveaxis(tensors["logits"], 1, -1))
+    value, gradient = loss(np.moveaxis(tensors["logits"], 1, -1))
     np.testing.assert_allclose(value, tensors[f"loss_{recorded}"], rtol=1e-6, atol=1e-7)
     expected = np.moveaxis(tensors[f"grad_{recorded}"], 1, -1)
     np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-6 * max(np.abs(expected).max(), 1e-6))
@@ -52,17 +53,17 @@ def test_the_auxiliary_loss_has_its_weight():
 @pytest.mark.parametrize("case", golden.cases("c10_metric_*"))
 def test_the_recorded_metrics(case):
     tensors, classes = golden.tensors(case), golden.meta(case)["constructor"]["num_classes"]
-    total = {"confusion": 0, "loss": 0.0}
+    total, sums_of = {}, jax.jit(SEGMENTATION.sums)
     for i in range(sum(name.startswith("gt") for name in tensors)):
         labels, predicted = tensors[f"gt{i}"], tensors[f"pred{i}"]
         canvas = np.full((1, 40, 60), segmentation.IGNORED, np.uint8)
         canvas[0, : labels.shape[0], : labels.shape[1]] = labels
         size = np.array([labels.shape], np.int32)
         batch = {"target": canvas, "label_size": size, "weight": np.ones(1, np.float32)}
-        sums = SEGMENTATION.sums(10 * jax.nn.one_hot(predicted, classes)[None], batch)
-        total["confusion"] += np.asarray(sums["confusion"], np.float64)
+        sums = sums_of(10 * np.eye(classes, dtype=np.float32)[predicted][None], batch)
+        total = {name: np.float64(x) + total.get(name, 0) for name, x in sums.items()}
     np.testing.assert_array_equal(total["confusion"], tensors["confusion_row_gt_col_pred"])
-    iou, accuracy = segmentation.class_scores(total["confusion"])
+    iou, accuracy = segmentation.class_scores(total)
     np.testing.assert_allclose(iou, 100 * tensors["metric_IoU"], rtol=1e-6)
     np.testing.assert_allclose(accuracy, 100 * tensors["metric_Acc"], rtol=1e-6)
     scores, expected = SEGMENTATION.scores(total), golden.meta(case)["summary_percent_rounded"]
@@ -80,18 +81,33 @@ def test_scores_reach_a_size_that_is_known_when_they_run():
 
 
 def test_scales_and_mirroring_are_averaged():
-    model = create_model("upernet_vim_tiny", num_classes=3, embed_dim=16, depth=2, head_channels=8, image_size=32)
-    images = jax.random.uniform(jax.random.key(0), (1, 32, 48, 3))
-    variables = jax.jit(model.init)(jax.random.key(1), images)
-    both = SEGMENTATION.answer(model, variables, images, small_config(inference__flip=True))
-    mirrored = SEGMENTATION.answer(model, variables, images[:, :, ::-1], small_config(inference__flip=True))
-    np.testing.assert_allclose(both, mirrored[:, :, ::-1], atol=1e-5)
-    scaled = SEGMENTATION.answer(model, variables, images, small_config(inference__scales=(0.5, 1.0)))
-    assert scaled.shape == (1, 32, 48, 3)
-    np.testing.assert_allclose(jnp.exp(scaled).sum(-1), 1, atol=1e-5)
+    model, images = Pixelwise(), np.random.default_rng(0).uniform(size=(1, 8, 12, 3)).astype(np.float32)
+    scores = model.segment({}, images)
+    mirrored = model.segment({}, images[:, :, ::-1])[:, :, ::-1]
+    expected = np.log((jax.nn.softmax(scores) + jax.nn.softmax(mirrored)) / 2)
+    found = SEGMENTATION.answer(model, {}, images, small_config(inference__flip=True))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    halved = resize_bilinear(model.segment({}, resize_bilinear(images, (4, 6))), (8, 12))
+    expected = np.log((jax.nn.softmax(scores) + jax.nn.softmax(halved)) / 2)
+    found = SEGMENTATION.answer(model, {}, images, small_config(inference__scales=(0.5, 1.0)))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+class Pixelwise:
+    """Instead of a network: the score of a class is a colour of the pixel, weaker from left to right."""
+
+    def segment(self, variables, images, *how):
+        self.how = how
+        return images * jnp.linspace(2, 1, images.shape[2])[:, None]
+
+
+def test_windows_are_those_of_the_config():
+    model, images = Pixelwise(), np.zeros((1, 4, 6, 3), np.float32)
+    SEGMENTATION.answer(model, {}, images, small_config())
+    assert model.how == ("whole", None, None)
     slid = small_config(inference__mode="slide", inference__window=32, inference__stride=16)
-    expected = model.segment(variables, images, "slide", 32, 16)
-    np.testing.assert_allclose(SEGMENTATION.answer(model, variables, images, slid), expected, atol=1e-6)
+    SEGMENTATION.answer(model, {}, images, slid)
+    assert model.how == ("slide", 32, 16)
 
 
 @pytest.mark.parametrize(

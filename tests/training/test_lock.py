@@ -10,7 +10,7 @@ import pytest
 from vimd_jax.training import lock
 
 
-@pytest.fixture(params=[errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+@pytest.fixture(params=[errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL])
 def without_locks(monkeypatch, request):
     def unsupported(*_):
         raise OSError(request.param, os.strerror(request.param))

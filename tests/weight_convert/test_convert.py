@@ -66,6 +66,24 @@ def test_vim_there_and_back(tmp_path, capsys):
     assert written["options"].items() >= given.items()
 
 
+def test_an_exported_file_names_its_classes(tmp_path):
+    assert convert(*VIM, "--output", tmp_path / "vim") == 0
+    names = tuple(f"bird {i}" for i in range(10))
+    save_model(tmp_path / "named", load_model(tmp_path / "vim", class_names=names))
+    assert export("--checkpoint", tmp_path / "named", "--output", tmp_path / "x.safetensors") == 0
+    command = ["--model", "vim_tiny", "--checkpoint", tmp_path / "x.safetensors", *VIM_OPTIONS]
+    assert convert(*command, "--output", tmp_path / "again") == 0
+    assert load_model(tmp_path / "again").class_names == names
+    tensors, options = (
+        load_file(tmp_path / "x.safetensors"),
+        {"embed_dim": 48, "depth": 4, "stride": 8, "image_size": 64},
+    )
+    for strange in ("[1, 2]", "{", "[" * 10**5, '["one"]'):
+        save_file(tensors, tmp_path / "strange.safetensors", {"class_names": strange})
+        strange = load_model(tmp_path / "strange.safetensors", "vim_tiny", options=options)
+        assert strange.class_names[0] == "class 0"
+
+
 def test_srresnet_there_and_back_with_its_batch_counters(tmp_path):
     assert convert(*SR, "--output", tmp_path / "sr") == 0
     assert export("--checkpoint", tmp_path / "sr", "--output", tmp_path / "sr.safetensors") == 0

@@ -60,7 +60,10 @@ def _is_range(value: Any) -> bool:
 _FIELDS: dict[str, tuple[Check, str]] = {
     "architecture": (_is_text, "a name"),
     "options": (lambda x: isinstance(x, dict), "options of a network by name"),
-    "class_names": (lambda x: isinstance(x, list) and all(map(_is_text, x)), "a list of names"),
+    "class_names": (
+        lambda x: isinstance(x, list) and all(map(_is_text, x)) and len(set(x)) == len(x),
+        "a list of names, each once",
+    ),
     "view": (lambda x: isinstance(x, dict), "low_resolution and crop"),
     "view.low_resolution": (_is_low_resolution, "0, or the side or [height, width] in pixels"),
     "view.crop": (lambda x: type(x) in (int, float) and 0 < x <= 1, "a number above 0 and up to 1"),

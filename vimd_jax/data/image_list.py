@@ -37,7 +37,7 @@ def load(config: ConfigDict, split: str, seed: int) -> Source:
     lists = [place] if place.is_file() else sorted(place.glob("*.csv")) + sorted(place.glob("*.jsonl"))
     if not config.directory or not lists:
         raise DatasetError(f"config.dataset.directory: {config.directory!r} is no list of images; {EXPECTED}")
-    items = [item for path in lists for item in _read(path)]
+    items = [item for path in lists for item in read_list(path)]
     if not items:
         raise DatasetError(f"config.dataset.directory: {place} lists no images; {EXPECTED}")
     by_split: dict[str, list[Item]] = {}
@@ -50,17 +50,22 @@ def load(config: ConfigDict, split: str, seed: int) -> Source:
 
 
 def _source(root: Path, items: list[Item], class_names: list[str], value_range: ValueRange) -> FileSource:
+    numbers = label_numbers(root, items, class_names)
+    return FileSource(root, [item.file for item in items], numbers, class_names, value_range)
+
+
+def label_numbers(root: Path, items: list[Item], class_names: list[str]) -> list[int]:
+    """The label of each item as an index into the class names; raises DatasetError if it is none of them."""
     labels = {name: i for i, name in enumerate(class_names)}
     if unknown := next((item for item in items if item.label not in labels), None):
         raise DatasetError(
             f"config.dataset.directory: {root}: {printable(unknown.label)}, of {printable(unknown.file)}, is not a "
             "class of a training image"
         )
-    files, numbers = [item.file for item in items], [labels[item.label] for item in items]
-    return FileSource(root, files, numbers, class_names, value_range)
+    return [labels[item.label] for item in items]
 
 
-def _read(path: Path) -> Iterator[Item]:
+def read_list(path: Path) -> Iterator[Item]:
     """The lines of a list.
 
     Raises:

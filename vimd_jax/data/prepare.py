@@ -6,7 +6,8 @@
 A classification dataset becomes `train/<class>/`, `test/<class>/` and, where there is an official validation split,
 `val/<class>/`; a segmentation dataset `images/<split>/` and `annotations/<split>/`, the label maps as they are. Splits
 are the official ones, and every image is accounted for: DIRECTORY appears when it is whole, in one step, or not at all.
-Until then the files are in DIRECTORY.partial; stopped, the same command goes on from there.
+Until then the files are in DIRECTORY.partial; stopped, the same command goes on from there. With --pack, the images of
+a split of a classification dataset become one ArrayRecord file (config.dataset.name=array_record).
 """
 
 import argparse
@@ -21,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from vimd_jax.arguments import parse_path
+from vimd_jax.data import array_record
 from vimd_jax.data.archives import Archive
 from vimd_jax.data.layouts import LAYOUTS, Item, Layout, Staged
 from vimd_jax.errors import DatasetError
@@ -28,7 +30,9 @@ from vimd_jax.files import replace_file
 from vimd_jax.log import readable_errors
 
 
-def prepare(layout: Layout, archives: Sequence[Path], directory: Path, *, join_validation: bool = False) -> dict:
+def prepare(
+    layout: Layout, archives: Sequence[Path], directory: Path, *, join_validation: bool = False, pack: bool = False
+) -> dict:
     """Makes a dataset's folder from its official archives.
 
     Args:
@@ -36,6 +40,7 @@ def prepare(layout: Layout, archives: Sequence[Path], directory: Path, *, join_v
         archives: the downloaded files, in any order.
         directory: the folder to make; it may exist if it is empty.
         join_validation: put the official validation images into the training set, as much published work does.
+        pack: write an ArrayRecord file a split instead of folders.
 
     Returns:
         The number of images of each split.
@@ -47,8 +52,11 @@ def prepare(layout: Layout, archives: Sequence[Path], directory: Path, *, join_v
     """
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise DatasetError(f"{directory} is not an empty folder; name another one, or remove it")
+    if pack and not layout.num_classes:
+        raise DatasetError(f"{layout.title} has label maps, which are not packed (--pack)")
     partial = directory.with_name(f"{directory.name}.partial")
-    work = partial / (layout.title + ", joined" * join_validation)  # another try may have been for something else
+    # Another try may have been for something else.
+    work = partial / (layout.title + ", joined" * join_validation + ", packed" * pack)
     plan = work / "plan.json"
     try:
         if not plan.exists():
@@ -57,7 +65,7 @@ def prepare(layout: Layout, archives: Sequence[Path], directory: Path, *, join_v
             items = _checked(layout, Staged(work / "staged", layout.archives), join_validation)
             replace_file(plan, json.dumps(items).encode())
         items = [Item(*item) for item in json.loads(plan.read_bytes())]
-        _arrange(items, work)
+        (_pack if pack else _arrange)(items, work)
     except DatasetError:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -136,7 +144,28 @@ def _arrange(items: Sequence[Item], work: Path) -> None:
         if source.exists():
             os.replace(source, target)
         if not target.stat().st_size:
-            raise DatasetError(f"{item.source} is empty; download the archives again")
+            raise _empty(item)
+
+
+def _pack(items: Sequence[Item], work: Path) -> None:
+    """Writes the staged files into one ArrayRecord file a split, in the order of their folders."""
+    whole = work / "whole"
+    whole.mkdir(exist_ok=True)
+
+    def images(split: str) -> Iterator[tuple[str, str, bytes]]:
+        chosen = [(item.target.split("/")[1:], item) for item in items if item.target.split("/")[0] == split]
+        for (label, file), item in sorted(chosen):
+            content = (work / "staged" / item.source).read_bytes()
+            if not content:
+                raise _empty(item)
+            yield f"{label}/{file}", label, content
+
+    for split in {item.target.split("/")[0] for item in items}:
+        array_record.write(whole / f"{split}{array_record.SUFFIX}", images(split))
+
+
+def _empty(item: Item) -> DatasetError:
+    return DatasetError(f"{item.source} is empty; download the archives again")
 
 
 @contextlib.contextmanager
@@ -177,6 +206,11 @@ def parse_arguments() -> argparse.Namespace:
         action="store_true",
         help="put the official validation images into train/, as much published work on flowers and aircraft does",
     )
+    parser.add_argument(
+        "--pack",
+        action="store_true",
+        help="write one ArrayRecord file a split instead of folders, for large sets on slow drives",
+    )
     return parser.parse_args()
 
 
@@ -186,7 +220,8 @@ def main() -> None:
     layout = LAYOUTS[arguments.name]
     with readable_errors():
         try:
-            sizes = prepare(layout, arguments.archives, arguments.directory, join_validation=arguments.join_validation)
+            options = {"join_validation": arguments.join_validation, "pack": arguments.pack}
+            sizes = prepare(layout, arguments.archives, arguments.directory, **options)
         except KeyboardInterrupt:
             print("\nstopped; the same command continues", file=sys.stderr)
             sys.exit(130)

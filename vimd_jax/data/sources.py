@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
-from vimd_jax.data import folder, hugging_face, image_list, label_maps, synthetic, tfds
+from vimd_jax.data import array_record, folder, hugging_face, image_list, label_maps, synthetic, tfds
 from vimd_jax.data.catalog import DATASETS
 from vimd_jax.data.source import SPLITS, Record, Source, Splits, check_readable
 from vimd_jax.data.synthetic import SyntheticSource
@@ -20,6 +20,7 @@ FORMATS: dict[str, Callable[[ConfigDict, str, int], Source]] = {
     "list": image_list.load,
     "label_maps": label_maps.load,
     "hugging_face": hugging_face.load,
+    "array_record": array_record.load,
 }
 
 
@@ -40,6 +41,9 @@ def load_source(config: ConfigDict, split: str, *, seed: int = 0) -> Source:
     source = _format(config)(config, split, seed)
     if odd := [name for name in source.class_names if name != printable(name, None)]:
         raise DatasetError(f"config.dataset.name: in these data a class is called {odd[0]!r}; rename it")
+    if len(set(source.class_names)) < len(source.class_names):
+        twice = next(name for i, name in enumerate(source.class_names) if name in source.class_names[:i])
+        raise DatasetError(f"config.dataset.name: in these data two classes are called {twice!r}; rename one")
     if config.num_classes not in (0, len(source.class_names)):
         raise DatasetError(
             f"config.dataset.num_classes is {config.num_classes}, but the data have {len(source.class_names)} classes; "

@@ -111,8 +111,14 @@ class LocalVim(Isotropic):
 
     def make_mixer(self, grid: tuple[int, int]) -> Callable[..., nn.Module]:
         """See `Isotropic`."""
-        search = self.directions is None
-        return partial(Mixer, depth=self.depth, state_size=self.state_size, search=search, dtype=self.dtype)
+        return partial(
+            Mixer,
+            depth=self.depth,
+            state_size=self.state_size,
+            search=self.directions is None,
+            moves=self.vertical_reverse == "published" and grid[0] != grid[1],
+            dtype=self.dtype,
+        )
 
     def layer_inputs(self, grid: tuple[int, int]) -> ScanOrder:
         """See `Isotropic`."""
@@ -158,11 +164,13 @@ class Mixer(nn.Module):
 
     Attributes:
       search: combine the directions by `DirectionWeights` instead of summing them.
+      moves: results may return to other tokens than their own, see `scan_order.reverse_map`.
     """
 
     depth: int
     state_size: int
     search: bool
+    moves: bool
     dtype: Any
 
     @nn.compact
@@ -170,7 +178,9 @@ class Mixer(nn.Module):
         """Maps x (batch, tokens, dim) to the same shape; `order` is that of the layer's directions."""
         dim = x.shape[-1]
         in_proj = nn.Dense(2 * EXPAND * dim, use_bias=False, kernel_init=normal, dtype=self.dtype, name="in_proj")
-        x, z = (to_sequences(part, order) for part in jnp.split(in_proj(x), 2, axis=-1))
+        x, z = jnp.split(in_proj(x), 2, axis=-1)
+        gate = nn.silu(z.astype(jnp.float32))
+        gate = to_tokens(to_sequences(gate, order), order) if self.moves else gate
         ssm = GroupedSSM(
             state_size=self.state_size,
             x_proj_init=normal,
@@ -179,8 +189,8 @@ class Mixer(nn.Module):
             dtype=self.dtype,
             name="ssm",
         )
-        y = to_tokens(ssm(GroupedShortConv(name="conv")(x), z), order)
-        y = ChannelGate(axes=(1,), name="gate")(y)
+        y = to_tokens(ssm(GroupedShortConv(name="conv")(to_sequences(x, order))), order) * gate
+        y = ChannelGate(axes=(2,), name="gate")(y)
         y = DirectionWeights(name="search")(y) if self.search else sum_visits(y)
         return out_projection(dim, self.depth, self.dtype)(y)
 
@@ -190,10 +200,10 @@ class DirectionWeights(nn.Module):
 
     @nn.compact
     def __call__(self, y: jax.Array) -> jax.Array:
-        """Maps y (batch, tokens, directions, channels) to (batch, tokens, channels)."""
-        weights = self.param("direction_weights", nn.initializers.normal(1e-3), (y.shape[-2],), jnp.float32)
+        """Maps y (directions, batch, tokens, channels) to (batch, tokens, channels)."""
+        weights = self.param("direction_weights", nn.initializers.normal(1e-3), (len(y),), jnp.float32)
         norm = layer_norm(use_scale=False, use_bias=False, name="norm")
-        return sum_visits(norm(y) * jax.nn.softmax(weights)[:, None])
+        return sum_visits(norm(y) * jax.nn.softmax(weights)[:, None, None, None])
 
 
 MODELS = {

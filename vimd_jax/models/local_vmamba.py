@@ -111,9 +111,10 @@ class LocalVMamba(Hierarchical):
         """See `Hierarchical`."""
         first = sum(self.depths[:stage])
         directions = layer_directions(self.directions, sum(self.depths))[first : first + self.depths[stage]]
-        return stack_orders(
+        order = stack_orders(
             [local_scan_order(names, grid, vertical_reverse=self.vertical_reverse) for names in directions]
         )
+        return order if self.vertical_reverse == "published" else order._replace(places=None)
 
     @staticmethod
     def decays(path: tuple[str, ...]) -> bool:
@@ -132,7 +133,7 @@ class LocalSS2D(SS2D):
 
     def merge(self, y: jax.Array) -> jax.Array:
         """See `SS2D`."""
-        y = ChannelGate(axes=(1,), name="gate")(y)
+        y = ChannelGate(axes=(2,), name="gate")(y)
         return DirectionWeights(name="search")(y) if self.search else sum_visits(y)
 
 

@@ -64,9 +64,13 @@ class GroupedSSM(nn.Module):
     expand: float = EXPAND
 
     @nn.compact
-    def __call__(self, u: jax.Array, z: jax.Array | None = None) -> jax.Array:
-        """Maps u and the optional gate z, both (batch, length, directions, channels), to the same shape."""
-        *sequence, groups, channels = u.shape
+    def __call__(self, u: jax.Array, order: jax.Array | None = None) -> jax.Array:
+        """Maps sequences u (directions, batch, length, channels) to the same shape.
+
+        With the token at each step of each direction as `order`, (directions, length), it maps tokens (batch, tokens,
+        channels) to results at these tokens, (directions, batch, tokens, channels).
+        """
+        groups, channels = len(u if order is None else order), u.shape[-1]
         rank, state = delta_rank(channels, self.expand), self.state_size
         x_proj = self.param("x_proj_kernel", self.x_proj_init, (groups, channels, rank + 2 * state), jnp.float32)
         dt_proj = self.param("dt_proj_kernel", self.dt_proj_init, (groups, rank, channels), jnp.float32)
@@ -74,22 +78,28 @@ class GroupedSSM(nn.Module):
         A = -jnp.exp(self.param("A_log", log_of_counting, (groups, channels, state), jnp.float32)).reshape(-1, state)
         D = self.param("D", nn.initializers.ones, (groups, channels), jnp.float32)
 
-        projected = jnp.einsum("blkc,kcr->blkr", u.astype(self.dtype), x_proj.astype(self.dtype))
-        code, B, C = jnp.split(projected, [rank, rank + state], axis=-1)
-        delta = jnp.einsum("blkr,krc->blkc", code, dt_proj.astype(self.dtype))
-        flat = (*sequence, groups * channels)
+        # Directions first, as the native scan takes them: neither it nor the products then transpose anything long.
+        subscripts = "kblc,kcr->kblr" if order is None else "blc,kcr->blkr"
+        projected = jnp.einsum(subscripts, u.astype(self.dtype), x_proj.astype(self.dtype))
+        projected = projected if order is None else jnp.moveaxis(projected, 2, 0)
+        code, *matrices = jnp.split(projected, [rank, rank + state], axis=-1)
+        delta = jnp.einsum("kblr,krc->kblc", code, dt_proj.astype(self.dtype))
+
+        def last(x):
+            """(directions, batch, length, channels) -> (batch, length, directions * channels)."""
+            return jnp.moveaxis(x, 0, 2).reshape(*x.shape[1:3], -1)
+
         y = selective_scan(
-            u.reshape(flat),
-            delta.reshape(flat),
+            last(u) if order is None else u,
+            last(delta),
             A,
-            B,
-            C,
+            *(jnp.moveaxis(x, 0, 2) for x in matrices),
             D=D.reshape(-1),
-            z=None if z is None else z.reshape(flat),
             delta_bias=dt_bias.reshape(-1),
             delta_softplus=True,
+            order=order,
         )
-        return y.reshape(u.shape)
+        return jnp.moveaxis(y.reshape(*y.shape[:2], groups, channels), 2, 0)
 
 
 def selective_projections(
@@ -146,27 +156,26 @@ class GroupedShortConv(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps x (batch, length, directions, channels) to the same shape and dtype."""
-        batch, length, groups, channels = x.shape
+        """Maps x (directions, batch, length, channels) to the same shape and dtype."""
+        groups, channels = len(x), x.shape[-1]
         kernel = self.param("kernel", uniform(CONV_WIDTH**-0.5), (groups, CONV_WIDTH, 1, channels), jnp.float32)
         bias = self.param("bias", uniform(CONV_WIDTH**-0.5), (groups, channels), jnp.float32)
         taps = kernel.transpose(1, 2, 0, 3).reshape(CONV_WIDTH, 1, groups * channels)
-        flat = x.reshape(batch, length, groups * channels)
-        y = jax.checkpoint(_silu_of_conv, static_argnums=3, prevent_cse=False)(flat, taps, bias.reshape(-1), False)
-        return y.reshape(x.shape)
+        return jax.checkpoint(_silu_of_conv, static_argnums=3, prevent_cse=False)(x, taps, bias.reshape(-1), False)
 
 
 def _silu_of_conv(x, kernel, bias, reverse):
     # A sum of shifted copies: on a CPU over ten times faster than XLA's grouped convolution, on a GPU one fused loop.
-    length, past = x.shape[1], CONV_WIDTH - 1
-    padded = jnp.pad(x, ((0, 0), (0, past) if reverse else (past, 0), (0, 0)))
+    length, past = x.shape[-2], CONV_WIDTH - 1
+    padded = jnp.pad(x, (*[(0, 0)] * (x.ndim - 2), (0, past) if reverse else (past, 0), (0, 0)))
     weights = materialized(jnp.concatenate([kernel[::-1, 0] if reverse else kernel[:, 0], bias[None]]))
+    weights = weights.reshape(len(weights), *x.shape[:-3], 1, 1, x.shape[-1])
     taps, bias = weights[:-1], weights[-1]  # the last tap is that of the current token
     # Broadcast in one step, so that the gradient of a tap is one sum over images and tokens: over tokens alone, XLA's
     # sum of products is far slower (on a CPU, JAX 0.10). A portable program has no gradient.
     if not portable.value:
-        taps = jnp.broadcast_to(taps[:, None, None], (CONV_WIDTH, *x.shape))
-    y = sum(padded[:, k : k + length] * taps[k] for k in range(CONV_WIDTH)) + bias
+        taps = jnp.broadcast_to(taps, (CONV_WIDTH, *x.shape))
+    y = sum(padded[..., k : k + length, :] * taps[k] for k in range(CONV_WIDTH)) + bias
     return jax.nn.silu(y).astype(x.dtype)
 
 

@@ -16,6 +16,8 @@ import typeguard
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
+from vimd_jax.models.layers import portable
+
 # Options of how a network is computed. The others define the network, and are saved in a checkpoint.
 COMPUTATION = ("dtype", "remat", "bn_axis_name", "drop_path_rate")
 
@@ -169,7 +171,8 @@ def input_images(model: Network) -> jax.ShapeDtypeStruct:
 
 def variable_shapes(model: Network) -> dict[str, jax.ShapeDtypeStruct]:
     """Path → shape and dtype of every leaf of `model.init`, computed without running the model."""
-    return flatten_dict(jax.eval_shape(model.init, jax.random.key(0), input_images(model)), sep="/")
+    with portable(True):  # the shortest to trace; the variables are the same
+        return flatten_dict(jax.eval_shape(lambda x: model.init(jax.random.key(0), x), input_images(model)), sep="/")
 
 
 def square(size: int | tuple[int, int]) -> tuple[int, int]:

@@ -103,10 +103,10 @@ class ScanOrder(NamedTuple):
     """Index maps from tokens, numbered row by row, to sequences, and from sequences back to tokens.
 
     Attributes:
-      tokens: (length, directions) integers, the token at each position of each direction's sequence, or PADDING for a
+      tokens: (directions, length) integers, the token at each position of each direction's sequence, or PADDING for a
         zero token.
-      places: (tokens, visits) integers, the positions in the flattened (length, directions) at which each token is
-        visited.
+      places: (visits, tokens) integers, the positions in the flattened (directions, length) at which each token is
+        visited. None: every direction visits each token once, and its results stay with their tokens.
     """
 
     tokens: Any
@@ -127,8 +127,8 @@ def local_scan_order(
     pairs = [_with_class_token(direction, grid, class_token, vertical_reverse) for direction in directions]
     length = max(len(tokens) for tokens, _ in pairs)
     tokens = [np.pad(tokens, (0, length - len(tokens)), constant_values=PADDING) for tokens, _ in pairs]
-    places = np.stack([places for _, places in pairs], axis=-1)
-    return ScanOrder(np.int32(np.stack(tokens, axis=-1)), np.int32(places * len(pairs) + np.arange(len(pairs))))
+    places = [places + direction * length for direction, (_, places) in enumerate(pairs)]
+    return ScanOrder(np.int32(np.stack(tokens)), np.int32(np.stack(places)))
 
 
 def _with_class_token(direction, grid, class_token, vertical_reverse) -> tuple[np.ndarray, np.ndarray]:
@@ -142,40 +142,42 @@ def _with_class_token(direction, grid, class_token, vertical_reverse) -> tuple[n
 
 def scan_order_of(sequences: np.ndarray) -> ScanOrder:
     """The order of sequences (directions, length) of tokens and PADDING, which visit every token equally often."""
-    directions, length = sequences.shape
     visits = np.argsort(sequences, axis=None, kind="stable")[np.count_nonzero(sequences == PADDING) :]
-    direction, place = np.divmod(visits, length)
-    places = (place * directions + direction).reshape(sequences.max() + 1, -1)
-    return ScanOrder(np.int32(sequences.T), np.int32(places))
+    return ScanOrder(np.int32(sequences), np.int32(visits.reshape(sequences.max() + 1, -1).T))
 
 
 def stack_orders(orders: Sequence[ScanOrder]) -> ScanOrder:
     """Stacks the orders of several blocks on a leading axis; shorter sequences are padded at their ends."""
-    longest = max(len(order.tokens) for order in orders)
-    tokens = [
-        np.pad(order.tokens, ((0, longest - len(order.tokens)), (0, 0)), constant_values=PADDING) for order in orders
-    ]
-    return ScanOrder(np.stack(tokens), np.stack([order.places for order in orders]))
+    longest = max(order.tokens.shape[1] for order in orders)
+
+    def pad(tokens):
+        return np.pad(tokens, ((0, 0), (0, longest - tokens.shape[1])), constant_values=PADDING)
+
+    def place(order):  # the same positions where sequences are longer
+        direction, position = np.divmod(order.places, order.tokens.shape[1])
+        return np.int32(direction * longest + position)
+
+    places = None if orders[0].places is None else np.stack([place(order) for order in orders])
+    return ScanOrder(np.stack([pad(order.tokens) for order in orders]), places)
 
 
 def to_sequences(tokens: jax.Array, order: ScanOrder) -> jax.Array:
-    """Gathers tokens (batch, tokens, channels) as sequences (batch, length, directions, channels)."""
+    """Gathers tokens (batch, tokens, channels) as sequences (directions, batch, length, channels)."""
     if order.tokens.size > order.places.size:  # padding: -1 refers to a token of zeros at the end
         tokens = jnp.pad(tokens, ((0, 0), (0, 1), (0, 0)))
-    return tokens.at[:, order.tokens].get(mode="promise_in_bounds")
+    return jnp.moveaxis(tokens.at[:, order.tokens].get(mode="promise_in_bounds"), 1, 0)
 
 
 def to_tokens(sequences: jax.Array, order: ScanOrder) -> jax.Array:
-    """Gathers sequences (batch, length, directions, channels) by token: (batch, tokens, visits, channels)."""
-    batch, length, directions, channels = sequences.shape
-    rows = sequences.reshape(batch, length * directions, channels)
-    return rows.at[:, order.places].get(mode="promise_in_bounds")
+    """Gathers sequences (directions, batch, length, channels) by token: (visits, batch, tokens, channels)."""
+    direction, position = jnp.divmod(order.places, sequences.shape[2])
+    tokens = sequences.at[direction, :, position].get(mode="promise_in_bounds")  # (visits, tokens, batch, channels)
+    return tokens.swapaxes(1, 2)
 
 
 def sum_visits(y: jax.Array) -> jax.Array:
-    """Sums (batch, tokens, visits, channels) over visits to (batch, tokens, channels)."""
-    # Not y.sum(axis=2): on a CPU, XLA takes over ten times longer for a sum along a short axis in the middle.
-    return functools.reduce(jnp.add, (y[:, :, k] for k in range(y.shape[2])))
+    """Sums (visits, batch, tokens, channels) over visits to (batch, tokens, channels)."""
+    return functools.reduce(jnp.add, y)  # one loop; XLA would make a product with ones of y.sum(axis=0)
 
 
 def _constant(array: np.ndarray) -> np.ndarray:

@@ -120,11 +120,13 @@ class Mixer(nn.Module):
         # oversight of the original, with which its results were obtained.
         across = line_pass(selective="C", delta_bias_init=nn.initializers.zeros, name="across")
 
+        gate = nn.silu(z.astype(jnp.float32))  # once for all eight scans
+
         def output(view: View) -> jax.Array:
             turn = _transpose if view.columns else _keep
-            y = along(turn(x), turn(z), view.back)
-            y = across(_transpose(y), _transpose(turn(z)), view.up)
-            return turn(_transpose(y))
+            y = (along(turn(x), view.back) * turn(gate)).astype(x.dtype)
+            y = turn(_transpose(across(_transpose(y), view.up)))
+            return (y * gate).astype(x.dtype)
 
         if self.routing == "four_corners":
             return sum(map(output, FOUR_CORNERS))
@@ -135,7 +137,7 @@ class Mixer(nn.Module):
 
 
 class LinePass(nn.Module):
-    """Independent selective scans of all lines of a grid: short convolution, projections, scan, gate.
+    """Independent selective scans of all lines of a grid: short convolution, projections, scan.
 
     One of the matrices B and C depends on the token; the other is all ones.
 
@@ -152,11 +154,10 @@ class LinePass(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array, z: jax.Array, reverse: bool) -> jax.Array:
-        """Maps x and the gate z, both (batch, lines, length, channels), to the same shape."""
+    def __call__(self, x: jax.Array, reverse: bool) -> jax.Array:
+        """Maps x (batch, lines, length, channels) to the same shape."""
         batch, lines, length, channels = shape = x.shape
-        x, z = (array.reshape(batch * lines, length, channels) for array in (x, z))
-        u = ShortConv(reverse, name="conv")(x)
+        u = ShortConv(reverse, name="conv")(x.reshape(batch * lines, length, channels))
         rank = delta_rank(channels)
         x_proj = nn.Dense(
             rank + self.state_size, use_bias=False, kernel_init=uniform_fan_in, dtype=self.dtype, name="x_proj"
@@ -164,10 +165,10 @@ class LinePass(nn.Module):
         code, matrix = jnp.split(x_proj(u), [rank], axis=-1)
         delta, delta_bias = DeltaProjection(channels, self.delta_bias_init, name="dt_proj")(code)
         A = state_matrix(self, "A_log", channels, self.state_size)
-        ones = jnp.ones_like(A)
+        ones = jnp.ones_like(matrix)  # not a constant in time, whose vectors take the native scan longer to read
         B, C = (matrix, ones) if self.selective == "B" else (ones, matrix)
         D = self.param("D", nn.initializers.ones, (channels,), jnp.float32)
-        y = selective_scan(u, delta, A, B, C, D=D, z=z, delta_bias=delta_bias, delta_softplus=True, reverse=reverse)
+        y = selective_scan(u, delta, A, B, C, D=D, delta_bias=delta_bias, delta_softplus=True, reverse=reverse)
         return y.reshape(shape)
 
 

@@ -18,7 +18,7 @@ from flax import linen as nn
 from vimd_jax.models.hierarchical import Block, Hierarchical, projection
 from vimd_jax.models.layers import DepthwiseConv, layer_norm
 from vimd_jax.models.mamba import EXPAND, GroupedSSM, inverse_softplus_of_steps
-from vimd_jax.models.scan_order import ScanOrder, scan_order_of, stack_orders, sum_visits, to_sequences, to_tokens
+from vimd_jax.models.scan_order import ScanOrder, stack_orders, sum_visits, to_sequences, to_tokens
 
 # Uniform in ±1/√fan_in for each direction.
 _uniform_fan_in = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", batch_axis=0)
@@ -80,7 +80,7 @@ class SS2D(nn.Module):
         return projection(dim, self.dtype, "out_proj")(y)
 
     def scan(self, u: jax.Array, order: ScanOrder) -> jax.Array:
-        """Scans (batch, tokens, channels) in all directions; returns (batch, tokens, visits, channels)."""
+        """Scans (batch, tokens, channels) in all directions; returns (visits, batch, tokens, channels)."""
         ssm = GroupedSSM(
             state_size=self.state_size,
             x_proj_init=_uniform_fan_in,
@@ -90,17 +90,19 @@ class SS2D(nn.Module):
             expand=self.expand,
             name="ssm",
         )
+        if order.places is None:
+            return ssm(u, order.tokens)
         return to_tokens(ssm(to_sequences(u, order)), order)
 
     def merge(self, y: jax.Array) -> jax.Array:
-        """Merges the directions' results (batch, tokens, visits, channels) into (batch, tokens, channels)."""
+        """Merges the directions' results (visits, batch, tokens, channels) into (batch, tokens, channels)."""
         return sum_visits(y.astype(jnp.float32))
 
 
 @functools.cache
 def cross_scan_order(grid: tuple[int, int]) -> ScanOrder:
     """`cross_scan` as a `ScanOrder`."""
-    return scan_order_of(cross_scan(grid))
+    return ScanOrder(np.int32(cross_scan(grid)), None)
 
 
 def cross_scan(grid: tuple[int, int]) -> np.ndarray:

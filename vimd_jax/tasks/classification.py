@@ -113,8 +113,8 @@ def per_image(logits: jax.Array, batch: Batch) -> dict[str, jax.Array]:
 
 
 def confusion(sums: Sums, num_classes: int) -> np.ndarray:
-    """The number of images of each class (rows) predicted to be of each class, (classes, classes) int64."""
-    matrix = np.zeros((num_classes, num_classes), np.int64)
+    """The number of images of each class (rows) predicted to be of each class, (classes, classes) int32."""
+    matrix = np.zeros((num_classes, num_classes), np.int32)
     np.add.at(matrix, (sums.images["true"], sums.images["predicted"]), 1)
     return matrix
 

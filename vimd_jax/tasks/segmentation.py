@@ -123,8 +123,27 @@ def _segment(model: Segmenter, variables: dict, images: jax.Array, options: Conf
     return model.segment(variables, images, options.mode, options.window or None, options.stride or None)
 
 
+def per_image(scores: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+    """The labelled pixels of each class in each image, (b, classes): the true ones, the predicted ones, and those that
+    are both; and the sum of the cross-entropy of all of them, (b,)."""
+    matrices, entropies = _compared(scores, batch)
+    return {
+        "loss": entropies,
+        "intersection": jnp.diagonal(matrices, axis1=1, axis2=2),
+        "true_pixels": matrices.sum(axis=2),
+        "predicted_pixels": matrices.sum(axis=1),
+    }
+
+
 def sums(scores: jax.Array, batch: Batch) -> dict[str, jax.Array]:
-    """The confusion matrix (classes, classes) int32, rows true, of all labelled pixels; and their cross-entropy."""
+    """The sums of these, and the confusion matrix (classes, classes) int32, rows true, of all labelled pixels."""
+    matrices, _ = _compared(scores, batch)
+    total = {name: jnp.sum(values, axis=0) for name, values in per_image(scores, batch).items()}
+    return total | {"count": jnp.sum(batch["weight"]), "confusion": jnp.sum(matrices, axis=0)}
+
+
+def _compared(scores: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """The confusion matrix of each image, (b, classes, classes) int32, and the sum of its pixels' cross-entropies."""
     classes, canvas = scores.shape[-1], batch["target"].shape[1:3]
 
     def of(image: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
@@ -137,8 +156,7 @@ def sums(scores: jax.Array, batch: Batch) -> dict[str, jax.Array]:
         return matrix.reshape(classes, classes), mean * jnp.sum(labelled)
 
     # One image after the other: at the size of large label maps, the scores of a batch would take gigabytes.
-    matrices, entropies = jax.lax.map(of, (scores, batch["target"], batch["label_size"]))
-    return {"count": jnp.sum(batch["weight"]), "loss": jnp.sum(entropies), "confusion": jnp.sum(matrices, axis=0)}
+    return jax.lax.map(of, (scores, batch["target"], batch["label_size"]))
 
 
 def scores(total: dict[str, np.ndarray]) -> dict[str, float]:
@@ -146,20 +164,19 @@ def scores(total: dict[str, np.ndarray]) -> dict[str, float]:
 
     A class that is neither in the label maps nor predicted counts for no mean; one that is only predicted has IoU 0.
     """
-    matrix = total["confusion"]
-    iou, accuracy = class_scores(matrix)
-    pixels = max(matrix.sum(), 1.0)
+    iou, accuracy = class_scores(total)
+    pixels = max(total["true_pixels"].sum(), 1.0)
     return {
         "mean_iou": _mean(iou),
         "mean_accuracy": _mean(accuracy),
-        "pixel_accuracy": float(100 * np.trace(matrix) / pixels),
+        "pixel_accuracy": float(100 * total["intersection"].sum() / pixels),
         "loss": float(total["loss"] / pixels),
     }
 
 
-def class_scores(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """IoU and accuracy of each class in percent, nan without pixels; the matrix has the true classes in rows."""
-    hits, true, predicted = np.diagonal(matrix), matrix.sum(axis=1), matrix.sum(axis=0)
+def class_scores(total: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """IoU and accuracy of each class in percent, nan without pixels."""
+    hits, true, predicted = (total[name] for name in ("intersection", "true_pixels", "predicted_pixels"))
     with np.errstate(invalid="ignore"):
         return 100 * hits / (true + predicted - hits), 100 * hits / true
 
@@ -171,9 +188,8 @@ def _mean(values: np.ndarray) -> float:
 
 def tables(sums: Sums, class_names: tuple[str, ...]) -> dict[str, Table]:
     """IoU and accuracy of every class, nan where it has no pixels."""
-    matrix = sums.total["confusion"]
-    pixels = matrix.sum(axis=1).astype(np.int64)
-    rows = zip(class_names, pixels, *class_scores(matrix))
+    pixels = sums.total["true_pixels"].astype(np.int64)
+    rows = zip(class_names, pixels, *class_scores(sums.total))
     return {"per_class": [("class", "pixels", "iou_percent", "accuracy_percent"), *rows]}
 
 
@@ -216,6 +232,7 @@ SEGMENTATION = Task(
     settings=SETTINGS,
     check=check,
     answer=answer,
+    per_image=per_image,
     confusion=lambda sums, num_classes: sums.total["confusion"].astype(np.int64),
     tables=tables,
     panel=panel,

@@ -87,8 +87,9 @@ class Task:
         batch to train on. None: as it is.
       answer: (network, its variables, images in [0, 1], config of the stage) -> the output that an evaluation scores.
       per_image: (the network's output, batch) -> arrays (b,) that an evaluation keeps of every image; one that has the
-        name of a sum is the image's share of it, from which a report derives intervals.
-      confusion: (Sums, number of outputs) -> how often each true class (rows) was predicted as each class, int64.
+        name of a sum is the image's share of it. From the shares of all sums that `scores` reads, a report derives
+        intervals.
+      confusion: (Sums, number of outputs) -> how often each true class (rows) was predicted as each class.
       tables: (Sums, names of the outputs) -> tables to write as CSV by name, the first row being the titles.
       panel: (the network's output, targets, names of the outputs, the images in high resolution, the source's colours)
         -> further columns of the panel, title -> images, and a caption for each image.

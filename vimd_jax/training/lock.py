@@ -20,7 +20,8 @@ log = logging.getLogger(__name__)
 BEAT = 15.0  # seconds between two signs of life
 SILENCE = 60.0  # seconds without one after which a run counts as ended
 
-_UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # Lustre without -o flock, NFS without a lock daemon
+# Lustre without -o flock, NFS without a lock daemon, file systems in user space.
+_UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 @contextlib.contextmanager

@@ -116,7 +116,7 @@ def save_direction_probabilities(
 
 def save_confusion(confusion: np.ndarray, class_names: tuple[str, ...], path: Path) -> None:
     """Draws a confusion matrix (classes, classes), rows true and columns predicted, as a PNG."""
-    share = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+    share = np.divide(confusion, np.maximum(confusion.sum(axis=1, keepdims=True), 1), dtype=np.float32)
     size = min(4 + 0.15 * len(class_names), 24)
     with _figure(path, size, size) as figure:
         axis = figure.subplots()
