@@ -22,11 +22,12 @@ NETWORKS = {
     "vim_tiny": SMALL,
     "srvm_tiny": STUDENT,
     "vmamba_tiny": {"dims": (8, 16), "depths": (1, 1), "num_classes": 3, "image_size": 32},
+    "local_vim_tiny": SMALL,
     "upernet_vim_tiny": SMALL | {"depth": 4, "head_channels": 8, "auxiliary_channels": 8},
     "srresnet_x4": {"channels": 4, "num_blocks": 1},
 }
 # What jax2onnx makes of a program takes several seconds to convert.
-FOR_ONNX = ["srvm_tiny", "upernet_vim_tiny", "srresnet_x4"]
+FOR_ONNX = ["srvm_tiny", "local_vim_tiny", "upernet_vim_tiny", "srresnet_x4"]
 
 RELOAD = """
 import sys

@@ -20,7 +20,7 @@ def symbolic_sizes_by_name() -> Iterator[None]:
 
 
 def tidied(model: Model) -> Model:
-    """The same model with scans instead of loops, without copies and unused arrays."""
+    """The same model with scans instead of loops, without copies, unused arrays and types of values in between."""
     nodes = list(model.graph.all_nodes())
     for node in nodes:
         if node.op_type == "Cast" and node.inputs[0].dtype == node.attributes["to"].value:
@@ -33,6 +33,10 @@ def tidied(model: Model) -> Model:
         for name, value in list(graph.initializers.items()):
             if not value.uses() and not value.is_graph_output():
                 del graph.initializers[name]
+    for node in model.graph.all_nodes():
+        for value in node.outputs:
+            if not value.is_graph_output():  # what ONNX infers anyway, while jax2onnx takes some integers for floats
+                value.type = value.shape = None
     tidy = passes.Sequential(common.IdentityEliminationPass(), common.RemoveUnusedNodesPass())
     return tidy(model).model
 
