@@ -27,7 +27,8 @@ class Kernel:
     source: Any  # Triton's intermediate language, or a function in Triton's language with its arguments
     grid: tuple[int, int, int]
     warps: int
-    arrays: list[jax.ShapeDtypeStruct]  # the arguments, then the results
+    arguments: list[jax.ShapeDtypeStruct]
+    outputs: list[jax.ShapeDtypeStruct]
 
     @property
     def threads(self) -> int:
@@ -37,7 +38,7 @@ class Kernel:
     @property
     def bytes(self) -> int:
         """Of all arrays."""
-        return sum(math.prod(x.shape) * x.dtype.itemsize for x in self.arrays)
+        return sum(math.prod(x.shape) * x.dtype.itemsize for x in (*self.arguments, *self.outputs))
 
 
 @dataclass(frozen=True)
@@ -67,18 +68,21 @@ def pallas_kernels(function, *arguments) -> list[Kernel]:
             with ir.Context() as context:
                 jaxlib_triton.dialect.register_dialect(context)
                 code = ir.Module.parse(config["ir"].value_bytes).operation.get_asm()
-            arrays = [ir.RankedTensorType(x.type) for x in (*operation.operands, *operation.results)]
-            arrays = [jax.ShapeDtypeStruct(x.shape, _dtype(x.element_type)) for x in arrays]
+            arrays = (list(map(_shape, values)) for values in (operation.operands, operation.results))
             grid = tuple(config[f"grid_{axis}"].value for axis in "xyz")
-            kernels.append(Kernel(config["name"].value, code, grid, config["num_warps"].value, arrays))
+            kernels.append(Kernel(config["name"].value, code, grid, config["num_warps"].value, *arrays))
         return ir.WalkResult.ADVANCE
 
     module.operation.walk(visit)
     return kernels
 
 
-def _dtype(element) -> str:
-    return {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}[str(element)]
+def _shape(value) -> jax.ShapeDtypeStruct:
+    from jax._src.lib.mlir import ir
+
+    kind = ir.RankedTensorType(value.type)
+    dtype = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}[str(kind.element_type)]
+    return jax.ShapeDtypeStruct(kind.shape, dtype)
 
 
 def triton_kernel(name: str, arguments: list, outputs: list, grid: tuple, warps: int, constants: dict) -> Kernel:
@@ -91,7 +95,7 @@ def triton_kernel(name: str, arguments: list, outputs: list, grid: tuple, warps:
     signature = dict(zip(function.arg_names, (KINDS[str(x.dtype)] for x in arrays)))
     aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(arrays))}
     source = ASTSource(function, signature | dict.fromkeys(constants, "constexpr"), constants, aligned)
-    return Kernel(name, source, grid, warps, [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays])
+    return Kernel(name, source, grid, warps, arguments, outputs)
 
 
 def compile_kernel(kernel: Kernel, architecture: int) -> Compiled:

@@ -24,7 +24,7 @@ import numpy as np
 from ptx.memory import SPACING, WARP, Access, Array, Fault, Global, Report, Shared
 from ptx.parser import TYPES, Address, Instruction, Kernel, Unknown
 
-BITS = {kind.itemsize: kind for name, kind in TYPES.items() if name.startswith("b")}
+BITS = {size: TYPES[f"b{8 * size}"] for size in (1, 2, 4, 8)}
 WIDE = {TYPES[name]: TYPES[wide] for name, wide in dict(s16="s32", u16="u32", s32="s64", u32="u64").items()}
 ALL = 0xFFFFFFFF  # the lanes of a warp
 INVISIBLE = {"L1::evict_last", "L1::evict_first", "nc", "uni", "aligned", "cta"}  # modifiers that change no result
@@ -37,8 +37,9 @@ class Machine:
         if threads % WARP:
             raise Fault(f"{threads} threads are no whole warps")
         self.kernel, self.threads = kernel, threads
-        self.programs = math.prod(grid) if programs is None else programs
-        self.total = self.programs * threads
+        self.all_programs = math.prod(grid)
+        programs = programs or self.all_programs
+        self.total = programs * threads
         self.random = None if noise is None else np.random.default_rng(noise)
         self.report, self.values = Report(), {}
         program, thread = np.divmod(np.arange(self.total), threads)
@@ -47,7 +48,7 @@ class Machine:
         special |= {f"%nctaid.{axis}": np.full(self.total, n) for axis, n in zip("xyz", grid)}
         special |= {"%tid.x": thread, "%ntid.x": np.full(self.total, threads), "%laneid": thread % WARP}
         self.special = {name: value.astype(np.uint32) for name, value in special.items()}
-        self.shared = Shared(self.programs, threads, max(shared, kernel.shared), self.report, self._where)
+        self.shared = Shared(programs, threads, max(shared, kernel.shared), self.report, self._where)
         self.code = [[(i, self._translate(i)) for i in block] for block in kernel.blocks]
 
     def run(self, arrays: list[Array]) -> Report:
@@ -61,7 +62,8 @@ class Machine:
                 number = counter[live].min()
                 mask = live & (counter == number)
                 self._run_block(number, mask, counter, live)
-        self.global_.close()
+        if self.total == self.threads * self.all_programs:
+            self.global_.find_unwritten()
         return self.report
 
     def _run_block(self, number: int, mask, counter, live) -> None:
@@ -389,7 +391,7 @@ FUNCTIONS = {"u": INTEGER, "i": INTEGER, "b": INTEGER, "f": REAL}  # by NumPy's 
 APPROXIMATE = {  # the largest relative error by the PTX manual
     "ex2.approx": (np.exp2, 2.0**-22),
     "rcp.approx": (np.reciprocal, 2.0**-23),
-    "div.full": (np.divide, 2.0**-22),
+    **dict.fromkeys(("div.full", "div.approx"), (np.divide, 2.0**-22)),
 }
 SOURCES = {  # types of the sources, where they differ from the instruction's
     **dict.fromkeys(("shl", "shr"), lambda kind: (kind, TYPES["u32"])),

@@ -19,7 +19,7 @@ class Fault(RuntimeError):
 
 @dataclass
 class Array:
-    """An array in global memory; an output starts unwritten, and `data` changes as the kernel writes there."""
+    """An array in global memory; an output's `data`, which are contiguous, are what the kernel writes."""
 
     data: np.ndarray
     output: bool = False
@@ -80,21 +80,16 @@ class Global:
 
     def __init__(self, arrays: list[Array], report: Report, where):
         self.arrays, self.report, self.where = arrays, report, where
-        self.bytes = [np.zeros(-(-x.data.nbytes // 16) * 16 + 16, np.uint8) for x in arrays]
+        self.bytes = [np.ascontiguousarray(x.data).reshape(-1).view(np.uint8) for x in arrays]
         # The thread that wrote last, counted from 1; 0 where nobody has.
         self.writers = [np.zeros(x.size // 2, np.int32) if a.output else None for x, a in zip(self.bytes, arrays)]
-        for array, memory in zip(arrays, self.bytes):
-            if not array.output:
-                memory[: array.data.nbytes] = np.ascontiguousarray(array.data).reshape(-1).view(np.uint8)
 
-    def close(self) -> None:
-        """Copies outputs back; that part of one was never written is a finding."""
-        for array, memory, writers in zip(self.arrays, self.bytes, self.writers):
-            if array.output:
-                array.data.reshape(-1).view(np.uint8)[:] = memory[: array.data.nbytes]
-                if missing := int((writers[: array.data.nbytes // 2] == 0).sum()):
-                    detail = f"{2 * missing} of {array.data.nbytes} bytes of {array.name}"
-                    self.report.findings.append(Finding("never written", "end", detail))
+    def find_unwritten(self) -> None:
+        """Notes outputs of which part was never written."""
+        for array, writers in zip(self.arrays, self.writers):
+            if array.output and (missing := int((writers == 0).sum())):
+                detail = f"{2 * missing} of {array.data.nbytes} bytes of {array.name}"
+                self.report.findings.append(Finding("never written", "end", detail))
 
     def load(self, access: Access, kind: np.dtype) -> np.ndarray:
         """Values of shape (threads, vector)."""

@@ -175,6 +175,7 @@ def test_matrix_instructions(transposed):
     ("mov.b32 %r8, 0f3F808000; cvt.rn.bf16.f32 %rs1, %r8; cvt.f32.bf16 %r9, %rs1;", 0x3F800000),
     ("mov.b32 %r8, 0f00000001; ex2.approx.ftz.f32 %r9, %r8;", 0x3F800000),
     ("mov.b32 %r8, 0fC3000000; ex2.approx.ftz.f32 %r9, %r8;", 0),
+    ("cvt.u16.u32 %rs1, %r3; and.b16 %rs2, %rs1, 0x21; mul.wide.u16 %r9, %rs2, 3;", 96),
     ("mov.b64 %rd6, {%r3, %r3}; mov.b64 {%r8, %r9}, %rd6;", 32),
 ])  # fmt: skip
 def test_instructions(code, expected):
