@@ -61,7 +61,8 @@ class SRResNet(Network):
             # Unrolled in training: inside a loop, XLA's gradient of a convolution is 20 times slower on a CPU.
             unroll=self.num_blocks if train else 1,
         )
-        with jax.disable_jit(portable.value):  # no loop for ONNX Runtime, which prepares constant weights for speed
+        # No loop for ONNX Runtime, which prepares the weights of a convolution where they are constants.
+        with jax.disable_jit(portable.value and not self.is_initializing()):
             x, _ = blocks(self.channels, train, self.bn_axis_name, name="blocks")(shallow)
         conv_mid = Conv(self.channels, 3, use_bias=False, convolve=trunk_convolve(train), name="conv_mid")
         x = shallow + BatchNorm(train, self.bn_axis_name, name="norm_mid")(x, conv_mid)
