@@ -2,11 +2,11 @@
 
     python scripts/verify_ptx.py [WORD ...] [--architectures 80 90] [--noise SEED]
 
-Runs the cases whose names have all these words, or all cases. A line for each has the largest error of a result or gradient:
-the difference, beyond rounding to bfloat16 or float16, over the largest value. What else the machine of `ptx/` finds
-follows: races, accesses out of bounds, reads of what nobody wrote, outputs that stay unwritten. The exit status is 1 if
-anything was found or an error is above 1e-5. This needs the package `triton`, and time: compiling a case takes minutes
-of one core, running it tens of seconds. What was compiled is kept.
+Runs the cases whose names have all these words, or all cases. A line for each has the largest error of a result or
+gradient: the difference, beyond rounding to bfloat16 or float16, over the largest value. What else the machine of
+`ptx/` finds follows: races, accesses out of bounds, reads of what nobody wrote, outputs that stay unwritten. The exit
+status is 1 if anything was found or an error is above 1e-5. This needs the package `triton`, and time: compiling a case
+takes minutes of one core, running it tens of seconds. What was compiled is kept.
 """
 
 import argparse
@@ -213,7 +213,7 @@ def exact(inputs: ScanInputs, options: ScanOptions, dy, d_last_state) -> dict[st
     """Results and gradients in float64, by differentiation of the plain recurrence."""
 
     def scan(inputs):
-        u, delta, A, B, C, D, z, delta_bias, h = inputs
+        u, delta, A, B, C, D, z, delta_bias, h = inputs[:9]
         delta = delta if delta_bias is None else delta + delta_bias
         delta = jax.nn.softplus(delta) if options.delta_softplus else delta
         B, C = (x[None, None] if x.ndim == 2 else jnp.repeat(x, u.shape[2] // x.shape[2], 2) for x in (B, C))
