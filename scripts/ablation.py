@@ -46,7 +46,7 @@ from vimd_jax.log import extra, readable_errors  # noqa: E402
 from vimd_jax.train import is_finished  # noqa: E402
 from vimd_jax.training.metrics import read_metrics  # noqa: E402
 from vimd_jax.training.optimizer import schedule_steps  # noqa: E402
-from vimd_jax.training.workdirs import HERE, flat  # noqa: E402
+from vimd_jax.training.workdirs import flat  # noqa: E402
 
 POWER = 0.8  # chance of seeing the smallest visible difference
 
@@ -119,7 +119,7 @@ def get_config(folder: str) -> ConfigDict:
     if unknown := set(given).difference(*(flat(stage.to_dict()) for stage in stages.values())):
         raise ValueError(f"--set: no stage of {study['config']} has a field {min(unknown)}.")
     changes = {name: value for name, value in given.items() if name in flat(config.to_dict())} | arm.changes
-    changes |= {name: f"{HERE}/../{changes[name]}" for name in changes if name.endswith(".init") and changes[name]}
+    changes |= {name: str(path.parent / changes[name]) for name in changes if name.endswith(".init") and changes[name]}
     changes |= {"seed": int(path.parent.name.removeprefix("seed")), "selection": "validation"}
     changes |= {"dataset.directory": study["data"]} if study["data"] else {}
     changes |= {"schedule.num_epochs": arm.times * study["epochs"]} if arm.stage != "sr" else {}
@@ -171,6 +171,7 @@ def run_all(folders: Sequence[Path], jobs: int, after_each: Callable[[], None]) 
     finally:  # where it was asked to stop, the runs are too, and save their states
         for process in running.values():
             process.terminate()
+        for process in running.values():
             process.wait()
 
 
@@ -247,9 +248,7 @@ def tables(found: Sequence[Result]) -> str:
             verdict = "better" if low > 0 else "worse" if high < 0 else "no clear difference"
             row[3:] = [f"{low:+.1f} to {high:+.1f}", verdict, f"{smallest_visible(values):.1f}"]
         pairs.append(row)
-    images = (
-        f"{found[0].test_images} test images; the epoch was chosen on about {found[0].held_out_images} held-out images"
-    )
+    images = f"{found[0].test_images} test images; epochs chosen on about {found[0].held_out_images} held-out images"
     lines = [["| " + " | ".join(row) + " |" for row in rows] for rows in (arms, pairs)]
     return "\n".join([f"Top-1 accuracy in % on {images}.", "", *lines[0], "", *lines[1]]) + "\n"
 
@@ -265,7 +264,7 @@ def draw(found: Sequence[Result], path: Path) -> None:
             axes.plot(np.mean(values), y, "o", color="C0")
             if len(values) > 1:
                 axes.plot(t_interval(values)[:2], [y, y], color="C0")
-        axes.set_yticks(range(len(rows)), rows)
+        axes.set_yticks(range(len(rows)), list(rows))
         axes.invert_yaxis()
         axes.set_xlabel(f"{title}; bars: 95 %, t over seeds", fontsize=9)
         axes.grid(axis="x", alpha=0.3)
@@ -300,11 +299,13 @@ def settings(study: Path, given: dict[str, Any]) -> dict[str, Any]:
     given = {name: value for name, value in given.items() if value is not None}
     known = json.loads(path.read_text()) if path.exists() else {"data": "", "generic": "", "set": [], "seeds": 3}
     for name in given.keys() & known.keys() - {"arms", "seeds"}:
-        if path.exists() and given[name] != known[name]:
+        if any(study.glob("seed*")) and given[name] != known[name]:
             raise ValueError(f"--{name}: {study} was begun with {known[name]!r}, choose another --study.")
     chosen = known | given
     if missing := {"config", "epochs"} - chosen.keys():
         raise ValueError(f"--{min(missing)} is missing: {study} holds no study to continue.")
+    if too_few := [name for name in ("epochs", "seeds") if chosen[name] < 1]:
+        raise ValueError(f"--{too_few[0]} is {chosen[too_few[0]]}: it must be at least 1.")
     chosen.setdefault("arms", [name for name in ARMS if chosen["generic"] or name != "sr-generic"])
     if unknown := [name for name in chosen["arms"] if name not in ARMS]:
         raise ValueError(f"--arms: there is no arm {unknown[0]!r}, choose from {', '.join(ARMS)}.")
@@ -330,7 +331,8 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at once; 0: only write the tables (1)")
     given = vars(parser.parse_args())
     study, jobs = given.pop("study").absolute(), given.pop("jobs")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     with readable_errors():
         chosen = settings(study, given)
         folders = [study / f"seed{s}" / name for s in range(chosen["seeds"]) for name in in_order(chosen["arms"])]

@@ -94,7 +94,7 @@ def program_of(trained: TrainedModel, weights: str = "float32", scan: str = "seq
 
     def program(images: jax.Array) -> jax.Array:
         restored = jax.tree.map(lambda x: x(), variables)
-        with kernels.use(scan=scan):
+        with kernels.use(scan=scan, convolution="plain"):
             if not trained.class_names:
                 return model.apply(restored, images)
             scores = model.segment(restored, images) if model.dense else model.apply(restored, images)

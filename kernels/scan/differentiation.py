@@ -38,7 +38,7 @@ def differentiable(forward: Callable, backward: Callable, saved: str) -> Callabl
 
     def run(inputs: ScanInputs, options: ScanOptions, save: bool) -> tuple:
         results = LONG, STATES, saved if save else None
-        return _on_devices(forward, (_layout(inputs),), results, _group_size(inputs), (options, save))(inputs)
+        return on_devices(forward, (_layout(inputs),), results, _group_size(inputs), (options, save))(inputs)
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
     def scan_in_reverse_mode(inputs: ScanInputs, options: ScanOptions) -> tuple[jax.Array, jax.Array]:
@@ -51,7 +51,7 @@ def differentiable(forward: Callable, backward: Callable, saved: str) -> Callabl
     def gradients(options: ScanOptions, residuals, cotangents):
         layout, size = _layout(residuals[0]), _group_size(residuals[0])
         results = layout._replace(order=None)
-        call = _on_devices(backward, (layout, saved, LONG, STATES), results, size, (options,))
+        call = on_devices(backward, (layout, saved, LONG, STATES), results, size, (options,))
         return (call(*residuals, *cotangents),)
 
     scan_in_reverse_mode.defvjp(run_and_save, gradients)
@@ -82,7 +82,7 @@ def _group_size(inputs: ScanInputs) -> int | None:
     return inputs.channels // inputs.groups if inputs.groups > 1 else None
 
 
-def _on_devices(function: Callable, arguments: Any, results: Any, group_size: int | None, options: tuple) -> Callable:
+def on_devices(function: Callable, arguments: Any, results: Any, group_size: int | None, options: tuple) -> Callable:
     """Makes function(*arrays, *options) run split over devices wherever the arrays, of the given layouts, are split."""
     if jax.sharding.get_abstract_mesh().manual_axes:  # in `jax.shard_map` the arrays are parts already
         call = jax.custom_jvp(lambda *arrays: function(*arrays, *options))
@@ -98,7 +98,8 @@ def _partitioned(function: Callable, arguments: Any, results: Any, group_size: i
         return function(*arrays, *options)
 
     def partition(mesh: Mesh, shapes, _):
-        split = _mesh_axes(mesh, shapes[0].delta, group_size)
+        long = next(x for x, layout in zip(shapes[0], arguments[0]) if layout == LONG)
+        split = _mesh_axes(mesh, long, group_size)
 
         def sharding(layout):
             return NamedSharding(mesh, PartitionSpec(*map(split.get, layout)))
@@ -126,16 +127,19 @@ def _partitioned(function: Callable, arguments: Any, results: Any, group_size: i
     return mapped
 
 
-def _mesh_axes(mesh: Mesh, delta, group_size: int | None) -> dict[str, tuple[str, ...]]:
-    """Maps the letters of a layout to axes of the mesh: as delta is split, except into parts of different sizes."""
+def _mesh_axes(mesh: Mesh, long, group_size: int | None) -> dict[str, tuple[str, ...]]:
+    """Maps the letters of a layout to axes of the mesh: as `long`, (batch, length, channels), is split.
+
+    What would be split into parts of different sizes is not split.
+    """
 
     def whole(axis: int, count: int) -> tuple[str, ...]:
-        names = delta.sharding.spec[axis] or ()
+        names = long.sharding.spec[axis] or ()
         names = names if isinstance(names, tuple) else (names,)
         return () if count % math.prod(mesh.shape[name] for name in names) else names
 
-    channels = whole(2, delta.shape[2] // (group_size or 1))
-    return dict(b=whole(0, delta.shape[0]), c=channels, g=channels)
+    channels = whole(2, long.shape[2] // (group_size or 1))
+    return dict(b=whole(0, long.shape[0]), c=channels, g=channels)
 
 
 def _rule(arguments: Any, results: Any, group_size: int | None) -> str:

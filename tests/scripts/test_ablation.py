@@ -9,6 +9,7 @@ import pytest
 
 from scripts import ablation
 from scripts.ablation import ARMS, RUNS, Result
+from vimd_jax import train
 
 SCRIPT = Path(ablation.__file__)
 TRAINS = """
@@ -31,7 +32,7 @@ def start(folder: Path) -> subprocess.Popen:
 
 
 def study(folder: Path, **settings) -> dict:
-    return ablation.settings(folder, {"config": "quickstart", "epochs": 2, **settings})
+    return ablation.settings(folder, {"config": "quickstart", "epochs": 4, **settings})
 
 
 def result(arm: str, seed: int, score: float) -> Result:
@@ -84,9 +85,9 @@ def test_every_run_has_a_config_that_differs_only_as_its_arm_says(tmp_path, name
     config = ablation.get_config(str(tmp_path / "seed3" / name))
     assert (config.seed, config.selection, config.optimizer.b1) == (3, "validation", 0.8)
     if name in ARMS:
-        assert config.schedule.num_epochs == 2 * ARMS[name].times
+        assert config.schedule.num_epochs == 4 * ARMS[name].times
         inits = {role: config[role].init for role in ("sr", "teacher", "student") if role in config}
-        assert {init.rpartition("/")[2] for init in inits.values() if init} >= set(ARMS[name].needs)
+        assert {Path(init).name for init in inits.values() if init} >= set(ARMS[name].needs)
     if name == ablation.GENERIC:
         own = ablation.get_config(str(tmp_path / "seed3" / "sr-network"))
         assert config.schedule.num_steps == own.schedule.num_epochs * 320 // own.batch_size
@@ -99,7 +100,19 @@ def test_arms_differ_from_sr_in_their_part_alone(tmp_path):
         for name in ("sr", "start", "low-teacher")
     )
     assert {name for name in sr if sr[name] != start[name]} == {"student.init"}
-    assert low["teacher.init"] == low["student.init"] == "{workdir}/../sr" and low["loss.teacher_view"] == "low"
+    assert low["teacher.init"] == low["student.init"] == str(tmp_path / "seed0" / "sr")
+    assert low["loss.teacher_view"] == "low"
+
+
+def test_a_run_can_start_as_soon_as_what_it_needs_is_there(tmp_path):
+    study(tmp_path)
+    folder = tmp_path / "seed0" / "everything"
+    config = ablation.get_config(str(folder))
+    with pytest.raises(FileNotFoundError):
+        train.check(config, folder)
+    for name in ARMS["everything"].needs:
+        folder.with_name(name).mkdir(parents=True, exist_ok=True)
+    train.check(config, folder)
 
 
 @pytest.mark.parametrize(
@@ -109,14 +122,16 @@ def test_arms_differ_from_sr_in_their_part_alone(tmp_path):
         (["--arms", "sr-generic"], "error: --arms: sr-generic needs --generic"),
         (["--set", "optimiser.b1=0.8"], "error: --set: no stage of quickstart has a field optimiser.b1."),
         (["--epochs", "3"], "error: --epochs: "),
+        (["--seeds", "0"], "error: --seeds is 0"),
     ],
 )
 def test_what_is_wrong_is_one_line(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.setattr(ablation, "start", None)  # nothing runs
     monkeypatch.setattr(ablation.signal, "signal", lambda *_: None)
-    given = ["--study", str(tmp_path), "--config", "quickstart", "--epochs", "2", *arguments]
+    given = ["--study", str(tmp_path), "--config", "quickstart", "--epochs", "4", *arguments]
     if "--epochs" in arguments:
         study(tmp_path)
+        (tmp_path / "seed0").mkdir()
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *given])
     with pytest.raises(SystemExit):
         ablation.main()

@@ -26,6 +26,7 @@ from vimd_jax.models.layers import (
 )
 from vimd_jax.models.network import Network, check_layers
 
+UNROLLED = 4  # blocks of the longest stage that is compiled block by block
 PATCH_SIZE = 4  # pixels; patches do not overlap, and incomplete ones at the borders are left out
 
 
@@ -188,13 +189,18 @@ class Hierarchical(Network):
         return layer_norm(name="patch_norm")(patches(images))
 
     def run_stage(self, stage: int, x: jax.Array, drop_rates: np.ndarray, train: bool) -> jax.Array:
-        """Applies the blocks of a stage by nn.scan: one compiled body, parameters stacked on a leading axis."""
-        block = self.make_block(stage, train)
+        """Applies the blocks of a stage by nn.scan: one compiled body, parameters stacked on a leading axis.
+
+        In training a short stage is compiled block by block, since a loop copies what it keeps for the backward pass
+        into stacked arrays and out of them again; with `remat` it keeps little.
+        """
+        block, depth = self.make_block(stage, train), self.depths[stage]
         scanned = nn.scan(
             nn.remat(block.func, prevent_cse=False) if self.remat else block.func,
             variable_axes={"params": 0, "batch_stats": 0},
             split_rngs={"params": True, "drop_path": True},
-            length=self.depths[stage],
+            length=depth,
+            unroll=depth if train and not self.remat and depth <= UNROLLED else 1,
         )
         blocks = scanned(**block.keywords, name=f"stage_{stage}")
         return blocks(x, (jnp.asarray(drop_rates, jnp.float32), self.block_inputs(stage, x.shape[1:3])))[0]

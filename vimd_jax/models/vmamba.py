@@ -73,7 +73,7 @@ class SS2D(nn.Module):
         """Maps x (batch, rows, columns, dim) to the same shape."""
         dim = x.shape[-1]
         u, z = jnp.split(projection(2 * self.expand * dim, self.dtype, "in_proj")(x), 2, axis=-1)
-        u = DepthwiseConv(activation=nn.silu, name="conv")(u)
+        u = DepthwiseConv(silu=True, name="conv")(u)
         batch, rows, columns, channels = u.shape
         y = self.merge(self.scan(u.reshape(batch, rows * columns, channels), order))
         y = layer_norm(name="norm")(y).reshape(u.shape) * nn.silu(z)
