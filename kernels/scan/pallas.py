@@ -42,7 +42,7 @@ from kernels.scan.differentiation import differentiable
 from kernels.scan.inputs import ScanInputs, ScanOptions
 from kernels.scan.order import gathered
 
-WINDOW = 12  # steps from one saved state to the next; the backward kernel holds those of half of them in registers
+WINDOW = 12  # steps between saved states, even; the backward kernel holds the states of half of them in registers
 ROWS = 2  # steps whose contributions to the gradients of B and C it holds there; a power of two
 CHUNK = 24  # steps of the shortest chunks; a multiple of WINDOW
 THREADS = 128  # of a program at most; a multiprocessor has registers for two such programs, 255 for each thread
@@ -87,7 +87,7 @@ class Plan:
         (batch, length, channels), state, groups = inputs.u.shape, inputs.state, inputs.groups
         padded_state = pl.next_power_of_2(state)
         window = WINDOW if padded_state <= 16 else min(WINDOW, 8)  # long states take 8 lanes, which do not divide 12
-        window = max(window // parts, 1)
+        window //= parts
         state_lanes = min(max(padded_state // registers, 1), window & -window)  # at most the window's power of two
         block = min(block, THREADS // state_lanes, pl.next_power_of_2(channels // groups))
         channel_lanes = min(32 // state_lanes, block)

@@ -259,13 +259,16 @@ class Machine:
 
     def _op_shfl(self, instruction, kinds, modifiers):
         target, source, amount, clamp, members = instruction.operands
-        if modifiers != ["sync", "bfly"] or clamp != 31 or members not in (-1, ALL):
+        if modifiers not in (["sync", "bfly"], ["sync", "idx"]) or clamp != 31 or members not in (-1, ALL):
             raise Unknown(instruction.text)
+        lane = np.arange(self.total) % WARP
 
         def action(mask):
             self._together(mask, WARP)
-            value, distance = np.broadcast_to(self._value(source, kinds[0]), self.total), self._value(amount, kinds[0])
-            self._set(target, value[np.arange(self.total) ^ distance], mask)
+            number = self._value(amount, TYPES["u32"]) % WARP
+            other = lane ^ number if "bfly" in modifiers else number
+            value = np.broadcast_to(self._value(source, kinds[0]), self.total)
+            self._set(target, value[np.arange(self.total) - lane + other], mask)
 
         return action
 

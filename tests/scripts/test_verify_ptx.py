@@ -12,7 +12,7 @@ from kernels.scan import pallas, triton
 
 SMALL = dict(batch=1, length=3, channels=37)
 CASES = [
-    (1, Case("pallas in chunks", state=2, chunked=True, inference=True, **SMALL)),
+    (2, Case("pallas in chunks", state=2, chunked=True, inference=True, **SMALL)),
     (2, Case("pallas bfloat16", state=4, reverse=True, constant="B", dtype="bfloat16", **SMALL)),
     (1, Case("triton float16", "triton", state=2, dtype="float16", **SMALL)),
 ]
