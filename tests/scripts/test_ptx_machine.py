@@ -196,3 +196,12 @@ def test_instructions(code, expected):
 def test_refuses_what_it_does_not_know(code):
     with pytest.raises(Unknown):
         run(code)
+
+
+def test_noise_moves_results_of_approximate_instructions_only():
+    body = "cvt.rn.f32.s32 %r8, %r1; {} %r9, %r8; st.global.b32 [%rd5], %r9;"
+    for name, exact in (("ex2.approx.ftz.f32", np.exp2), ("neg.f32", np.negative)):
+        y, noisy = run(body.format(name))[0], run(body.format(name), noise=0)[0]
+        np.testing.assert_array_equal(y[:32], exact(np.arange(32)))
+        np.testing.assert_allclose(noisy, y, rtol=2.0**-22)
+        assert (noisy != y).any() == (name[:2] == "ex")
