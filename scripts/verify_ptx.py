@@ -11,6 +11,7 @@ takes minutes of one core, running it tens of seconds. What was compiled is kept
 
 import argparse
 import dataclasses
+import importlib.util
 import re
 import time
 from typing import Any
@@ -104,23 +105,30 @@ def main() -> None:
     parser.add_argument("words", nargs="*", metavar="WORD", help="of cases' names")
     parser.add_argument("--architectures", nargs="+", type=int, default=[80, 90], choices=[80, 90])
     parser.add_argument("--noise", type=int, metavar="SEED", help="seed of errors of approximate instructions")
-    arguments, wrong = parser.parse_args(), 0
-    for case in CASES:
-        chosen = set(arguments.words) <= set(re.findall(r"\w+", case.name))
-        for architecture in arguments.architectures if chosen else ():
-            machine, start = Machines(architecture, arguments.noise), time.perf_counter()
-            try:
-                errors = run(case, machine)
-                worst = max(errors, key=errors.get)
-                right = errors[worst] <= TOLERANCE and not machine.findings()
-                line = f"{'right' if right else 'WRONG'}, error {errors[worst]:.1e} ({worst})"
-            except Exception as error:  # the other cases still run
-                right, line = False, f"FAILED, {type(error).__name__}: {error}"
-            wrong += not right
-            print(f"sm_{architecture} | {case.name} | {line} | {time.perf_counter() - start:.0f} s", flush=True)
-            for finding in machine.findings():
-                print(f"    {finding}", flush=True)
-    parser.exit(wrong > 0)
+    arguments = parser.parse_args()
+    cases = [case for case in CASES if set(arguments.words) <= set(re.findall(r"\w+", case.name))]
+    if not cases:
+        parser.exit(1, f"error: no case has the words {' '.join(arguments.words)} in its name\n")
+    if importlib.util.find_spec("triton") is None:
+        parser.exit(1, "error: Triton's compiler is needed: pip install triton\n")
+    right = [check(case, Machines(x, arguments.noise)) for case in cases for x in arguments.architectures]
+    parser.exit(not all(right))
+
+
+def check(case: Case, machines: "Machines") -> bool:
+    """Runs a case, prints what came of it and tells whether it is right."""
+    start = time.perf_counter()
+    try:
+        errors = run(case, machines)
+        worst = max(errors, key=errors.get)
+        right = errors[worst] <= TOLERANCE and not machines.findings()
+        line = f"{'right' if right else 'WRONG'}, error {errors[worst]:.1e} ({worst})"
+    except Exception as error:  # the other cases still run
+        right, line = False, f"FAILED, {type(error).__name__}: {error}"
+    print(f"sm_{machines.architecture} | {case.name} | {line} | {time.perf_counter() - start:.0f} s", flush=True)
+    for finding in machines.findings():
+        print(f"    {finding}", flush=True)
+    return right
 
 
 class Machines:
