@@ -4,9 +4,9 @@
 
 Runs the cases whose names have all these words, or all cases. A line for each has the largest error of a result or
 gradient: the difference, beyond rounding to bfloat16 or float16, over the largest value. What else the machine of
-`ptx/` finds follows: races, accesses out of bounds, reads of what nobody wrote, outputs that stay unwritten. The exit
-status is 1 if anything was found or an error is above 1e-5. This needs the package `triton`, and time: compiling a case
-takes minutes of one core, running it tens of seconds. What was compiled is kept.
+`ptx/` finds follows: races, accesses out of bounds, reads of what nobody wrote, outputs that are written in part. The
+exit status is 1 if anything was found or an error is above 1e-5. This needs the package `triton`, and time: compiling a
+case takes minutes of one core, running it tens of seconds. What was compiled is kept.
 """
 
 import argparse
@@ -142,11 +142,11 @@ class Machines:
         return [f"{name}: {finding}" for name, report in self.reports for finding in report.findings[:SHOWN]]
 
     def launch(self, kernel: Kernel, arguments: list, outputs: list) -> list[np.ndarray]:
-        """Runs all programs of a kernel; `outputs` are shapes."""
-        compiled, results = compile_kernel(kernel, self.architecture), [np.zeros(x.shape, x.dtype) for x in outputs]
+        """Runs all programs of a kernel; `outputs` are shapes, and what is not written there stays NaN."""
+        compiled = compile_kernel(kernel, self.architecture)
+        results = [np.full(x.shape, np.nan, x.dtype) for x in outputs]
         arrays = [Array(np.asarray(x), name=f"input {i}") for i, x in enumerate(arguments)]
-        # An output of one element stands for one that is absent, and nothing may be stored there.
-        arrays += [Array(x, x.size > 1, f"output {i}") for i, x in enumerate(results)]
+        arrays += [Array(x, True, f"output {i}") for i, x in enumerate(results)]
         machine = Machine(parse(compiled.ptx), kernel.grid, kernel.threads, compiled.shared, noise=self.noise)
         self.reports.append((kernel.name, machine.report))
         machine.run(arrays)
