@@ -26,6 +26,8 @@
 
 #if defined(__AVX__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "xla/ffi/api/ffi.h"
@@ -78,6 +80,9 @@ inline Vec AtMost(Vec x, float high) { return (Vec)_mm512_min_ps((__m512)Splat(h
 #elif defined(__AVX__)
 inline Vec AtLeast(Vec x, float low) { return (Vec)_mm256_max_ps((__m256)Splat(low), (__m256)x); }
 inline Vec AtMost(Vec x, float high) { return (Vec)_mm256_min_ps((__m256)Splat(high), (__m256)x); }
+#elif defined(__aarch64__)
+inline Vec AtLeast(Vec x, float low) { return (Vec)vmaxq_f32((float32x4_t)x, (float32x4_t)Splat(low)); }
+inline Vec AtMost(Vec x, float high) { return (Vec)vminq_f32((float32x4_t)x, (float32x4_t)Splat(high)); }
 #else
 inline Vec AtLeast(Vec x, float low) { return Splat(low) > x ? Splat(low) : x; }
 inline Vec AtMost(Vec x, float high) { return Splat(high) < x ? Splat(high) : x; }
@@ -151,6 +156,25 @@ inline Vec Exp2(Vec x) {
   const Bits table = (Bits)_mm256_load_ps(kRoots.of) - (Bits{EVEN_LANES} << 19);
   const Bits root = (Bits)_mm256_permutevar8x32_epi32((__m256i)table, (__m256i)shifted);
   return (Vec)(root + ((Bits)shifted << 20)) * (((0.05550277f * f + 0.24023429f) * f + 0.69314718f) * f + 1.0f);
+}
+#elif defined(__aarch64__)
+// accumulator + x * factors[kLane]. Written as an intrinsic, GCC spreads each factor over a register of its own.
+template <int kLane>
+inline float32x4_t MultiplyAdd(float32x4_t accumulator, float32x4_t x, float32x4_t factors) {
+  asm("fmla %0.4s, %1.4s, %2.s[%c3]" : "+w"(accumulator) : "w"(x), "w"(factors), "i"(kLane));
+  return accumulator;
+}
+
+// Power with Mantissa in Estrin's form: a multiply-add overwrites its addend, so that each constant one costs a copy.
+inline Vec Exp2(Vec x) {
+  constexpr float32x4_t factors{0.2402224208f, 0.0096715128f, 0.0013264727f, 0};
+  x = AtMost(AtLeast(x, -127.0f), 128.0f);
+  const Vec shifted = x + kShift;
+  const float32x4_t f = (float32x4_t)(x - (shifted - kShift)), square = f * f;
+  float32x4_t high = MultiplyAdd<1>((float32x4_t)Splat(0.0555073374f), f, factors);
+  high = MultiplyAdd<2>(high, square, factors);
+  const float32x4_t q = MultiplyAdd<0>((float32x4_t)Splat(0.6931469776f), f, factors);
+  return (Vec)(f * (q + square * high) + 1.0f) * (Vec)((Bits)shifted << 23);
 }
 #else
 inline Vec Exp2(Vec x) {
