@@ -67,7 +67,7 @@ def exact(inputs: dict, order: np.ndarray, reverse: bool) -> tuple[np.ndarray, n
     return result.reshape(BATCH, POSITIONS, -1), last_state
 
 
-@pytest.mark.parametrize("implementation", [NATIVE, "sequential", "chunked", "associative"])
+@pytest.mark.parametrize("implementation", [NATIVE, "sequential", "plain", "associative"])
 @pytest.mark.parametrize(
     ("padding", "shared", "constant", "reverse"),
     [(0, True, "", False), (12, True, "", True), (12, False, "C", False), (0, False, "", True)],
