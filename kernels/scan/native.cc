@@ -440,11 +440,12 @@ void ForStates(int64_t states, F&& f) {
 
 struct Scan {
   // Groups of channels are scanned like sequences of their own: the long arrays are (groups * batch, positions, channels),
-  // B and C (groups * batch, positions, state), with `channels` those of one group. Parameters and states end in all
-  // channels, (…, width). Under vmap there are several of all these, one after the other: `rows` counts all sequences.
+  // B and C (groups * batch, positions, state), with `channels` those of one group. Everything else ends in all
+  // channels, (…, width), except A, (width, state), and its gradient. Under vmap there are several of all these, one after the other: `rows` counts all sequences.
   int64_t rows, groups, batch, positions, length, channels, width, state, ranges;
   const void *u, *delta, *z;  // of one element type, T below
   const float *A, *B, *C, *D, *delta_bias, *initial_state;
+  std::vector<float> exponents;  // A / log(2), transposed to (state, width)
   const int32_t* order;  // (groups, length): the position of each step, negative where there is none; null if it counts
   bool shared, constant_B, constant_C, softplus, reverse;  // shared: all groups read the same u and z
 
@@ -539,10 +540,12 @@ struct Task {
         Store(to + At(index * scan.state + n, block), from[block * scan.state + n], Lanes(block));
   }
 
-  Vec* Exponents(Arena& arena) const {
-    Vec* A = Gather(scan.A, problem, arena);
-    for (int64_t i = 0; i < blocks * scan.state; ++i) A[i] *= kLog2e;
-    return A;
+  // To an array (index, width, state), like A.
+  void ScatterTransposed(const Vec* from, float* to, int64_t index) const {
+    for (int64_t block = 0; block < blocks; ++block)
+      for (int lane = 0; lane < Lanes(block); ++lane)
+        for (int64_t n = 0; n < scan.state; ++n)
+          to[(At(index, block) + lane) * scan.state + n] = from[block * scan.state + n][lane];
   }
 };
 
@@ -669,7 +672,7 @@ struct ForwardResults {
 template <class T>
 void ForwardTask(const Scan& scan, const ForwardResults& results, int64_t index, Arena arena) {
   const Task task(scan, index);
-  const Vec* A = task.Exponents(arena);
+  const Vec* A = task.Gather(scan.exponents.data(), task.problem, arena);
   Vec* state = task.Gather(scan.initial_state, task.sequence, arena);
   MatrixReader B(task, scan.B, scan.constant_B, arena), C(task, scan.C, scan.constant_C, arena);
   Steps steps;
@@ -710,7 +713,7 @@ template <class T>
 void BackwardTask(const Scan& scan, const Incoming& incoming, const BackwardResults& results, int64_t index,
                   Arena arena) {
   const Task task(scan, index);
-  const Vec* A = task.Exponents(arena);
+  const Vec* A = task.Gather(scan.exponents.data(), task.problem, arena);
   Vec* d_state = task.Gather(incoming.last_state, task.sequence, arena);
   Vec* dA = arena.Zeros(task.blocks * scan.state);
   Vec* dD = arena.Zeros(task.blocks);
@@ -768,7 +771,7 @@ void BackwardTask(const Scan& scan, const Incoming& incoming, const BackwardResu
   dB.EndTask();
   dC.EndTask();
   task.Scatter(d_state, results.initial_state, task.sequence);
-  task.Scatter(dA, results.A, task.sequence);
+  task.ScatterTransposed(dA, results.A, task.sequence);
   for (int64_t block = 0; block < task.blocks; ++block) {
     const int64_t at = task.At(task.sequence, block);
     if (results.D) Store(results.D + at, dD[block], task.Lanes(block));
@@ -872,6 +875,17 @@ class Arrays {
   std::string refused_;
 };
 
+// Once for all tasks, several of which may need the same part.
+void Transpose(Scan& scan) {
+  const int64_t size = scan.width * scan.state, problems = scan.rows / (scan.groups * scan.batch);
+  scan.exponents.resize(problems * size);
+  for (int64_t problem = 0; problem < problems; ++problem)
+    for (int64_t channel = 0; channel < scan.width; ++channel)
+      for (int64_t n = 0; n < scan.state; ++n)
+        scan.exponents[problem * size + n * scan.width + channel] =
+            kLog2e * scan.A[problem * size + channel * scan.state + n];
+}
+
 // Whether every group's order visits each position once; otherwise results would be missing, or written by two steps.
 bool VisitsAll(const Scan& scan) {
   const int64_t orders = scan.rows / scan.batch;
@@ -898,12 +912,12 @@ Scan MakeScan(Arrays& arrays, int64_t ranges, bool softplus, bool reverse) {
   const auto shape = delta.dimensions(), sizes = A.dimensions();
   const size_t rank = shape.size();
   Scan scan{};
-  if (rank != u.dimensions().size() || sizes.size() + 1 != rank || sizes.back() % shape.back()) {
+  if (rank != u.dimensions().size() || sizes.size() + 1 != rank || sizes[rank - 3] % shape.back()) {
     arrays.Refuse("shape of delta or A");
     return scan;
   }
-  scan.state = sizes[rank - 3];
-  scan.width = sizes.back();
+  scan.state = sizes.back();
+  scan.width = sizes[rank - 3];
   scan.channels = shape.back();
   scan.groups = scan.width / scan.channels;
   scan.batch = shape[rank - 3] / scan.groups;
@@ -918,7 +932,7 @@ Scan MakeScan(Arrays& arrays, int64_t ranges, bool softplus, bool reverse) {
   const std::vector<int64_t> source{sources, scan.positions, scan.channels}, matrix{scan.state, scan.width};
   scan.u = arrays.Take("u", u, u.element_type(), source);
   scan.delta = arrays.Take("delta", delta, u.element_type(), scan.sequences());
-  scan.A = arrays.Floats("A", A, matrix);
+  scan.A = arrays.Floats("A", A, {scan.width, scan.state});
   scan.B = arrays.Floats("B", B, scan.constant_B ? matrix : scan.matrices());
   scan.C = arrays.Floats("C", C, scan.constant_C ? matrix : scan.matrices());
   scan.D = arrays.MaybeFloats("D", get(5), {scan.width});
@@ -930,6 +944,7 @@ Scan MakeScan(Arrays& arrays, int64_t ranges, bool softplus, bool reverse) {
   }
   scan.softplus = softplus;
   scan.reverse = reverse;
+  if (arrays.refused().empty()) Transpose(scan);
   return scan;
 }
 
@@ -978,7 +993,7 @@ ffi::Error BackwardCall(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Rema
   BackwardResults results;
   results.u = arrays.Take("du", arrays.Result(0), type, scan.sequences());
   results.delta = arrays.Take("d_delta", arrays.Result(1), type, scan.sequences());
-  results.A = arrays.Floats("dA", arrays.Result(2), scan.states());
+  results.A = arrays.Floats("dA", arrays.Result(2), {scan.batch, scan.width, scan.state});
   results.B = arrays.Floats("dB", arrays.Result(3), scan.constant_B ? scan.states() : matrices);
   results.C = arrays.Floats("dC", arrays.Result(4), scan.constant_C ? scan.states() : matrices);
   results.D = scan.D ? arrays.Floats("dD", arrays.Result(5), channels) : nullptr;
