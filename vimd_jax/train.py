@@ -49,7 +49,7 @@ from vimd_jax.training.optimizer import create_optimizer, create_schedule, froze
 
 log = logging.getLogger("vimd_jax.train")
 
-SECONDS_BETWEEN_PICTURES = 30  # at least, during a run: drawing takes as long as a short epoch
+SECONDS_BETWEEN_PICTURES = 10  # at least, during a run: drawing takes as long as a short epoch
 
 
 def check(config: ConfigDict, workdir: Path, made_before: set[Path] = frozenset()) -> Splits:
