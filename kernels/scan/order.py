@@ -48,7 +48,6 @@ def _to_positions(y: jax.Array, order: jax.Array, positions: int) -> jax.Array:
     """Brings (batch, length, channels) from the order of each group's steps back to (batch, positions, channels)."""
     groups, length = order.shape
     group = jnp.arange(groups)
-    steps = jnp.zeros((positions + 1, groups), jnp.int32)  # the last row is that of steps without a position
-    steps = steps.at[order.T, group].set(jnp.arange(length, dtype=jnp.int32)[:, None])[:positions]
+    steps = jnp.argsort(order, axis=1)[:, length - positions :].T  # steps without a position (-1) come first
     parts = y.reshape(y.shape[0], length, groups, -1)
     return parts.at[:, steps, group].get(mode="promise_in_bounds").reshape(y.shape[0], positions, -1)
