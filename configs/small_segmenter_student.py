@@ -44,7 +44,7 @@ def sr():
     config.optimizer.weight_decay = 0.0
     config.schedule.learning_rate = 2e-3
     config.schedule.warmup_epochs = 1
-    config.schedule.num_epochs = 4
+    config.schedule.num_epochs = 12
     return config
 
 

@@ -106,6 +106,9 @@ def use(**implementations: str | None) -> Iterator[None]:
     A function under `jax.jit` is compiled once for each choice. An `implementation` given to an operation directly
     comes first.
 
+    Naming a scan that is not C++, for export, forward mode or second derivatives, asks for programs without C++: the
+    other operations then take none either, unless they are named.
+
     Raises:
       ValueError: an operation or its implementation is unknown.
     """
@@ -113,6 +116,8 @@ def use(**implementations: str | None) -> Iterator[None]:
         if operation not in OPERATIONS:
             raise ValueError(f"kernels.use: unknown operation {operation!r}, choose one of {', '.join(OPERATIONS)}")
         OPERATIONS[operation].check(name, argument=operation)
+    if implementations.get("scan") not in (None, "native"):
+        implementations = {"convolution": "shifted"} | implementations
     with _chosen(tuple(sorted((dict(_chosen.value) | implementations).items()))):
         yield
 

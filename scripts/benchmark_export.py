@@ -2,18 +2,20 @@
 
     python scripts/benchmark_export.py --checkpoint workdir/student [--images 500]
     python scripts/benchmark_export.py --model srvm_tiny
+    python scripts/benchmark_export.py --turns workdir/student exported/student.onnx
 
 With --checkpoint, a run's workdir, the images are the test images of its config, and the table includes top-1. With
 --model, the network has 200 classes, random weights and random images, and only times are meaningful. Every row runs in
 its own process, which imports only what it needs. "start" is the time to load the program and get the first answer,
-with compilation, "ms" the median for one image after that, "cpu ms" the same as processor time of all threads, for a
+with compilation, "ms" the least for one image after that, "cpu ms" the same as processor time of all threads, for a
 machine that others use too, "memory" the peak of the process, "off" the largest difference of a probability from the
-first row. Needs Linux.
+first row. With --turns, a network and its exported program take turns in one process, for the ratio of their times on a
+machine that others use too. `taskset -c 0` before the command measures one thread. Needs Linux.
 """
 
 import argparse
 import json
-import statistics
+import os
 import subprocess
 import sys
 import tempfile
@@ -35,6 +37,7 @@ def main() -> None:
     source.add_argument("--checkpoint", type=Path, help="workdir of a classifier or student")
     source.add_argument("--model", help="architecture, with random weights")
     source.add_argument("--row", nargs=4, help=argparse.SUPPRESS)  # in its own process: kind, file, images, answers
+    source.add_argument("--turns", nargs=2, metavar=("NETWORK", "PROGRAM"), help="workdir, and .onnx or .stablehlo")
     parser.add_argument("--images", type=int, default=500, help="number of test images for top-1 (default 500)")
     parser.add_argument("--weights", nargs="*", default=WEIGHTS, choices=WEIGHTS)
     parser.add_argument("--repeats", type=int, default=10, help="timed runs on one image (default 10)")
@@ -42,6 +45,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.row:
         measure(*options.row, options.repeats)
+        return
+    if options.turns:
+        take_turns(*options.turns, options.repeats)
         return
     with tempfile.TemporaryDirectory() as folder:
         rows = benchmark(options, Path(folder))
@@ -103,8 +109,29 @@ def measure(kind: str, file: str, images: str, answers: str, repeats: int) -> No
         seconds.append(time.perf_counter() - began)
         cpu.append(time.process_time() - worked)
     np.save(answers, np.concatenate([program(pictures[i : i + 1]) for i in range(len(pictures))]))
-    times = {"ms": 1e3 * statistics.median(seconds), "cpu_ms": 1e3 * statistics.median(cpu), "start_s": start}
+    times = {"ms": 1e3 * min(seconds), "cpu_ms": 1e3 * min(cpu), "start_s": start}
     print(json.dumps(times | {"memory_mb": peak_memory()}))
+
+
+def take_turns(network: str, file: str, repeats: int) -> None:
+    """Prints the least times of a network here and of its exported program for one image, and their ratio."""
+    from vimd_jax import load_model
+
+    image = random_images(load_model(network), 1)
+    exported = load_onnx if file.endswith(".onnx") else load_stablehlo
+    programs = load_ours(network, "native"), exported(file, "")
+    answers = [program(image) for program in programs]
+    wall, cpu = np.zeros((2, 2, repeats))
+    for i in range(repeats):
+        for k, program in enumerate(programs):
+            began, worked = time.perf_counter(), time.process_time()
+            program(image)
+            wall[k, i], cpu[k, i] = time.perf_counter() - began, time.process_time() - worked
+    for name, seconds in (("ms", wall), ("cpu ms", cpu)):
+        ours, theirs = 1e3 * seconds.min(axis=1)
+        print(f"{name:<8}here {ours:.1f}, exported {theirs:.1f}: {theirs / ours:.2f} times")
+    threads, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
+    print(f"off {np.abs(answers[0] - answers[1]).max():.1e}, {threads} threads, load {load:.1f}")
 
 
 def peak_memory() -> float:
@@ -140,6 +167,7 @@ def load_onnx(file: str, _: str) -> Callable[[np.ndarray], np.ndarray]:
     options = onnxruntime.SessionOptions()
     # Threads that wait in a loop would count as work, and take the cores from others.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.intra_op_num_threads = len(os.sched_getaffinity(0))  # as JAX counts them
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     return lambda images: session.run(None, {"images": images})[0]
 

@@ -7,8 +7,8 @@ The first table processes images one by one: Pillow decoding alone, the views of
 decoding" is the speed relative to decoding alone. "cores" is the number of cores that keep a GPU busy at the given
 training speed. The second table compares the pipeline, delivering batches of 224-pixel views, with the same number of
 processes that only decode with Pillow, and with the same number that decode, crop, resize and flip with Pillow. With
---array_record, a third one compares the folder with the same images packed into an ArrayRecord file: the files alone,
-read in random order, and the pipeline without worker processes.
+--array_record, a third one compares reading the files of the folder, in random order and without decoding, with reading
+them from an ArrayRecord file.
 
 Rows are measured alternately, `--rounds` times, and the median is reported, so that ratios are reliable on a shared
 machine. DIR holds train/<class>/*.jpg; without it, JPEGs are generated from noise, with about as much detail as
@@ -22,7 +22,7 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -177,20 +177,15 @@ def time_pipeline(directory: Path, rounds: int, worker_counts: list[int]) -> lis
 # Packed images
 
 
-def time_packed(directory: Path, packed: Path, rounds: int) -> list[dict]:
-    """Prints and returns the images per second from the folder and from its training images in an ArrayRecord file."""
+def time_packed(directory: Path, packed: Path, rounds: int) -> dict[str, float]:
+    """Prints and returns how many files a second are read in random order, of a folder and of an ArrayRecord file."""
     packed.mkdir()
     paths = find_images([directory / "train"])
-    for split in ("train", "test"):
-        images = ((path.name, path.parent.name, path.read_bytes()) for path in paths)
-        array_record.write(packed / f"{split}.array_record", images)
-    sources, configs = {}, {}
-    for name, place in (("folder", directory), ("array_record", packed)):
-        configs[name] = default_config("classifier").dataset
-        configs[name].update({"name": name, "directory": str(place), "validation_fraction": 0.0})
-        sources[name] = load_source(configs[name], "train")
-    order = np.random.default_rng(0).integers(0, len(paths), PARALLEL_IMAGES)
+    array_record.write(
+        packed / "train.array_record", ((path.name, path.parent.name, path.read_bytes()) for path in paths)
+    )
     records = ArrayRecordDataSource(str(packed / "train.array_record"))
+    order = np.random.default_rng(0).integers(0, len(paths), PARALLEL_IMAGES)
 
     def files() -> None:
         for i in order:
@@ -200,24 +195,12 @@ def time_packed(directory: Path, packed: Path, rounds: int) -> list[dict]:
         for i in order:
             records[i]
 
-    with (
-        Pipeline(sources["folder"], configs["folder"], 0) as folder,
-        Pipeline(sources["array_record"], configs["array_record"], 0) as pack,
-    ):
-        rows = {
-            ("reading", "folder"): lambda: seconds_of(files),
-            ("reading", "array_record"): lambda: seconds_of(packed_files),
-            ("pipeline", "folder"): folder,
-            ("pipeline", "array_record"): pack,
-        }
-        seconds = in_turn(rows, rounds)
-    print(f"\n{len(paths)} images{'':<28}{'images/s':>10}{'of the folder':>15}")
-    table = []
-    for (what, form), taken in seconds.items():
-        row = {"images_per_second": PARALLEL_IMAGES / taken, "of_the_folder": seconds[what, "folder"] / taken}
-        print(f"{f'{what}, {form}':<38}{row['images_per_second']:>10.0f}{row['of_the_folder']:>14.0%}")
-        table.append({"what": what, "form": form, **row})
-    return table
+    seconds = in_turn({"files": lambda: seconds_of(files), "records": lambda: seconds_of(packed_files)}, rounds)
+    print(f"\n{f'{len(paths)} image files':<38}{'read a second':>14}")
+    rates = {name: PARALLEL_IMAGES / taken for name, taken in seconds.items()}
+    for name, rate in rates.items():
+        print(f"{name:<38}{rate:>14.0f}")
+    return rates
 
 
 def seconds_of(work: Callable[[], None]) -> float:
@@ -279,7 +262,7 @@ def view_paths(paths: list[str]) -> None:
         np.asarray(draw_view(image.size, 224, rng, crop_scale=(0.08, 1.0), flip=True).apply(image))
 
 
-def in_turn(rows: dict[Hashable, Callable[[], float]], rounds: int) -> dict[Hashable, float]:
+def in_turn(rows: dict[Callable[[], float]], rounds: int) -> dict[float]:
     """Calls every row once per round, after a warm-up round, and returns the median result of each."""
     results = {name: [] for name in rows}
     for number in range(rounds + 1):

@@ -2,12 +2,14 @@
 
     python scripts/benchmark_training.py [NAME …] [--batch 8] [--repeats 5] [--json FILE]
 
-"first" is the time until the first step is done, compilation included; "step" the least time of those that follow;
+"first" is the time until the first step is done, compilation included; "step" the least time of those that follow, and
+"processor" the least time that they took of all cores together, which other work on the machine changes little;
 "memory" what XLA plans for arguments, results and temporaries, and "resident" the largest size of the process so far.
-Weights and images are random. It runs in the checkout of another commit too (`compare_commits.py`).
+Weights and images are random. `compare_commits.py` runs it in checkouts of commits that lack it.
 """
 
 import argparse
+import contextlib
 import json
 import resource
 import time
@@ -29,18 +31,27 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path, help="also write everything here")
     arguments = parser.parse_args()
+    with contextlib.suppress(ImportError):  # an earlier commit has no such function
+        from vimd_jax.memory import keep_freed_memory
+
+        keep_freed_memory()  # as the training program does
     rows = []
-    print(f"{'':<28}{'first':>9}{'step':>10}{'memory':>10}{'resident':>10}")
+    print(f"{'':<28}{'first':>9}{'step':>10}{'processor':>11}{'memory':>10}{'resident':>10}")
     for name in arguments.names:
-        rows.append({"network": name, "batch": arguments.batch} | measure(name, arguments.batch, arguments.repeats))
-        first, seconds, memory, resident = list(rows[-1].values())[2:]
-        print(f"{name:<28}{first:>7.1f} s{1e3 * seconds:>7.0f} ms{memory:>7.2f} GB{resident:>7.2f} GB", flush=True)
+        row = {"network": name, "batch": arguments.batch} | measure(name, arguments.batch, arguments.repeats)
+        rows.append(row)
+        processor = row["processor"]["milliseconds"]
+        print(
+            f"{name:<28}{row['first']:>7.1f} s{1e3 * row['seconds']:>7.0f} ms{processor:>8.0f} ms"
+            f"{row['memory']:>7.2f} GB{row['resident']:>7.2f} GB",
+            flush=True,
+        )
     if arguments.json:
         arguments.json.write_text(json.dumps({"rows": rows}, indent=1))
 
 
-def measure(name: str, batch: int, repeats: int) -> dict[str, float]:
-    """Seconds until the first step is done and of a later step; planned and resident memory in GB."""
+def measure(name: str, batch: int, repeats: int) -> dict:
+    """Seconds until the first step is done, seconds and processor time of later ones, memory in GB."""
     model = create_model(name)
     side = 56 if name.startswith("srvm") else 224
     images = jax.random.uniform(jax.random.key(1), (batch, side, side, 3))
@@ -63,17 +74,25 @@ def measure(name: str, batch: int, repeats: int) -> dict[str, float]:
     state = variables, optimizer.init(variables["params"])
     began = time.perf_counter()
     program = jax.jit(step, donate_argnums=0).lower(state, images, labels).compile()
-    times = []
+    times, processor = [], []
     for _ in range(repeats + 1):
-        state, value = jax.block_until_ready(program(state, images, labels))
+        used = time.process_time()
+        state, _ = jax.block_until_ready(program(state, images, labels))
         times.append(time.perf_counter() - began)
+        processor.append(time.process_time() - used)
         began = time.perf_counter()
     plan = program.memory_analysis()
     memory = (
         plan.argument_size_in_bytes + plan.output_size_in_bytes + plan.temp_size_in_bytes - plan.alias_size_in_bytes
     )
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
-    return {"first": times[0], "seconds": min(times[1:]), "memory": memory / 1e9, "resident": resident / 1e9}
+    return {
+        "first": times[0],
+        "seconds": min(times[1:]),
+        "processor": {"milliseconds": 1e3 * min(processor[1:])},
+        "memory": memory / 1e9,
+        "resident": resident / 1e9,
+    }
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
     git worktree add ../before COMMIT
     python scripts/compare_commits.py ../before [--rounds 5] -- scripts/benchmark_model.py --sizes
 
-Accepts any benchmark that has `--json`. A line gives the median time in each checkout over all rounds, and the median
-of the ratios within a round, which is reliable even if the machine's speed drifts.
+Accepts any benchmark that has `--json`; one that the other commit lacks is run there too. A line gives the median time
+in each checkout over all rounds, and the median of the ratios within a round, which is reliable even if the machine's
+speed drifts.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent.parent
+PARTS = ("forward", "both", "processor")
 LABELS = ("network", "size", "shape", "batch", "dtype", "implementation")
 
 
@@ -26,10 +28,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="runs in each checkout")
     parser.add_argument("benchmark", nargs="+", help="after --: the script and its options")
     arguments = parser.parse_args()
-    script = arguments.benchmark[0]
-    for checkout in (HERE, arguments.other):
-        if not (checkout / script).is_file():
-            parser.error(f"{checkout / script}: no such file")
+    script = HERE / arguments.benchmark[0]
+    if not script.is_file():
+        parser.error(f"{script}: no such file")
     rounds = []
     with tempfile.TemporaryDirectory() as programs:  # compiled in the first round, then reused
         for number in range(arguments.rounds):
@@ -48,7 +49,9 @@ def times(checkout: Path, benchmark: list[str], programs: str) -> dict[str, floa
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "rows.json")
         environment = os.environ | {"PYTHONPATH": str(checkout.resolve()), "JAX_COMPILATION_CACHE_DIR": programs}
-        command = [sys.executable, *benchmark, "--json", str(output)]
+        script, *options = benchmark
+        script = checkout / script if (checkout / script).is_file() else HERE / script  # a benchmark that is newer
+        command = [sys.executable, str(script.resolve()), *options, "--json", str(output)]
         subprocess.run(command, cwd=checkout, env=environment, check=True, stdout=subprocess.DEVNULL)
         rows = json.loads(output.read_text())["rows"]
     found = {}
@@ -56,7 +59,7 @@ def times(checkout: Path, benchmark: list[str], programs: str) -> dict[str, floa
         name = ", ".join(str(value) for key, value in row.items() if key in LABELS)
         if "seconds" in row:
             found[name] = row["seconds"]
-        found |= {f"{name}, {part}": x["milliseconds"] / 1e3 for part, x in row.items() if part in ("forward", "both")}
+        found |= {f"{name}, {part}": x["milliseconds"] / 1e3 for part, x in row.items() if part in PARTS}
     return found
 
 

@@ -43,10 +43,10 @@ from vimd_jax.training.workdirs import stages
 PACKAGES = ("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "flax", "triton", "jax-triton")
 RECORDED = ("c01_scan_L65_grouped", "c01_scan_L65_constB", "c01_scan_L730_bigdt")
 # The present plans, and changes to try one at a time. Each takes some 5 to 20 s to compile.
-PLANS = {"forward": dict(registers=8, block=32), "backward": dict(registers=4, block=64)}
+PLANS = {"forward": dict(registers=8, block=32, parts=1), "backward": dict(registers=8, block=64, parts=2)}
 KNOBS = {
-    ("forward", 64): dict(block=(64, 16, 128), registers=(4,), WINDOW=(8, 4)),
-    ("backward", 64): dict(block=(32,), WINDOW=(8, 4), ROWS=(8,)),
+    ("forward", 64): dict(block=(64, 16), registers=(4,), WINDOW=(8, 4)),
+    ("backward", 64): dict(block=(32,), WINDOW=(8, 4), ROWS=(4,)),
     ("forward", 1): dict(CHUNK=(36, 60)),
     ("backward", 1): dict(CHUNK=(36, 60)),
 }

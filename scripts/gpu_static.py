@@ -64,7 +64,7 @@ class Device:
     def blocks(self, registers: int, threads: int, shared: int) -> int:
         """Blocks that a multiprocessor holds at once."""
         by_registers = 65536 // (-(-registers // 8) * 8 * threads)
-        return min(by_registers, 2048 // threads, self.shared // (shared + 1024))
+        return min(by_registers, 2048 // threads, 32, self.shared // (shared + 1024))
 
 
 DEVICES = {80: Device("A100", 108, 1.41e9, 2.04e12, 164 << 10), 90: Device("H200", 132, 1.98e9, 4.8e12, 228 << 10)}

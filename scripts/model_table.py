@@ -37,7 +37,7 @@ from vimd_jax.models.published import FAMILIES, PUBLISHED, Published, page
 # ----------------------------------------------------------------------------------------------------------------------
 # Counting.
 
-# Depthwise convolutions are computed as sums of shifted copies, so that a traced program shows no convolution. Their
+# Depthwise convolutions are an operation of `kernels`, so that a traced program shows no convolution. Their
 # multiply-adds for each number of the result, by module:
 TAPS = {mamba.ShortConv: CONV_WIDTH, mamba.GroupedShortConv: CONV_WIDTH, layers.DepthwiseConv: 3 * 3}
 NORMS = (nn.LayerNorm, nn.RMSNorm, layers.BatchNorm)

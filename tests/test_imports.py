@@ -112,3 +112,9 @@ def test_using_a_network_needs_no_training_libraries():
     unwanted = ("grain", "orbax", "tensorstore", "tensorboardX", "matplotlib", "optax", "ml_collections")
     assert not packages & {*unwanted, "torch", "tensorflow"}
     assert "jax" in packages
+
+
+def test_training_starts_without_matplotlib():
+    """Which a user's settings, such as the MPLBACKEND of a notebook, can keep from being imported."""
+    code = "import sys, vimd_jax.train; assert 'matplotlib' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -241,6 +241,13 @@ def test_a_segmenter_starts_from_no_other_trunk(tmp_path):
         load_variables(tmp_path / "other", SEGMENTER, adapt=True)
 
 
+def test_a_segmenter_starts_from_that_of_a_student(tmp_path):
+    variables = golden_models.random_variables(SEGMENTER, jnp.zeros((1, 32, 48, 3)))
+    student = SRVM(sr=None, classifier=SEGMENTER)
+    save_model(tmp_path / "x", TrainedModel(student, join({"classifier": variables}), tuple("abc"), 8))
+    assert_trees_equal(load_variables(tmp_path / "x", SEGMENTER, adapt=True), variables)
+
+
 def test_weights_are_found_by_name(small_file, tmp_path, monkeypatch):
     """Published files that were saved in the folder for downloads."""
     path, variables = small_file

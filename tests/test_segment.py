@@ -9,10 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.golden_models import random_variables
 from tests.tiny import tiny_config
 from vimd_jax import predict, train
+from vimd_jax.checkpoints.format import save_model
+from vimd_jax.checkpoints.trained_model import TrainedModel
 from vimd_jax.evaluate import evaluate_run
 from vimd_jax.load import load_model
+from vimd_jax.models import create_model
 from vimd_jax.models.srvm import SRVM
 from vimd_jax.training.metrics import read_metrics
 
@@ -36,8 +40,8 @@ def folder(tmp_path_factory):
 
 
 def config(stage, folder, **changes):
-    fields = {"dataset__name": "label_maps", "dataset__directory": str(folder), "schedule__num_epochs": 4}
-    if stage != "sr":
+    fields = {"dataset__name": "label_maps", "dataset__directory": str(folder), "schedule__num_epochs": 2}
+    if stage.startswith("segmenter"):
         fields["dataset__size_limits"] = (32, 32)
     return tiny_config(stage, **fields | {"schedule__learning_rate": 3e-3} | changes)
 
@@ -108,8 +112,9 @@ def test_prediction_asks_for_a_folder(workdir, folder, monkeypatch, capsys):
 @pytest.fixture(scope="module")
 def student(workdir, folder, tmp_path_factory):
     path = tmp_path_factory.mktemp("distilled")
+    sr = create_model("srresnet_x4", channels=4, num_blocks=1)
+    save_model(path / "sr", TrainedModel(sr, random_variables(sr, np.zeros((1, 8, 8, 3), np.float32))))
     once = {"schedule__num_epochs": 1, "schedule__warmup_epochs": 0}
-    train.train(config("sr", folder, **once), path / "sr")
     changes = once | {"segmenter__init": str(workdir), "sr__init": str(path / "sr")}
     train.train(config("segmenter_student", folder, **changes), path / "student")
     return path / "student"
@@ -120,7 +125,6 @@ def test_a_student_is_taught_by_a_segmenter(student):
     assert {"cross_entropy", "auxiliary", "logits", "hidden"} <= set(lines[0]["metrics"])
     assert lines[-1]["metrics"]["mean_iou"] > 0
     assert isinstance(load_model(student).model, SRVM)
-    assert read_metrics(student.parent / "sr")[-1]["metrics"]["count"] == 4
 
 
 def test_a_student_labels_small_images_at_the_size_that_it_restores(student, folder, tmp_path, predicted):

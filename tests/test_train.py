@@ -581,7 +581,8 @@ def test_pictures_and_tables_never_stop_a_run(tmp_path, monkeypatch, caplog, cap
     assert all(picture.exists() for picture in pictures)
 
 
-def test_pictures_appear_during_a_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("seconds", "times"), [(0, 3), (1e9, 1)])  # at two epochs and the end; at the end
+def test_pictures_appear_during_a_run(seconds, times, tmp_path, monkeypatch):
     seen = []
     real = train.save_pictures
 
@@ -590,8 +591,9 @@ def test_pictures_appear_during_a_run(tmp_path, monkeypatch):
         seen.append({path.name for path in tmp_path.glob("*.png")})
 
     monkeypatch.setattr(train, "save_pictures", looking)
+    monkeypatch.setattr(train, "SECONDS_BETWEEN_PICTURES", seconds)
     train.train(tiny_config("teacher"), tmp_path)
-    assert seen == [{"curves.png", "panel.png"}] * 3  # two epochs and the end
+    assert seen == [{"curves.png", "panel.png"}] * times
 
 
 def test_evaluate_prints_before_it_draws(trained, monkeypatch, capsys):

@@ -26,7 +26,8 @@ _SETTINGS = {
 
 def keep_programs() -> None:
     """Makes JAX keep compiled programs, unless the user has decided about that, or no folder can be written."""
-    if jax.config.jax_compilation_cache_dir is not None or not jax.config.jax_enable_compilation_cache:
+    chosen = jax.config.values
+    if chosen["jax_compilation_cache_dir"] is not None or not chosen["jax_enable_compilation_cache"]:
         return
     with contextlib.suppress(OSError, NotImplementedError):  # a file system that is full, or has no locks
         if not (shared := build.shared_folder()):
@@ -35,7 +36,7 @@ def keep_programs() -> None:
         folder.mkdir(mode=0o700, exist_ok=True)
         _remove_unfinished(folder)
         for name, (default, ours) in _SETTINGS.items():
-            if getattr(jax.config, name) == default and name.upper() not in os.environ:
+            if chosen[name] == default and name.upper() not in os.environ:
                 jax.config.update(name, ours)
         jax.config.update("jax_compilation_cache_dir", str(folder))
 

@@ -9,12 +9,11 @@ what it returns, which classes there are and how an image is prepared.
 """
 
 import argparse
-import contextlib
 import io
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,13 +69,16 @@ def to_onnx(trained: TrainedModel, weights: str = "float32") -> bytes:
     """
     try:
         import jax2onnx
+        from onnx_ir import to_proto
     except ImportError as error:
         raise ValueError(f'ONNX needs the extra "onnx" ({error}): pip install "vimd-jax[onnx]"') from error
+    from vimd_jax.onnx_graph import symbolic_sizes_by_name, tidied
+
     images = _images(trained)
     # Traced here, not by jax2onnx, whose own versions of JAX's functions do not go with Flax's loops.
     with portable(True):
         program = jax.make_jaxpr(program_of(trained, weights, scan="plain"))(images)
-    with _symbolic_sizes_by_name():
+    with symbolic_sizes_by_name():
         model = jax2onnx.to_onnx(
             jaxpr_as_fun(program),
             [images],
@@ -85,7 +87,7 @@ def to_onnx(trained: TrainedModel, weights: str = "float32") -> bytes:
             input_names=["images"],
             output_names=[describe_program(trained)["output"]["name"]],
         )
-    return _tidied(model)
+    return to_proto(tidied(model)).SerializeToString()
 
 
 def program_of(trained: TrainedModel, weights: str = "float32", scan: str = "sequential") -> Program:
@@ -153,100 +155,6 @@ def stored(variables: dict[str, Any], weights: str) -> dict[str, Any]:
         return lambda: x
 
     return jax.tree_util.tree_map_with_path(restore, variables)
-
-
-def _tidied(model: Any) -> bytes:
-    """The content of an ONNX file, without what jax2onnx leaves in it: copies in the steps of loops, unused arrays."""
-    from onnx_ir import passes, to_proto
-    from onnx_ir.passes import common
-
-    for node in model.graph.all_nodes():
-        if node.op_type == "Cast" and node.inputs[0].dtype == node.attributes["to"].value:
-            node.op_type = "Identity"
-            node.attributes.clear()
-    for node in [node for node in model.graph.all_nodes() if node.op_type == "Loop"]:
-        _make_scan(node)
-    for graph in model.graphs():
-        for name, value in list(graph.initializers.items()):
-            if not value.uses() and not value.is_graph_output():
-                del graph.initializers[name]
-    tidy = passes.Sequential(
-        common.IdentityEliminationPass(),
-        common.RemoveUnusedNodesPass(),
-    )
-    return to_proto(tidy(model).model).SerializeToString()
-
-
-def _make_scan(loop: Any) -> None:
-    """Replaces a Loop that reads one entry of arrays at every step by a Scan, if it is one.
-
-    JAX's scan is that, but jax2onnx writes it as a Loop, which ONNX Runtime executes several times slower: it copies
-    every entry that a step reads, every array that all steps share, and all results once more at the end.
-    """
-    from onnx_ir import AttrGraph, AttrInt64, Node, Value
-
-    body = loop.attributes["body"].value
-    step, _, *carried = body.inputs
-    results, stacked = list(body.outputs[1 : 1 + len(carried)]), list(body.outputs[1 + len(carried) :])
-    entries: dict[int, list] = {}  # of the arrays that are read so
-    for i, (value, result) in enumerate(zip(carried, results)):
-        if _source(result) is value:
-            readers = [node for node, _ in value.uses() if node is not result.producer()]
-            if readers and all(node.op_type == "Gather" and node.inputs[1] is step for node in readers):
-                entries[i] = readers
-    if not entries or len(step.uses()) != sum(map(len, entries.values())):
-        return
-    shared = [i for i, (value, result) in enumerate(zip(carried, results)) if _source(result) is value]
-    states = [i for i in range(len(carried)) if i not in shared]
-    given = loop.inputs[2:]
-    for i in shared:
-        loop.outputs[i].replace_all_uses_with(given[i], replace_graph_outputs=True)
-        if i not in entries:
-            carried[i].replace_all_uses_with(given[i])
-    slices = []
-    for readers in entries.values():
-        first = readers[0].outputs[0]
-        slices.append(Value(name=f"{first.name}_entry", type=first.type, shape=first.shape))
-        for node in readers:
-            node.outputs[0].replace_all_uses_with(slices[-1], replace_graph_outputs=True)
-            body.remove(node, safe=True)
-    del loop.attributes["body"]
-    body.outputs[:] = [results[i] for i in states] + stacked
-    for node in [results[i].producer() for i in shared]:
-        body.remove(node, safe=True)
-    body.inputs[:] = [carried[i] for i in states] + slices
-    old = [loop.outputs[i] for i in states] + list(loop.outputs[len(carried) :])
-    scan = Node(
-        "",
-        "Scan",
-        [given[i] for i in states] + [given[i] for i in entries],
-        [AttrGraph("body", body), AttrInt64("num_scan_inputs", len(entries))],
-        outputs=[Value(name=value.name, type=value.type, shape=value.shape) for value in old],
-    )
-    loop.graph.insert_before(loop, scan)
-    for value, new in zip(old, scan.outputs):
-        value.replace_all_uses_with(new, replace_graph_outputs=True)
-    loop.graph.remove(loop, safe=True)
-
-
-def _source(value: Any) -> Any:
-    """The value that this one is a copy of."""
-    while value.producer() and value.producer().op_type == "Identity":
-        value = value.producer().inputs[0]
-    return value
-
-
-@contextlib.contextmanager
-def _symbolic_sizes_by_name() -> Iterator[None]:
-    """Lets jax2onnx (0.17) hand JAX's symbolic sizes to ONNX, which it does without their names in `pad`."""
-    from onnx_ir import _core
-
-    original = _core._maybe_convert_to_symbolic_dim
-    _core._maybe_convert_to_symbolic_dim = lambda dim: original(str(dim) if export.is_symbolic_dim(dim) else dim)
-    try:
-        yield
-    finally:
-        _core._maybe_convert_to_symbolic_dim = original
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

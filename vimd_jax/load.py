@@ -95,10 +95,11 @@ def load_variables(
     Raises:
       FileNotFoundError, ValueError: nothing is there, it cannot be read, or it holds another network.
     """
-    path, origin = resolve(path, describe(model)["architecture"]).expanduser(), None
+    name, origin = str(path), None
+    path = resolve(name, describe(model)["architecture"]).expanduser()
     if adapt and "backbone" in model.parts and (classifier := _classifier(path, model, key)):
-        leaves, changes = segmenter_leaves(*classifier, model, position_mode, str(path))
-        return _logged(path, leaves, changes)
+        leaves, changes = segmenter_leaves(*classifier, model, position_mode, name)
+        return _logged(name, leaves, changes)
     if path.is_file():
         leaves = torch_variables(path, model, flexible=True, key=key)
         shapes = {name: leaf.shape for name, leaf in variable_shapes(model).items()}
@@ -108,15 +109,15 @@ def load_variables(
         origin, variables = _network_like(model, load_model(path))
         _check_same_network(path, origin, model)
         leaves = flatten_dict(variables, sep="/")
-    leaves, changes = adapted_leaves(leaves, model, origin=origin, mode=position_mode, source=str(path))
+    leaves, changes = adapted_leaves(leaves, model, origin=origin, mode=position_mode, source=name)
     if changes and not adapt:
-        raise ValueError(f"{path} does not fit the network: {'; '.join(change.difference for change in changes)}")
-    return _logged(path, leaves, changes)
+        raise ValueError(f"{name} does not fit the network: {'; '.join(change.difference for change in changes)}")
+    return _logged(name, leaves, changes)
 
 
-def _logged(path: Path, leaves: dict[str, Any], changes: list[Change]) -> dict[str, Any]:
+def _logged(name: str, leaves: dict[str, Any], changes: list[Change]) -> dict[str, Any]:
     for change in changes:
-        log.info("%s: %s: %s", path, *change)
+        log.info("%s: %s: %s", name, *change)
     return unflatten_dict(leaves, sep="/")
 
 

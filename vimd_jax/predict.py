@@ -3,7 +3,8 @@
 DIR is the workdir of a training run or a converted checkpoint; a PyTorch file works too, with --model. A student reads
 images of its own low resolution as they are, and others with --downsample; a classifier of high-resolution images takes
 every size (short side resized, centre cropped). --explain FOLDER also draws where each answer comes from. A segmenter
-takes every size too; it writes label maps into --output and the shares of the classes to standard output.
+takes every size too, and a student that segments all small ones; they write label maps into --output and the shares of
+the classes to standard output.
 """
 
 import argparse

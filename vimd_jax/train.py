@@ -49,6 +49,8 @@ from vimd_jax.training.optimizer import create_optimizer, create_schedule, froze
 
 log = logging.getLogger("vimd_jax.train")
 
+SECONDS_BETWEEN_PICTURES = 10  # at least, during a run: drawing takes as long as a short epoch
+
 
 def check(config: ConfigDict, workdir: Path, made_before: set[Path] = frozenset()) -> Splits:
     """Checks the settings of a stage before anything is computed, and returns its data.
@@ -172,12 +174,13 @@ def _train(config: ConfigDict, workdir: Path, data: Splits, stop: StopRequest, u
     writer = until_end.enter_context(MetricWriter(workdir, epoch_steps, first_step, evaluated_step))
     until_end.callback(batches.close)
     progress = Progress(total_steps, epoch_steps, config.batch_size, record)
+    drawn = time.monotonic()  # when the pictures were, or the run began
 
     def evaluation_is_due(step: int) -> bool:
         return step != evaluated_step and (step % (config.eval_every_epochs * epoch_steps) == 0 or step == total_steps)
 
     def evaluate_now(step: int) -> None:
-        nonlocal evaluated_step
+        nonlocal evaluated_step, drawn
         progress.flush()
         trained = parallel.fetch(steps.trained_variables(config, state))
         variables = nets.product_variables(trained, frozen)
@@ -187,7 +190,9 @@ def _train(config: ConfigDict, workdir: Path, data: Splits, stop: StopRequest, u
             writer.write(step, config.selection, scores)
         compare_with_trained(step, scores)
         save_if_best(workdir, config, nets, variables, step, scores[task.drawn[0]], data.train.colours)
-        save_pictures(workdir, config, nets, variables, data.held_out)
+        if time.monotonic() - drawn >= SECONDS_BETWEEN_PICTURES:
+            save_pictures(workdir, config, nets, variables, data.held_out)
+            drawn = time.monotonic()
         evaluated_step = step
 
     def compare_with_trained(step: int, scores: dict[str, float]) -> None:

@@ -69,7 +69,7 @@ def resolve(name: str | os.PathLike, architecture: str | None = None) -> Path:
         return Path(text)
     entry = published(text, architecture)
     text = str(entry.file) if entry else text
-    size = f" (about {entry.mebibytes:.1f} MiB)" if entry and entry.mebibytes else ""
+    size = f" ({_size(entry)})" if entry else ""
     return _from_hub(text, size) if text.startswith("hf://") else _saved(text, size)
 
 
@@ -111,6 +111,12 @@ def push(repository: str, files: Mapping[str, Path | bytes], private: bool = Fal
         cause = str(error.__cause__ or error) or type(error).__name__
         reason = f"it cannot be uploaded ({cause.splitlines()[0]!r}); check the name, or try again"
     raise CheckpointError(f"{repository}: {reason}")
+
+
+def _size(entry: Published) -> str:
+    if entry.mebibytes:
+        return f"about {entry.mebibytes:.1f} MiB"
+    return f"of unknown size, of which the weights as float32 are {entry.parameters / 2**18:.0f} MiB"
 
 
 def _with_file(architecture: str) -> str:

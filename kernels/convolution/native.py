@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from kernels import build
 from kernels.convolution.inputs import ConvolutionInputs, ConvolutionOptions
-from kernels.scan.differentiation import LONG, on_devices
+from kernels.scan.differentiation import LONG, on_devices, refuse_forward_mode
 from kernels.scan.inputs import vary_like
 
 SOURCE = Path(__file__).with_name("native.cc")
@@ -29,9 +29,13 @@ def why_unavailable(platform: str, inputs: ConvolutionInputs | None) -> str | No
     return build.register(SOURCE, (FORWARD, BACKWARD))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def convolve(inputs: ConvolutionInputs, options: ConvolutionOptions) -> jax.Array:
     """See `kernels.convolution.api`."""
+    return refuse_forward_mode(lambda inputs: _in_reverse_mode(inputs, options))(inputs)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _in_reverse_mode(inputs: ConvolutionInputs, options: ConvolutionOptions) -> jax.Array:
     return on_devices(_forward, (_LAYOUT,), LONG, None, (options,))(inputs)
 
 
@@ -47,8 +51,8 @@ def _backward(inputs: ConvolutionInputs, dy: jax.Array, options: ConvolutionOpti
     return ConvolutionInputs(du, *(x.sum(0) for x in of_images))
 
 
-convolve.defvjp(
-    lambda inputs, options: (convolve(inputs, options), inputs),
+_in_reverse_mode.defvjp(
+    lambda inputs, options: (_in_reverse_mode(inputs, options), inputs),
     lambda options, *arrays: (on_devices(_backward, (_LAYOUT, LONG), _LAYOUT, None, (options,))(*arrays),),
 )
 

@@ -58,15 +58,26 @@ def differentiable(forward: Callable, backward: Callable, saved: str) -> Callabl
 
     def scan(inputs: ScanInputs, options: ScanOptions) -> tuple[jax.Array, jax.Array]:
         """See `kernels.scan.api` for the contract."""
+        order = inputs.order  # integers have no tangents
+        return refuse_forward_mode(lambda x: scan_in_reverse_mode(x._replace(order=order), options))(
+            inputs._replace(order=None)
+        )
+
+    return scan
+
+
+def refuse_forward_mode(function: Callable) -> Callable:
+    """Makes function(inputs), which has a gradient only, name in forward mode the implementations that have more."""
+
+    def refusing(inputs):
         try:
-            order, inputs = inputs.order, _refuse_forward_mode(inputs._replace(order=None))
-            return scan_in_reverse_mode(inputs._replace(order=order), options)
+            return function(_refuse_forward_mode(inputs))
         except TypeError as error:  # of JAX, where tangents are mapped, as in `jax.jacfwd`
             if "forward-mode" in str(error):
                 _refuse()
             raise
 
-    return scan
+    return refusing
 
 
 def _layout(inputs: ScanInputs) -> ScanInputs:
@@ -155,13 +166,13 @@ def _rule(arguments: Any, results: Any, group_size: int | None) -> str:
 
 def _refuse(*_, **__):
     raise TypeError(
-        "this implementation of the selective scan is differentiable once, in reverse mode: for forward mode and "
-        'second derivatives use implementation="associative", or kernels.use(scan="associative")'
+        "this implementation is differentiable once, in reverse mode: for forward mode and second derivatives use "
+        'kernels.use(scan="associative")'
     )
 
 
 @jax.custom_jvp
-def _refuse_forward_mode(inputs: ScanInputs) -> ScanInputs:
+def _refuse_forward_mode(inputs):
     return inputs
 
 

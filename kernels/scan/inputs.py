@@ -58,10 +58,14 @@ def check(inputs: ScanInputs) -> None:
     u, A = inputs.u.shape, inputs.A.shape
     if len(u) != 3 or 0 in u:
         raise ValueError(f"u: shape is {u}, expected (batch, length, channels), none of them 0")
-    orders = 1 if inputs.order is None else _count_orders(inputs)
-    if len(A) != 2 or A[0] not in (u[2], u[2] * orders) or A[1] == 0:
+    order = (1, u[1]) if inputs.order is None else inputs.order.shape
+    if len(order) != 2 or 0 in order:
+        raise ValueError(f"order: shape is {order}, expected (groups, length), none of them 0")
+    if len(A) != 2 or A[0] not in (u[2], u[2] * order[0]) or A[1] == 0:
         raise ValueError(f"A: shape is {A}, expected ({u[2]}, state) for u of shape {u}")
     channels, state = A
+    if channels % order[0]:
+        raise ValueError(f"order: shape is {order}, expected (groups, length) with groups dividing {channels} channels")
     delta = *u[:2], channels
     expected = dict(delta=delta, z=u, D=(channels,), delta_bias=(channels,), initial_state=(u[0], channels, state))
     for name, shape in expected.items():
@@ -72,25 +76,12 @@ def check(inputs: ScanInputs) -> None:
         shape = getattr(inputs, name).shape
         groups = shape[2] if len(shape) == 4 else 1
         varying, grouped = (*u[:2], state), (*u[:2], groups, state)
-        if (
-            shape not in (A, varying, grouped)
-            or groups == 0
-            or channels % groups
-            or shape != A
-            and orders not in (1, groups)
-        ):
+        ordered = inputs.order is None or shape == A or groups == order[0]
+        if shape not in (A, varying, grouped) or groups == 0 or channels % groups or not ordered:
             raise ValueError(
                 f"{name}: shape is {shape}, expected one of {A}, {varying}, ({u[0]}, {u[1]}, groups, {state}) "
-                f"with groups dividing channels, for u {u} and A {A}"
+                f"with groups dividing channels, as many as any order has, for u {u} and A {A}"
             )
-
-
-def _count_orders(inputs: ScanInputs) -> int:
-    """The groups that `order` has; raises a ValueError unless it may be one of the channels of A."""
-    shape, channels = inputs.order.shape, inputs.A.shape[0]
-    if len(shape) != 2 or 0 in shape or channels % shape[0]:
-        raise ValueError(f"order: shape is {shape}, expected (groups, length) with groups dividing {channels} channels")
-    return shape[0]
 
 
 def canonical(inputs: ScanInputs) -> ScanInputs:

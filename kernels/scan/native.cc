@@ -26,6 +26,8 @@
 
 #if defined(__AVX__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "xla/ffi/api/ffi.h"
@@ -78,6 +80,9 @@ inline Vec AtMost(Vec x, float high) { return (Vec)_mm512_min_ps((__m512)Splat(h
 #elif defined(__AVX__)
 inline Vec AtLeast(Vec x, float low) { return (Vec)_mm256_max_ps((__m256)Splat(low), (__m256)x); }
 inline Vec AtMost(Vec x, float high) { return (Vec)_mm256_min_ps((__m256)Splat(high), (__m256)x); }
+#elif defined(__aarch64__)
+inline Vec AtLeast(Vec x, float low) { return (Vec)vmaxq_f32((float32x4_t)x, (float32x4_t)Splat(low)); }
+inline Vec AtMost(Vec x, float high) { return (Vec)vminq_f32((float32x4_t)x, (float32x4_t)Splat(high)); }
 #else
 inline Vec AtLeast(Vec x, float low) { return Splat(low) > x ? Splat(low) : x; }
 inline Vec AtMost(Vec x, float high) { return Splat(high) < x ? Splat(high) : x; }
@@ -151,6 +156,25 @@ inline Vec Exp2(Vec x) {
   const Bits table = (Bits)_mm256_load_ps(kRoots.of) - (Bits{EVEN_LANES} << 19);
   const Bits root = (Bits)_mm256_permutevar8x32_epi32((__m256i)table, (__m256i)shifted);
   return (Vec)(root + ((Bits)shifted << 20)) * (((0.05550277f * f + 0.24023429f) * f + 0.69314718f) * f + 1.0f);
+}
+#elif defined(__aarch64__)
+// accumulator + x * factors[kLane]. Written as an intrinsic, GCC spreads each factor over a register of its own.
+template <int kLane>
+inline float32x4_t MultiplyAdd(float32x4_t accumulator, float32x4_t x, float32x4_t factors) {
+  asm("fmla %0.4s, %1.4s, %2.s[%c3]" : "+w"(accumulator) : "w"(x), "w"(factors), "i"(kLane));
+  return accumulator;
+}
+
+// Power with Mantissa in Estrin's form: a multiply-add overwrites its addend, so that each constant one costs a copy.
+inline Vec Exp2(Vec x) {
+  constexpr float32x4_t factors{0.2402224208f, 0.0096715128f, 0.0013264727f, 0};
+  x = AtMost(AtLeast(x, -127.0f), 128.0f);
+  const Vec shifted = x + kShift;
+  const float32x4_t f = (float32x4_t)(x - (shifted - kShift)), square = f * f;
+  float32x4_t high = MultiplyAdd<1>((float32x4_t)Splat(0.0555073374f), f, factors);
+  high = MultiplyAdd<2>(high, square, factors);
+  const float32x4_t q = MultiplyAdd<0>((float32x4_t)Splat(0.6931469776f), f, factors);
+  return (Vec)(f * (q + square * high) + 1.0f) * (Vec)((Bits)shifted << 23);
 }
 #else
 inline Vec Exp2(Vec x) {
@@ -416,11 +440,12 @@ void ForStates(int64_t states, F&& f) {
 
 struct Scan {
   // Groups of channels are scanned like sequences of their own: the long arrays are (groups * batch, positions, channels),
-  // B and C (groups * batch, positions, state), with `channels` those of one group. Parameters and states end in all
-  // channels, (…, width). Under vmap there are several of all these, one after the other: `rows` counts all sequences.
+  // B and C (groups * batch, positions, state), with `channels` those of one group. Everything else ends in all
+  // channels, (…, width), except A, (width, state), and its gradient. Under vmap there are several of all these, one after the other: `rows` counts all sequences.
   int64_t rows, groups, batch, positions, length, channels, width, state, ranges;
   const void *u, *delta, *z;  // of one element type, T below
   const float *A, *B, *C, *D, *delta_bias, *initial_state;
+  std::vector<float> exponents;  // A / log(2), transposed to (state, width)
   const int32_t* order;  // (groups, length): the position of each step, negative where there is none; null if it counts
   bool shared, constant_B, constant_C, softplus, reverse;  // shared: all groups read the same u and z
 
@@ -515,10 +540,12 @@ struct Task {
         Store(to + At(index * scan.state + n, block), from[block * scan.state + n], Lanes(block));
   }
 
-  Vec* Exponents(Arena& arena) const {
-    Vec* A = Gather(scan.A, problem, arena);
-    for (int64_t i = 0; i < blocks * scan.state; ++i) A[i] *= kLog2e;
-    return A;
+  // To an array (index, width, state), like A.
+  void ScatterTransposed(const Vec* from, float* to, int64_t index) const {
+    for (int64_t block = 0; block < blocks; ++block)
+      for (int lane = 0; lane < Lanes(block); ++lane)
+        for (int64_t n = 0; n < scan.state; ++n)
+          to[(At(index, block) + lane) * scan.state + n] = from[block * scan.state + n][lane];
   }
 };
 
@@ -645,7 +672,7 @@ struct ForwardResults {
 template <class T>
 void ForwardTask(const Scan& scan, const ForwardResults& results, int64_t index, Arena arena) {
   const Task task(scan, index);
-  const Vec* A = task.Exponents(arena);
+  const Vec* A = task.Gather(scan.exponents.data(), task.problem, arena);
   Vec* state = task.Gather(scan.initial_state, task.sequence, arena);
   MatrixReader B(task, scan.B, scan.constant_B, arena), C(task, scan.C, scan.constant_C, arena);
   Steps steps;
@@ -686,7 +713,7 @@ template <class T>
 void BackwardTask(const Scan& scan, const Incoming& incoming, const BackwardResults& results, int64_t index,
                   Arena arena) {
   const Task task(scan, index);
-  const Vec* A = task.Exponents(arena);
+  const Vec* A = task.Gather(scan.exponents.data(), task.problem, arena);
   Vec* d_state = task.Gather(incoming.last_state, task.sequence, arena);
   Vec* dA = arena.Zeros(task.blocks * scan.state);
   Vec* dD = arena.Zeros(task.blocks);
@@ -744,7 +771,7 @@ void BackwardTask(const Scan& scan, const Incoming& incoming, const BackwardResu
   dB.EndTask();
   dC.EndTask();
   task.Scatter(d_state, results.initial_state, task.sequence);
-  task.Scatter(dA, results.A, task.sequence);
+  task.ScatterTransposed(dA, results.A, task.sequence);
   for (int64_t block = 0; block < task.blocks; ++block) {
     const int64_t at = task.At(task.sequence, block);
     if (results.D) Store(results.D + at, dD[block], task.Lanes(block));
@@ -848,6 +875,17 @@ class Arrays {
   std::string refused_;
 };
 
+// Once for all tasks, several of which may need the same part.
+void Transpose(Scan& scan) {
+  const int64_t size = scan.width * scan.state, problems = scan.rows / (scan.groups * scan.batch);
+  scan.exponents.resize(problems * size);
+  for (int64_t problem = 0; problem < problems; ++problem)
+    for (int64_t channel = 0; channel < scan.width; ++channel)
+      for (int64_t n = 0; n < scan.state; ++n)
+        scan.exponents[problem * size + n * scan.width + channel] =
+            kLog2e * scan.A[problem * size + channel * scan.state + n];
+}
+
 // Whether every group's order visits each position once; otherwise results would be missing, or written by two steps.
 bool VisitsAll(const Scan& scan) {
   const int64_t orders = scan.rows / scan.batch;
@@ -874,12 +912,12 @@ Scan MakeScan(Arrays& arrays, int64_t ranges, bool softplus, bool reverse) {
   const auto shape = delta.dimensions(), sizes = A.dimensions();
   const size_t rank = shape.size();
   Scan scan{};
-  if (rank != u.dimensions().size() || sizes.size() + 1 != rank || sizes.back() % shape.back()) {
+  if (rank != u.dimensions().size() || sizes.size() + 1 != rank || sizes[rank - 3] % shape.back()) {
     arrays.Refuse("shape of delta or A");
     return scan;
   }
-  scan.state = sizes[rank - 3];
-  scan.width = sizes.back();
+  scan.state = sizes.back();
+  scan.width = sizes[rank - 3];
   scan.channels = shape.back();
   scan.groups = scan.width / scan.channels;
   scan.batch = shape[rank - 3] / scan.groups;
@@ -894,7 +932,7 @@ Scan MakeScan(Arrays& arrays, int64_t ranges, bool softplus, bool reverse) {
   const std::vector<int64_t> source{sources, scan.positions, scan.channels}, matrix{scan.state, scan.width};
   scan.u = arrays.Take("u", u, u.element_type(), source);
   scan.delta = arrays.Take("delta", delta, u.element_type(), scan.sequences());
-  scan.A = arrays.Floats("A", A, matrix);
+  scan.A = arrays.Floats("A", A, {scan.width, scan.state});
   scan.B = arrays.Floats("B", B, scan.constant_B ? matrix : scan.matrices());
   scan.C = arrays.Floats("C", C, scan.constant_C ? matrix : scan.matrices());
   scan.D = arrays.MaybeFloats("D", get(5), {scan.width});
@@ -906,6 +944,7 @@ Scan MakeScan(Arrays& arrays, int64_t ranges, bool softplus, bool reverse) {
   }
   scan.softplus = softplus;
   scan.reverse = reverse;
+  if (arrays.refused().empty()) Transpose(scan);
   return scan;
 }
 
@@ -954,7 +993,7 @@ ffi::Error BackwardCall(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Rema
   BackwardResults results;
   results.u = arrays.Take("du", arrays.Result(0), type, scan.sequences());
   results.delta = arrays.Take("d_delta", arrays.Result(1), type, scan.sequences());
-  results.A = arrays.Floats("dA", arrays.Result(2), scan.states());
+  results.A = arrays.Floats("dA", arrays.Result(2), {scan.batch, scan.width, scan.state});
   results.B = arrays.Floats("dB", arrays.Result(3), scan.constant_B ? scan.states() : matrices);
   results.C = arrays.Floats("dC", arrays.Result(4), scan.constant_C ? scan.states() : matrices);
   results.D = scan.D ? arrays.Floats("dD", arrays.Result(5), channels) : nullptr;

@@ -2,7 +2,7 @@
 
 There, groups of channels are scanned like sequences of their own: what varies in time is (groups * batch, positions,
 …), so that a projection with different weights in each group needs no transposition before the scan. Everything else
-ends in all channels, the states and the matrices that are constant in time in (state, channels).
+but A ends in all channels, the states and the matrices that are constant in time in (state, channels).
 """
 
 import functools
@@ -51,7 +51,7 @@ def backward(inputs: ScanInputs, starts, dy, d_last_state, options: ScanOptions)
     partial = ScanInputs(
         u=long,
         delta=long,
-        A=states,
+        A=_float32((inputs.batch, *inputs.A.shape)),
         B=states if inputs.B.ndim == 2 else matrices,
         C=states if inputs.C.ndim == 2 else matrices,
         D=nothing if inputs.D is None else vectors,
@@ -74,7 +74,7 @@ def backward(inputs: ScanInputs, starts, dy, d_last_state, options: ScanOptions)
     return ScanInputs(
         u=source(inputs.u, grads.u),
         delta=_join(grads.delta, groups),
-        A=_swap(grads.A.sum(0)),
+        A=grads.A.sum(0),
         B=matrix(inputs.B, grads.B),
         C=matrix(inputs.C, grads.C),
         D=None if inputs.D is None else grads.D.sum(0),
@@ -98,9 +98,9 @@ def _call(target: str, results: tuple, inputs: ScanInputs, others: tuple, option
     groups, width = inputs.groups, inputs.channels // inputs.groups
     u, z = (x if x is None else _split(x, x.shape[2] // width) for x in (inputs.u, inputs.z))
     B, C = (_swap(x) if x.ndim == 2 else _split(x, groups) for x in (inputs.B, inputs.C))
-    delta, A = _split(inputs.delta, groups), _swap(inputs.A)
+    delta = _split(inputs.delta, groups)
     order = jnp.zeros((0,), jnp.int32) if inputs.order is None else inputs.order
-    arrays = u, delta, A, B, C, inputs.D, z, inputs.delta_bias, order, *others
+    arrays = u, delta, inputs.A, B, C, inputs.D, z, inputs.delta_bias, order, *others
     arrays = [zeros((0,), like=u) if x is None else x for x in arrays]
     call = jax.ffi.ffi_call(target, results, vmap_method="broadcast_all")
     flags = dict(delta_softplus=options.delta_softplus, reverse=options.reverse)

@@ -37,7 +37,7 @@ def _to_sequences(inputs: ScanInputs) -> ScanInputs:
         if x is None:
             return None
         parts = x.reshape(*x.shape[:2], -1, inputs.channels // groups)
-        return gather(parts).reshape(len(x), length, inputs.channels)
+        return gather(parts).reshape(x.shape[0], length, inputs.channels)
 
     u, delta, z = map(long, (inputs.u, inputs.delta, inputs.z))
     B, C = (x if x.ndim == 2 else gather(x) for x in (inputs.B, inputs.C))
@@ -50,5 +50,5 @@ def _to_positions(y: jax.Array, order: jax.Array, positions: int) -> jax.Array:
     group = jnp.arange(groups)
     steps = jnp.zeros((positions + 1, groups), jnp.int32)  # the last row is that of steps without a position
     steps = steps.at[order.T, group].set(jnp.arange(length, dtype=jnp.int32)[:, None])[:positions]
-    parts = y.reshape(len(y), length, groups, -1)
-    return parts.at[:, steps, group].get(mode="promise_in_bounds").reshape(len(y), positions, -1)
+    parts = y.reshape(y.shape[0], length, groups, -1)
+    return parts.at[:, steps, group].get(mode="promise_in_bounds").reshape(y.shape[0], positions, -1)

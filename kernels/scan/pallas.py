@@ -16,10 +16,10 @@ Threads exchange values through arrays that are split along an axis of lanes: th
 registers, if there are more than two lanes through shared memory, where one instruction stores or loads up to four
 values. An exchange between lanes takes one for each value, and two to choose what to keep and what to send.
 
-The forward pass saves the state between windows. The backward pass visits the windows from the last to the first,
-recomputes the states of a window into registers and runs the adjoint recurrence over it. Sums over channels (gradients
-of B and C) and over the batch (A, D, delta_bias) leave the kernel as partial sums, one for each program, and XLA adds
-them up: there are no atomics, and the same input gives the same bits.
+The forward pass saves the state between windows. The backward pass visits windows of half that size, the last first: it
+recomputes the states of one into registers, from the saved state before it, and runs the adjoint recurrence over it.
+Sums over channels (gradients of B and C) and over the batch (A, D, delta_bias) leave the kernel as partial sums, one
+for each program, and XLA adds them up: there are no atomics, and the same input gives the same bits.
 
 Where batch and channels are too few to keep a GPU busy, time is also cut into chunks, which run at the same time. The
 recurrence is linear, so a first kernel finds what each chunk adds to a state, and multiplies it by exp(A Σ Δ); from
@@ -42,10 +42,10 @@ from kernels.scan.differentiation import differentiable
 from kernels.scan.inputs import ScanInputs, ScanOptions
 from kernels.scan.order import gathered
 
-WINDOW = 12  # steps from one saved state to the next, all of whose states the backward kernel holds in registers
-ROWS = 4  # steps whose contributions to the gradients of B and C it holds there; a power of two
+WINDOW = 12  # steps between saved states, even; the backward kernel holds the states of half of them in registers
+ROWS = 2  # steps whose contributions to the gradients of B and C it holds there; a power of two
 CHUNK = 24  # steps of the shortest chunks; a multiple of WINDOW
-THREADS = 256  # of a program at most; more would have too few registers
+THREADS = 128  # of a program at most; a multiprocessor has registers for two such programs, 255 for each thread
 PROCESSORS = 132  # of an H100 or H200; fewer programs than two for each are cut into chunks of time
 VECTOR = 4  # numbers of 32 bits that one instruction moves
 LOG2_E = math.log2(math.e)
@@ -78,20 +78,22 @@ class Plan:
     constant_B: bool
     constant_C: bool
     window: int  # steps, a multiple of the state lanes
+    parts: int  # windows from one saved state to the next
     shape: tuple[int, int, int, int]  # of a program's arrays: state registers, channel groups, state and channel lanes
 
     @classmethod
-    def create(cls, inputs: ScanInputs, registers: int, block: int) -> "Plan":
-        """Aims at `registers` states in a thread and `block` channels in a program."""
+    def create(cls, inputs: ScanInputs, registers: int, block: int, parts: int) -> "Plan":
+        """Aims at `registers` states in a thread, `block` channels in a program and `WINDOW / parts` steps a window."""
         (batch, length, channels), state, groups = inputs.u.shape, inputs.state, inputs.groups
         padded_state = pl.next_power_of_2(state)
         window = WINDOW if padded_state <= 16 else min(WINDOW, 8)  # long states take 8 lanes, which do not divide 12
+        window //= parts
         state_lanes = min(max(padded_state // registers, 1), window & -window)  # at most the window's power of two
         block = min(block, THREADS // state_lanes, pl.next_power_of_2(channels // groups))
         channel_lanes = min(32 // state_lanes, block)
         shape = padded_state // state_lanes, block // channel_lanes, state_lanes, channel_lanes
         constant = inputs.B.ndim == 2, inputs.C.ndim == 2
-        return cls(batch, length, channels // groups, groups, state, *constant, window, shape)
+        return cls(batch, length, channels // groups, groups, state, *constant, window, parts, shape)
 
     @property
     def threads(self) -> int:
@@ -110,8 +112,8 @@ class Plan:
 
     @property
     def windows(self) -> int:
-        """Windows in a sequence, counting an incomplete last one."""
-        return pl.cdiv(self.length, self.window)
+        """Windows in a sequence; of the last `parts`, some may be incomplete or empty."""
+        return pl.cdiv(self.length, self.window * self.parts) * self.parts
 
     @property
     def padded_length(self) -> int:
@@ -166,12 +168,12 @@ class Summary(NamedTuple):
 
 def forward_plan(inputs: ScanInputs) -> Plan:
     """Eight states in a thread: two threads for a channel of Mamba's 16, which exchange little."""
-    return Plan.create(inputs, registers=8, block=32)
+    return Plan.create(inputs, registers=8, block=32, parts=1)
 
 
 def backward_plan(inputs: ScanInputs) -> Plan:
-    """Four states in a thread leave registers for those of a window; wide blocks keep the sums for B and C few."""
-    return Plan.create(inputs, registers=4, block=64)
+    """As in the forward pass, but short windows, to hold their states; wide blocks keep the sums for B and C few."""
+    return Plan.create(inputs, registers=8, block=64, parts=2)
 
 
 def forward(inputs: ScanInputs, options: ScanOptions, save_states: bool) -> dict[str, jax.Array]:
@@ -335,9 +337,11 @@ def _backward_kernel(
     program, (gradients, rows) = Program(plan, options, inputs), outputs
 
     def window(index, whole, sums):
-        h = program.load_states(states, jnp.maximum(index - 1, 0), condition=index > 0)
+        saved, passed = _divide(index, plan.parts)
+        h = program.load_states(states, jnp.maximum(saved - 1, 0), condition=saved > 0)
         if inputs.initial_state is not None:
-            h = jnp.where(index > 0, h, program.load_states(inputs.initial_state))
+            h = jnp.where(saved > 0, h, program.load_states(inputs.initial_state))
+        h = lax.fori_loop(index - passed, index, lambda before, h: _advance(program, before, whole, h)[1][-1].after, h)
         tiles, history = _advance(program, index, whole, h)
         dB, dC = [], []
         for tile in reversed(tiles):
@@ -506,7 +510,7 @@ class Program:
         plan, first = self.plan, self.chunk * self.plan.chunk
         end = jnp.minimum(first + plan.chunk, plan.windows) if plan.chunks > 1 else plan.windows
         # One loop even if the last window is incomplete: the time to compile grows with the cube of the code.
-        whole = plan.length % plan.window == 0
+        whole = plan.length == plan.padded_length
 
         def body(number, carry):
             index = end - 1 - (number - first) if backward else number

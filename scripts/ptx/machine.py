@@ -4,9 +4,9 @@
     report = Machine(parse(text), grid=(2, 1, 1), threads=64).run(arrays)
 
 Threads go in step; where they part, those with the lowest program counter go first. The machine finds accesses out of
-bounds, misaligned vectors, memory that is read before it is written, outputs that stay unwritten, races (two threads of
-a program at one address of shared memory, one of them writing, without a barrier between them; different values written
-to one address of global memory) and barriers or shuffles that not all their threads reach.
+bounds, misaligned vectors, memory that is read before it is written, outputs that are written in part, races (two
+threads of a program at one address of shared memory, one of them writing, without a barrier between them; different
+values written to one address of global memory) and barriers or shuffles that not all their threads reach.
 
 It refuses what it does not know (`Unknown`): atomics, asynchronous copies, matrix products, named barriers and packed
 arithmetic, among others. It shows nothing of timing, nor of what ptxas, the driver or another Triton do differently.
@@ -259,13 +259,16 @@ class Machine:
 
     def _op_shfl(self, instruction, kinds, modifiers):
         target, source, amount, clamp, members = instruction.operands
-        if modifiers != ["sync", "bfly"] or clamp != 31 or members not in (-1, ALL):
+        if modifiers not in (["sync", "bfly"], ["sync", "idx"]) or clamp != 31 or members not in (-1, ALL):
             raise Unknown(instruction.text)
+        lane = np.arange(self.total) % WARP
 
         def action(mask):
             self._together(mask, WARP)
-            value, distance = np.broadcast_to(self._value(source, kinds[0]), self.total), self._value(amount, kinds[0])
-            self._set(target, value[np.arange(self.total) ^ distance], mask)
+            number = self._value(amount, TYPES["u32"]) % WARP
+            other = lane ^ number if "bfly" in modifiers else number
+            value = np.broadcast_to(self._value(source, kinds[0]), self.total)
+            self._set(target, value[np.arange(self.total) - lane + other], mask)
 
         return action
 

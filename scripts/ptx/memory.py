@@ -85,9 +85,9 @@ class Global:
         self.writers = [np.zeros(x.size // 2, np.int32) if a.output else None for x, a in zip(self.bytes, arrays)]
 
     def find_unwritten(self) -> None:
-        """Notes outputs of which part was never written."""
+        """Notes outputs that were written in part only; one that is not written at all stands for an absent one."""
         for array, writers in zip(self.arrays, self.writers):
-            if array.output and (missing := int((writers == 0).sum())):
+            if array.output and 0 < (missing := int((writers == 0).sum())) < len(writers):
                 detail = f"{2 * missing} of {array.data.nbytes} bytes of {array.name}"
                 self.report.findings.append(Finding("never written", "end", detail))
 

@@ -59,6 +59,14 @@ def test_images_and_maps_in_splits(folder):
     assert np.unique(np.asarray(labels)).tolist() == [0, 1, 2, IGNORED]
 
 
+def test_a_network_that_restores_images_sees_them_alone(folder):
+    config = tiny_config("sr", dataset__name="label_maps", dataset__directory=str(folder)).dataset
+    source = load_source(config, "test")
+    assert len(source) == 2 and not source.maps and source.read(0).target is None
+    batch = next(eval_batches(source, config, batch_size=2))
+    assert batch["high"].shape == (2, 32, 32, 3) and batch["low"].shape == (2, 8, 8, 3) and "target" not in batch
+
+
 def test_validation_is_held_out_where_there_is_none(folder):
     parts = [load_source(settings(folder, validation_fraction=0.5), split) for split in ("train", "validation")]
     assert sum(map(len, parts)) == 3 and all(map(len, parts))

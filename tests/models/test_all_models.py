@@ -209,7 +209,7 @@ def test_exports_for_every_platform_and_any_number_of_images(name):
     model, (count,) = small(name), export.symbolic_shape("count")
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), variables(name))
     batch = jax.ShapeDtypeStruct((count, 16, 16, 3), jnp.float32)
-    with kernels.use(scan="sequential", convolution="shifted"):
+    with kernels.use(scan="sequential"):
         exported = export.export(jax.jit(model.apply), platforms=["cpu", "cuda", "tpu"])(shapes, batch)
     assert exported.out_avals[0].shape == (count, 5)
 

@@ -1,6 +1,7 @@
 """VMamba and the trunk of networks with stages, against the recorded vectors of the original code and by hand."""
 
 import functools
+import re
 
 import golden
 import golden_models
@@ -10,6 +11,9 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
+import kernels
+from kernels import build
+from vimd_jax.models import create_model
 from vimd_jax.models.hierarchical import PatchMerging
 from vimd_jax.models.layers import DepthwiseConv
 from vimd_jax.models.scan_order import stack_orders
@@ -334,3 +338,18 @@ def test_bad_options_are_named(overrides, field):
 def test_bad_images_are_named(small, images, part):
     with pytest.raises(ValueError, match=f"^images: .*{part}"):
         run(SMALL, small, images)
+
+
+@pytest.mark.skipif(not build.compiler(), reason="no C++ compiler")
+def test_the_native_scan_moves_no_directions():
+    """It reads and writes the map's own rows: no map is gathered, forward or backward, nor kept in several orders."""
+    model = create_model("vmamba_tiny", dims=8, depths=(1,), num_classes=0)
+    images = jnp.zeros((1, 32, 32, 3))
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+
+    def loss(params):
+        return jnp.sum(model.apply({"params": params}, images))
+
+    with jax.default_device("cpu"), kernels.use(scan="native"):
+        jaxpr = str(jax.make_jaxpr(jax.grad(loss))(variables["params"]))
+    assert "ffi_call" in jaxpr and not re.search(r" (gather|scatter(-add)?)\[", jaxpr)

@@ -128,10 +128,16 @@ def test_divergence():
 
 
 def test_shuffles():
-    body = "ld.global.b32 %r8, [%rd4]; shfl.sync.bfly.b32 %r9, %r8, {}, 31, -1; st.global.b32 [%rd5], %r9;"
-    for distance in (1, 16):
-        y, _ = run(body.format(distance))
-        np.testing.assert_array_equal(y[:32], np.arange(32) ^ distance)
+    body = "ld.global.b32 %r8, [%rd4]; shfl.sync.{}.b32 %r9, %r8, {}, 31, -1; st.global.b32 [%rd5], %r9;"
+    lane = np.arange(32)
+    for mode, amount, expected in (
+        ("bfly", 1, lane ^ 1),
+        ("bfly", 16, lane ^ 16),
+        ("idx", 3, 3),
+        ("idx", "%r5", 4 * lane % 32),
+    ):
+        y, _ = run(body.format(mode, amount))
+        np.testing.assert_array_equal(y[:32], np.broadcast_to(expected, 32), err_msg=mode)
     with pytest.raises(Fault, match="divergence"):
         run("setp.lt.s32 %p1, %r1, 5; @%p1 bra $L1; shfl.sync.bfly.b32 %r9, %r1, 1, 31, -1;\n$L1:")
 
@@ -190,3 +196,12 @@ def test_instructions(code, expected):
 def test_refuses_what_it_does_not_know(code):
     with pytest.raises(Unknown):
         run(code)
+
+
+def test_noise_moves_results_of_approximate_instructions_only():
+    body = "cvt.rn.f32.s32 %r8, %r1; {} %r9, %r8; st.global.b32 [%rd5], %r9;"
+    for name, exact in (("ex2.approx.ftz.f32", np.exp2), ("neg.f32", np.negative)):
+        y, noisy = run(body.format(name))[0], run(body.format(name), noise=0)[0]
+        np.testing.assert_array_equal(y[:32], exact(np.arange(32)))
+        np.testing.assert_allclose(noisy, y, rtol=2.0**-22)
+        assert (noisy != y).any() == (name[:2] == "ex")

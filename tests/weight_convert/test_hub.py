@@ -116,7 +116,9 @@ def test_release_file_is_saved_by_hand(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     place = tmp_path / "vimd_jax" / "weights" / "vssmtiny_dp01_ckpt_epoch_292.pth"
     address = "https://github.com/MzeroMiko/VMamba/releases/download/%23v0cls/vssmtiny_dp01_ckpt_epoch_292.pth"
-    refused("pretrained:vmamba_tiny", f"^{address} is downloaded by hand: save it as {place}, or elsewhere")
+    size = r"\(of unknown size, of which the weights as float32 are 87 MiB\)"
+    refused("pretrained:vmamba_tiny", f"^{address} is downloaded by hand: save it {size} as {place}, or elsewhere")
+    refused(address, f"^{address} is downloaded by hand: save it as {place}, or elsewhere")
     place.parent.mkdir(parents=True)
     place.write_bytes(b"weights")
     assert resolve("pretrained:vmamba_tiny") == resolve(address) == place

@@ -8,7 +8,6 @@ torchvision, 3-Augment as in DeiT III; rand_augment.py has RandAugment. Photomet
 import math
 
 import numpy as np
-from matplotlib.colors import hsv_to_rgb, rgb_to_hsv
 from ml_collections import ConfigDict
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
@@ -118,14 +117,24 @@ def _cut_off(values: np.ndarray) -> np.ndarray:
 
 def _hsv(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Hue in half degrees, saturation and value from 0 to 255, all whole numbers, of RGB pixels (height, width, 3)."""
-    hue, saturation, value = np.moveaxis(rgb_to_hsv(pixels / 255), -1, 0)
+    red, green, blue = np.moveaxis(pixels / 255, -1, 0)
+    value = np.maximum(np.maximum(red, green), blue)
+    spread = value - np.minimum(np.minimum(red, green), blue)
+    divisor = np.where(spread > 0, spread, 1)
+    of_red, of_green, of_blue = (green - blue) / divisor, 2 + (blue - red) / divisor, 4 + (red - green) / divisor
+    hue = np.select([value == blue, value == green], [of_blue, of_green], of_red) / 6 % 1 * (spread > 0)
+    saturation = spread / np.where(value > 0, value, 1)
     return np.floor(180 * hue + 0.5).astype(int) % 180, np.floor(255 * saturation + 0.5), np.rint(255 * value)
 
 
 def _rgb(hue: np.ndarray, saturation: np.ndarray, value: np.ndarray) -> np.ndarray:
     """What `_hsv` comes from, uint8, cut off as OpenCV does."""
-    unit = np.stack([hue / 180, saturation / 255, value / 255], axis=-1)
-    return (255 * hsv_to_rgb(unit) + 1e-6).astype(np.uint8)
+    saturation, value = saturation / 255, value / 255
+    channels = []
+    for turn in (5, 3, 1):
+        place = (turn + hue / 30) % 6
+        channels.append(value * (1 - saturation * np.clip(np.minimum(place, 4 - place), 0, 1)))
+    return (255 * np.stack(channels, axis=-1) + 1e-6).astype(np.uint8)
 
 
 def random_erasing(

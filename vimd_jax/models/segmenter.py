@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from vimd_jax.models.heads import FCN, Linear, UperNet
+from vimd_jax.models.heads import FCN, Head, Linear, UperNet
 from vimd_jax.models.isotropic import Isotropic, State
 from vimd_jax.models.layers import IMAGENET_MEAN
 from vimd_jax.models.local_vim import SEARCHED, LocalVim
@@ -39,7 +39,7 @@ class Segmenter(Composite):
     """
 
     backbone: Network
-    decode_head: UperNet | Linear
+    decode_head: Head | Linear
     auxiliary_head: FCN | None
     taps: tuple[int, ...] | None = None
     auxiliary_tap: Literal[0, 1, 2, 3] | None = None

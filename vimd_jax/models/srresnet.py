@@ -61,7 +61,9 @@ class SRResNet(Network):
             # Unrolled in training: inside a loop, XLA's gradient of a convolution is 20 times slower on a CPU.
             unroll=self.num_blocks if train else 1,
         )
-        x, _ = blocks(self.channels, train, self.bn_axis_name, name="blocks")(shallow)
+        # No loop for ONNX Runtime, which prepares the weights of a convolution where they are constants.
+        with jax.disable_jit(portable.value and not self.is_initializing()):
+            x, _ = blocks(self.channels, train, self.bn_axis_name, name="blocks")(shallow)
         conv_mid = Conv(self.channels, 3, use_bias=False, convolve=trunk_convolve(train), name="conv_mid")
         x = shallow + BatchNorm(train, self.bn_axis_name, name="norm_mid")(x, conv_mid)
 
@@ -115,10 +117,12 @@ def convolve_to_few(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """`convolve` for few features, which ONNX Runtime pads to 16: first each column of the filter, then the sum."""
     size, _, inputs, features = kernel.shape
     margin, width = size // 2, x.shape[2]
-    columns = kernel.swapaxes(1, 2).reshape(size, 1, inputs, size * features)
+    filters = kernel.swapaxes(1, 2).reshape(size, 1, inputs, size * features)
     padding = ((margin, margin), (margin, margin))
-    y = jax.lax.conv_general_dilated(x, columns, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
-    return sum(y[:, :, j : j + width, j * features : (j + 1) * features] for j in range(size))
+    y = jax.lax.conv_general_dilated(x, filters, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    columns = jnp.split(y, size, axis=3)
+    # Not by indexing, which is no slice where the width is symbolic.
+    return sum(jax.lax.slice_in_dim(column, j, j + width, axis=2) for j, column in enumerate(columns))
 
 
 def winograd(x: jax.Array, kernel: jax.Array) -> jax.Array:

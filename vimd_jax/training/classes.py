@@ -54,8 +54,8 @@ def in_order_or_anew(
 ) -> Variables:
     """The same for the start of a training; for other classes than the data's, the heads are those of `fresh()`."""
     known = _class_names(path)
-    if known is not None and len(known) != len(names):
-        return variables  # adapted already
+    if known is None or len(known) != len(names):
+        return variables  # nothing is known, or it is adapted already
     try:
         return in_order(variables, path, names)
     except ValueError as error:

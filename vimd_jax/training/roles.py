@@ -200,10 +200,10 @@ def initial_variables(config: ConfigDict, networks: Networks, workdir: Path) -> 
     """
 
     def load(role: str, model: nn.Module, adapt: bool = False) -> tuple[Variables, Path]:
-        section = config[role]
-        path = _local(init_source(config, role, workdir), section.name)
+        section, init = config[role], init_source(config, role, workdir)
+        name = f"pretrained:{section.name}" if init == "pretrained" else init
         options = {"key": section.init_key or None, "position_mode": section.init_position_mode}
-        return load_variables(path, model, adapt=adapt, **options), path
+        return load_variables(name, model, adapt=adapt, **options), _local(init, section.name)
 
     trained, role = networks.trained, networks.stage.trained
     if not parallel.is_first():
