@@ -86,7 +86,7 @@ VIMD = SR | START | LOGITS | ALL
 RELEASED = SR | START | LAST | {"loss.hidden_weight": 5.0, "loss.hidden_normalize": False}
 LOW_TEACHER = VIMD | {"student.init": "sr", "teacher.init": "sr", "loss.teacher_view": "low"}
 ARMS = {
-    "teacher": Arm("high resolution, labels alone: the upper bound", {"teacher.init": ""}, ("plain",), "teacher"),
+    "teacher": Arm("high resolution: the upper bound", {"teacher.init": ""}, ("plain", "plain-long"), "teacher"),
     "plain": Arm("low resolution, bicubic, labels alone", BICUBIC),
     "plain-long": Arm("plain, trained as long as teacher and student together", BICUBIC, ("plain",), times=2),
     "sr": Arm("plain + SR network", SR, ("plain",)),
