@@ -191,13 +191,13 @@ def test_the_command_builds_ahead(empty_cache, monkeypatch):
     command = [sys.executable, "-m", "kernels.build"]
     built = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert built.returncode == 0, built.stderr
-    assert [str(path) for path in empty_cache.iterdir()] == built.stdout.split()
+    assert sorted(map(str, empty_cache.iterdir())) == sorted(built.stdout.split())
     again = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | dict(PATH="", CXX=""))
     assert again.stdout == built.stdout
     for library in empty_cache.iterdir():
         library.unlink()
     failed = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | dict(PATH="", CXX=""))
-    assert failed.returncode == 1 and failed.stderr.startswith("selective scan: no C++ compiler")
+    assert failed.returncode == 1 and "selective scan: no C++ compiler" in failed.stderr
 
 
 @pytest.mark.parametrize("writable_by_others", ["file", "folder"])

@@ -168,7 +168,7 @@ def test_a_compiled_function_has_a_program_for_each_environment():
     ("implementations", "message"),
     [
         ({"scan": "cuda"}, "scan: unknown 'cuda', choose one of native, pallas, triton, sequential"),
-        ({"convolution": "native"}, "kernels.use: unknown operation 'convolution', choose one of scan"),
+        ({"pooling": "native"}, "kernels.use: unknown operation 'pooling', choose one of scan"),
     ],
 )
 def test_unknown_names_in_an_environment(implementations, message):

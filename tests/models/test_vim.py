@@ -176,7 +176,7 @@ def test_backward_direction_looks_ahead():
     x = jax.random.normal(jax.random.key(0), (2, 9, 5))
     variables = ShortConv(False).init(jax.random.key(1), x)
     flipped = ShortConv(False).apply(variables, x[:, ::-1])[:, ::-1]
-    np.testing.assert_allclose(ShortConv(True).apply(variables, x), flipped, rtol=1e-6)
+    np.testing.assert_allclose(ShortConv(True).apply(variables, x), flipped, rtol=1e-5, atol=1e-6)
 
 
 def test_drop_path_drops_whole_images_and_scales_the_rest():
