@@ -40,6 +40,7 @@ def settings(tmp_path, monkeypatch):
         jax_compilation_cache_max_size=-1,
         jax_persistent_cache_min_compile_time_secs=1.0,
     )
+    config.values = vars(config)
     config.update = lambda name, value: setattr(config, name, value)
     monkeypatch.setattr(compilation_cache, "jax", SimpleNamespace(config=config))
     monkeypatch.delenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", raising=False)
