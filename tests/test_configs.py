@@ -1,6 +1,6 @@
-"""Every file of configs/ trains: two steps and an evaluation of a network made small, on synthetic images.
+"""Every kind of config trains: two steps and an evaluation of a network made small, on synthetic images.
 
-Of the published segmenters one trains; the others differ from it in names and numbers only, and are built.
+Of published recipes that differ in names and numbers only, one trains, and the networks of the others are built.
 """
 
 import itertools
@@ -23,9 +23,12 @@ from vimd_jax.training.roles import build_networks
 
 SHARED = ("recipes", "imagenet", "ade20k")  # what others import
 SEGMENTERS = [path.stem for path in sorted(FOLDER.glob("upernet_*_ade20k.py"))]
-FILES = [path.stem for path in sorted(FOLDER.glob("*.py")) if path.stem not in (*SHARED, *SEGMENTERS)]
+CLASSIFIERS = [path.stem for path in sorted(FOLDER.glob("*_imagenet.py"))]
+BUILT = [*SEGMENTERS, *CLASSIFIERS, "local_vmamba_search", "small_segmenter_student"]
+FILES = [path.stem for path in sorted(FOLDER.glob("*.py")) if path.stem not in (*SHARED, *BUILT)]
 OTHERS = [
     "upernet_vim_tiny_ade20k",
+    "vim_tiny_imagenet",
     "student_cub:released",
     "teacher_cub:logged",
     "quickstart:baseline",
@@ -104,15 +107,22 @@ def test_every_config_trains(run, trained, label_maps):
         assert {"train", "test"} <= {line["split"] for line in lines}
 
 
+@pytest.mark.parametrize("run", BUILT)
+def test_every_other_config_is_built(run):
+    for config, _ in workdirs.stages(load_config(run), Path("run")):
+        check_settings(config)
+        create_schedule(config.schedule, steps_per_epoch=1263)
+        names = [f"class {i}" for i in range(150)]
+        networks = build_networks(config, names)
+        networks.task.check(config, len(names))
+        if run in (*SEGMENTERS, *CLASSIFIERS):
+            assert networks.trained.num_classes == 150
+            assert networks.trained.image_size == (512 if run in SEGMENTERS else 224)
+
+
 @pytest.mark.parametrize("run", SEGMENTERS)
-def test_every_published_segmenter_is_built(run):
-    config = load_config(run)
-    check_settings(config)
-    create_schedule(config.schedule, steps_per_epoch=1263)
-    networks = build_networks(config, [f"class {i}" for i in range(150)])
-    networks.task.check(config, 150)
-    assert networks.trained.num_classes == 150 and networks.trained.image_size == 512
-    assert run == f"{config.segmenter.name}_ade20k"
+def test_a_recipe_is_called_as_its_network(run):
+    assert run == f"{load_config(run).segmenter.name}_ade20k"
 
 
 def _made_for(role: str, config: ConfigDict, trained, label_maps: Path) -> Path:
