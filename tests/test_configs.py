@@ -78,8 +78,10 @@ def shrink(config: ConfigDict, label_maps: Path) -> None:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Trains a small config in a folder of its own, or finds it there: many are the same when small."""
-    folder, known = tmp_path_factory.mktemp("configs"), {}
+    """Trains a small config in a folder of its own, or finds it there: many are the same when small. Draws nothing."""
+    folder, known, patch = tmp_path_factory.mktemp("configs"), {}, pytest.MonkeyPatch()
+    patch.setattr(train, "save_pictures", lambda *_: None)
+    patch.setattr(train.report, "save", lambda *_: None)
 
     def run(config):
         key = json.dumps(json.loads(config.to_json()), sort_keys=True)
@@ -88,7 +90,8 @@ def trained(tmp_path_factory):
             train.train(config, known[key])
         return known[key]
 
-    return run
+    yield run
+    patch.undo()
 
 
 @pytest.mark.parametrize("run", FILES + OTHERS)
