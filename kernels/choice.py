@@ -116,9 +116,10 @@ def use(**implementations: str | None) -> Iterator[None]:
         if operation not in OPERATIONS:
             raise ValueError(f"kernels.use: unknown operation {operation!r}, choose one of {', '.join(OPERATIONS)}")
         OPERATIONS[operation].check(name, argument=operation)
+    chosen = dict(_chosen.value) | implementations
     if implementations.get("scan") not in (None, "native"):
-        implementations = {"convolution": "shifted"} | implementations
-    with _chosen(tuple(sorted((dict(_chosen.value) | implementations).items()))):
+        chosen = {name: operation.names[-1] for name, operation in OPERATIONS.items()} | chosen
+    with _chosen(tuple(sorted(chosen.items()))):
         yield
 
 

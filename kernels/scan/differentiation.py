@@ -9,6 +9,7 @@ A layout names the axes of an array, a letter each: b(atch), c(hannels), g(roups
 is never split over devices. Trees of arrays have trees of layouts.
 """
 
+import contextvars
 import functools
 import itertools
 import math
@@ -96,11 +97,15 @@ def _group_size(inputs: ScanInputs) -> int | None:
 def on_devices(function: Callable, arguments: Any, results: Any, group_size: int | None, options: tuple) -> Callable:
     """Makes function(*arrays, *options) run split over devices wherever the arrays, of the given layouts, are split."""
     if jax.sharding.get_abstract_mesh().manual_axes:  # in `jax.shard_map` the arrays are parts already
-        call = jax.custom_jvp(lambda *arrays: function(*arrays, *options))
+        call = lambda *arrays: function(*arrays, *options)  # noqa: E731
     else:
-        call = jax.custom_jvp(_partitioned(function, arguments, results, group_size, options))
-    call.defjvp(_refuse)  # a second derivative
-    return call
+        call = _partitioned(function, arguments, results, group_size, options)
+
+    def refusing_derivatives(*arrays):
+        leaves, tree = jax.tree.flatten(arrays)
+        return call(*tree.unflatten(_constants.bind(*leaves)))
+
+    return refusing_derivatives
 
 
 @functools.cache
@@ -179,7 +184,11 @@ def _refuse_forward_mode(inputs):
 @_refuse_forward_mode.defjvp
 def _(primals, tangents):
     leaves, tree = jax.tree.flatten(tangents)
-    return primals[0], tree.unflatten(_tangents.bind(*leaves))[0]
+    token = _in_rule.set(True)
+    try:
+        return primals[0], tree.unflatten(_tangents.bind(*leaves))[0]
+    finally:
+        _in_rule.reset(token)
 
 
 # Reverse mode also starts with tangents, but only transposes what is computed from them. This identity can be
@@ -193,4 +202,23 @@ ad.primitive_jvps[_tangents] = _refuse
 ad.primitive_transposes[_tangents] = lambda cotangents, *tangents: [
     cotangent if ad.is_undefined_primal(tangent) else None for cotangent, tangent in zip(cotangents, tangents)
 ]
-batching.primitive_batchers[_tangents] = lambda tangents, axes: (_tangents.bind(*tangents), axes)
+
+# A gradient of a mapped function maps the tangents as it makes them; they are mapped later in forward mode alone, as by
+# `jax.jacfwd` of a loop.
+_in_rule: contextvars.ContextVar[bool] = contextvars.ContextVar("_in_rule", default=False)
+
+
+def _map_tangents(tangents, axes):
+    return (_tangents.bind(*tangents), axes) if _in_rule.get() else _refuse()
+
+
+batching.primitive_batchers[_tangents] = _map_tangents
+
+# An identity without derivatives, not a `custom_jvp`, whose rule JAX drops where it linearizes a loop.
+_constants = Primitive("differentiable_once")
+_constants.multiple_results = True
+_constants.def_abstract_eval(lambda *arrays: arrays)
+_constants.def_impl(lambda *arrays: arrays)
+mlir.register_lowering(_constants, lambda _, *arrays: arrays)
+ad.primitive_jvps[_constants] = _refuse
+batching.primitive_batchers[_constants] = lambda arrays, axes: (_constants.bind(*arrays), axes)

@@ -225,3 +225,24 @@ def test_variables_are_float32_where_jax_has_64_bits(name):
 def test_tabulate(name):
     table = small(name).tabulate(jax.random.key(0), images(16, 16), console_kwargs={"width": 200})
     assert "patch_embed" in table
+
+
+DERIVATIVES = {
+    "forward": lambda f, x: jax.jvp(f, (x,), (x,)),
+    "forward, mapped": lambda f, x: jax.jacfwd(lambda scale: f(scale * x))(1.0),
+    "reverse over reverse": lambda f, x: jax.grad(lambda x: jax.grad(f)(x).sum())(x),
+}
+
+
+@pytest.mark.parametrize("derivative", DERIVATIVES)
+def test_other_derivatives_of_a_network_name_the_implementation_that_has_them(derivative):
+    model, batch = small("vim_tiny"), images(16, 16)
+    with pytest.raises(TypeError, match="once, in reverse mode.*associative"):
+        DERIVATIVES[derivative](lambda x: model.apply(variables("vim_tiny"), x).sum(), batch)
+
+
+def test_gradients_of_a_network_can_be_mapped():
+    model, batch = small("vim_tiny"), images(16, 16)
+    gradient = jax.grad(lambda image: model.apply(variables("vim_tiny"), image[None]).sum())
+    mapped = jax.jit(jax.vmap(gradient))(batch)
+    np.testing.assert_allclose(mapped[1], jax.jit(gradient)(batch[1]), rtol=1e-4, atol=1e-6)
