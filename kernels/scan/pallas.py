@@ -28,6 +28,7 @@ these each program computes the state at which its own chunk starts. The adjoint
 
 import dataclasses
 import functools
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -577,15 +578,14 @@ class Program:
         return self._instruction("rcp", jnp.reciprocal, x)
 
     def gates(self, tiles: list[Tile]) -> list:
-        """silu(z) of each tile; one reciprocal, which are scarce, serves two tiles: 1 / a = b / (a b)."""
+        """silu(z) of each tile; two tiles share a reciprocal, of which a GPU computes few: 1 / a = b / (a b)."""
         if tiles[0].z is None:
             return [1.0] * len(tiles)
         parts = [1 + self.exp2(jnp.minimum(tile.z * -LOG2_E, LARGEST)) for tile in tiles]
         sigmoids = []
-        for i in range(0, len(parts), 2):
-            pair = parts[i : i + 2]
-            inverse = self._reciprocal(functools.reduce(lambda a, b: a * b, pair))
-            sigmoids += [inverse * x for x in pair[::-1]] if len(pair) == 2 else [inverse]
+        for first, second in itertools.zip_longest(parts[::2], parts[1::2]):
+            inverse = self._reciprocal(first if second is None else first * second)
+            sigmoids += [inverse] if second is None else [inverse * second, inverse * first]
         return [tile.z * x for tile, x in zip(tiles, sigmoids)]
 
     def exp2(self, x) -> jax.Array:
