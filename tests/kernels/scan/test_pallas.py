@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
+from kernels import selective_scan
 from kernels.choice import current_platform
 from kernels.scan import pallas, reference
 from kernels.scan.inputs import ScanInputs, ScanOptions, canonical
@@ -236,17 +237,17 @@ ODD = dict(batch=2, length=197, channels=96, state=20, groups=3, constant=["C"],
     ids=["float32", "bfloat16", "odd"],
 )
 def test_lowers_for_cuda_without_a_gpu(sizes, reverse):
-    options = ScanOptions(True, reverse)
+    inputs = {name: x for name, x in specs(**sizes).items() if x is not None}
 
-    def run(inputs, cotangents):  # not through the public function, which asks for the devices from JAX 0.12 on
-        inputs = pallas.pad(canonical(ScanInputs(**inputs)), options)
-        results = pallas.forward(inputs, options, save_states=True)
-        return results, pallas.backward(inputs, results["states"], *cotangents, options)
+    def run(inputs, cotangents):
+        options = dict(delta_softplus=True, reverse=reverse, return_last_state=True, implementation="pallas")
+        results, pullback = jax.vjp(lambda inputs: selective_scan(**inputs, **options), inputs)
+        return results, pullback(cotangents)
 
     device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
     with use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
-        inputs = specs(**sizes)
-        lowered = jax.jit(run).trace(inputs, jax.eval_shape(scan, inputs)).lower(lowering_platforms=("cuda",))
+        cotangents = jax.eval_shape(scan, specs(**sizes))
+        lowered = jax.jit(run).trace(inputs, cotangents).lower(lowering_platforms=("cuda",))
     kernels = 2 if sizes["batch"] == 64 else 4  # forward and backward; before each, if needed, one for chunks of time
     assert lowered.as_text().count("xla.gpu.triton") == kernels
 
