@@ -14,27 +14,19 @@ from kernels.convolution.inputs import ConvolutionInputs, ConvolutionOptions
 def convolve(inputs: ConvolutionInputs, options: ConvolutionOptions) -> jax.Array:
     """See `kernels.convolution.api`."""
     # Recomputed in the backward pass, which would otherwise keep every shifted copy of x.
-    return jax.checkpoint(functools.partial(shifted_sum, options=options, broadcast=True), prevent_cse=False)(inputs)
+    return jax.checkpoint(functools.partial(_shifted_sum, options=options), prevent_cse=False)(inputs)
 
 
-def shifted_sum(inputs: ConvolutionInputs, options: ConvolutionOptions, broadcast: bool) -> jax.Array:
-    """Computes the convolution.
-
-    Args:
-      inputs: see `kernels.convolution.api`.
-      options: as well.
-      broadcast: taps are broadcast in one step, so that the gradient of each is one sum over images and positions: over
-        positions alone, XLA's sum of products is far slower (on a CPU, JAX 0.10).
-    """
+def _shifted_sum(inputs: ConvolutionInputs, options: ConvolutionOptions) -> jax.Array:
     batch, tokens, channels = inputs.u.shape
     height, width = options.rows, tokens // options.rows
     rows, columns, _ = inputs.kernel.shape
     top, left = options.before
     padding = (0, 0), (top, rows - 1 - top), (left, columns - 1 - left), (0, 0)
     x = jnp.pad(inputs.u.reshape(batch, height, width, channels), padding)
-    taps = inputs.kernel
-    if broadcast:
-        taps = jnp.broadcast_to(taps[:, :, None, None, None], (rows, columns, batch, height, width, channels))
+    # Broadcast in one step, so that the gradient of each tap is one sum over images and positions: over positions
+    # alone, XLA's sum of products is far slower (on a CPU, JAX 0.10).
+    taps = jnp.broadcast_to(inputs.kernel[:, :, None, None, None], (rows, columns, batch, height, width, channels))
     products = (x[:, i : i + height, j : j + width] * taps[i, j] for i in range(rows) for j in range(columns))
     y = inputs.bias + sum(products)
     return (jax.nn.silu(y) if options.silu else y).astype(inputs.u.dtype).reshape(inputs.u.shape)
