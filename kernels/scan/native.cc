@@ -11,7 +11,7 @@
 // the bit whatever the number of threads.
 
 #if defined(__aarch64__) && !defined(__clang__)
-// Left to itself, GCC moves instructions so far apart that registers run out, and copies between them.
+// Left to itself, GCC moves instructions so far apart that the registers do not suffice.
 #pragma GCC optimize("no-schedule-insns", "rename-registers")
 #endif
 
@@ -184,8 +184,8 @@ inline float32x4_t MultiplyAdd(float32x4_t accumulator, float32x4_t x, float32x4
   return accumulator;
 }
 
-// A multiply-add overwrites its addend. Constant ones are read from memory each time (hence volatile): a copy from another
-// register would take the place of arithmetic, while loads have units of their own.
+// A multiply-add overwrites its addend. Constant ones are read from memory each time (hence volatile): a copy from
+// another register would take the place of arithmetic, while loads have units of their own.
 constexpr struct {
   float third[4], first[4], one[4];
 } kAddends alignas(16) = {{0.0555073374f, 0.0555073374f, 0.0555073374f, 0.0555073374f},
@@ -406,13 +406,14 @@ struct Gradients {
   Vec delta[kChunk], u[kChunk];                 // outgoing
 };
 
-// Of one step and state: the decay exp(delta A), and what it leaves of the state before. They are neighbours because ARM
-// stores two registers at the price of one.
+// Of one step and state: the decay exp(delta A), and what it leaves of the state before. They are neighbours because
+// ARM stores two registers at the price of one.
 struct Kept {
   Vec decay, carried;
 };
 
-// From the first step to the last, with kKeep keeping what the adjoint recurrence needs. A is in units of log(2): A[n] * log2(e).
+// From the first step to the last, with kKeep keeping what the adjoint recurrence needs. A is in units of log(2):
+// A[n] * log2(e).
 template <int N, bool kSplat, bool kKeep>
 void Forward(int count, Steps& steps, Matrix B, Matrix C, const Vec* A, Vec* state, Kept* __restrict kept) {
   constexpr int kPart = std::min(N, kTogether);
