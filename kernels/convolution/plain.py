@@ -3,9 +3,9 @@
 import jax
 
 from kernels.convolution.inputs import ConvolutionInputs, ConvolutionOptions
-from kernels.convolution.shifted import shifted_sum
+from kernels.convolution.shifted import in_order, shifted_sum
 
 
 def convolve(inputs: ConvolutionInputs, options: ConvolutionOptions) -> jax.Array:
     """See `kernels.convolution.api`. The gradient is JAX's own, and slow."""
-    return shifted_sum(inputs, options, broadcast=False)
+    return in_order(lambda inputs: shifted_sum(inputs, options, broadcast=False), inputs)

@@ -31,6 +31,9 @@ Rotation = tuple[jax.Array, jax.Array]  # cosines and sines, (tokens, embed_dim)
 State = Literal["normalized", "stream", "rotated_stream", "update"]  # see `Isotropic.feature_maps`
 
 
+POLICY = jax.checkpoint_policies.save_only_these_names("selective_scan", "product")
+
+
 class Isotropic(Network):
     """Image classifier of identical layers.
 
@@ -197,7 +200,7 @@ class Isotropic(Network):
         check_images(images)
         grid = self.grid_of(images.shape[1:3])
         layers = nn.scan(
-            nn.remat(Layer, prevent_cse=False) if self.remat else Layer,
+            nn.remat(Layer, prevent_cse=False, policy=None if self.remat else POLICY),
             variable_axes={"params": 0},
             split_rngs={"params": True, "drop_path": True},
             in_axes=(0, 0, nn.broadcast),
