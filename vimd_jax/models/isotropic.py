@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from vimd_jax.models.layers import check_images, drop_path, normalize_images, patch_embedding, rms_norm
+from vimd_jax.models.layers import check_images, drop_path, normalize_images, patch_embedding, recomputing, rms_norm
 from vimd_jax.models.network import Network, check_layers, square
 from vimd_jax.models.positions import (
     class_token_positions,
@@ -29,9 +29,6 @@ from vimd_jax.models.positions import (
 
 Rotation = tuple[jax.Array, jax.Array]  # cosines and sines, (tokens, embed_dim)
 State = Literal["normalized", "stream", "rotated_stream", "update"]  # see `Isotropic.feature_maps`
-
-
-POLICY = jax.checkpoint_policies.save_only_these_names("selective_scan", "product")
 
 
 class Isotropic(Network):
@@ -200,7 +197,7 @@ class Isotropic(Network):
         check_images(images)
         grid = self.grid_of(images.shape[1:3])
         layers = nn.scan(
-            nn.remat(Layer, prevent_cse=False, policy=None if self.remat else POLICY),
+            recomputing(Layer, everything=self.remat),
             variable_axes={"params": 0},
             split_rngs={"params": True, "drop_path": True},
             in_axes=(0, 0, nn.broadcast),

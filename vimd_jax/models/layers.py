@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from kernels import depthwise_convolution
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+STORED = "stored for the backward pass"  # a name for policies of `jax.checkpoint`
 DEVICES = "devices"  # name of the axis of devices that share a batch in training
 
 # PyTorch's default for the weight of a linear or convolution layer: uniform in ±1/√fan_in.
@@ -21,6 +23,20 @@ uniform_fan_in = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 rms_norm = partial(nn.RMSNorm, epsilon=1e-5, dtype=jnp.float32)
 layer_norm = partial(nn.LayerNorm, epsilon=1e-5, use_fast_variance=False, dtype=jnp.float32)
+
+
+def stored(x: jax.Array) -> jax.Array:
+    """Marks an array for `recomputing`: a product's output that more is computed from than it takes to store."""
+    return checkpoint_name(x, STORED)
+
+
+def recomputing(layer: type[nn.Module], everything: bool) -> type[nn.Module]:
+    """A layer whose backward pass computes cheap operations again, which takes less time than storing their results.
+
+    It keeps its input, what `stored` marks and the results of scans; with `everything` recomputed, its input alone.
+    """
+    policy = None if everything else jax.checkpoint_policies.save_only_these_names(STORED, "selective_scan")
+    return nn.remat(layer, prevent_cse=False, policy=policy)
 
 
 def uniform(bound: float) -> nn.initializers.Initializer:

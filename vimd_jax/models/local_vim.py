@@ -12,13 +12,12 @@ from functools import partial
 from typing import Any, Literal
 
 import jax
-from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
 from vimd_jax.models.isotropic import Isotropic, Rotation, out_projection
-from vimd_jax.models.layers import ChannelGate, layer_norm, rms_norm, uniform, uniform_fan_in
+from vimd_jax.models.layers import ChannelGate, layer_norm, rms_norm, stored, uniform, uniform_fan_in
 from vimd_jax.models.mamba import EXPAND, GroupedShortConv, GroupedSSM
 from vimd_jax.models.network import Network
 from vimd_jax.models.positions import class_token_positions, resize_positions, rotary_angles
@@ -187,7 +186,7 @@ class Mixer(nn.Module):
         """Maps x (batch, tokens, dim) to the same shape; `order` is that of the layer's directions."""
         dim = x.shape[-1]
         in_proj = nn.Dense(2 * EXPAND * dim, use_bias=False, kernel_init=normal, dtype=self.dtype, name="in_proj")
-        x, z = jnp.split(checkpoint_name(in_proj(x), "product"), 2, axis=-1)
+        x, z = jnp.split(stored(in_proj(x)), 2, axis=-1)
         conv = GroupedShortConv(name="conv")
         ssm = GroupedSSM(
             state_size=self.state_size,

@@ -7,12 +7,11 @@ from functools import partial
 from typing import Any
 
 import jax
-from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from flax import linen as nn
 
 from kernels import depthwise_convolution, selective_scan
-from vimd_jax.models.layers import uniform, uniform_fan_in
+from vimd_jax.models.layers import stored, uniform, uniform_fan_in
 
 CONV_WIDTH = 4
 EXPAND = 2  # ratio of a mixer's channels to those of a token
@@ -83,8 +82,7 @@ class GroupedSSM(nn.Module):
 
         # Directions first, as the native scan takes them: neither it nor the products then transpose anything long.
         subscripts = "blc,kcr->blkr" if shared else "kblc,kcr->kblr"
-        projected = jnp.einsum(subscripts, u.astype(self.dtype), x_proj.astype(self.dtype))
-        projected = checkpoint_name(projected, "product")
+        projected = stored(jnp.einsum(subscripts, u.astype(self.dtype), x_proj.astype(self.dtype)))
         projected = jnp.moveaxis(projected, 2, 0) if shared else projected
         code, *matrices = jnp.split(projected, [rank, rank + state], axis=-1)
         delta = jnp.einsum("kblr,krc->kblc", code, dt_proj.astype(self.dtype))
@@ -125,9 +123,8 @@ def selective_projections(
     channels = u.shape[-1]
     rank = delta_rank(channels)
     width = rank + 2 * state_size
-    projected = nn.Dense(width, use_bias=False, kernel_init=uniform_fan_in, dtype=dtype, name="x_proj")(u)
-    projected = checkpoint_name(projected, "product")
-    code, B, C = jnp.split(projected, [rank, rank + state_size], axis=-1)
+    x_proj = nn.Dense(width, use_bias=False, kernel_init=uniform_fan_in, dtype=dtype, name="x_proj")
+    code, B, C = jnp.split(stored(x_proj(u)), [rank, rank + state_size], axis=-1)
     delta, delta_bias = DeltaProjection(channels, delta_bias_init, name="dt_proj")(code)
     return delta, B, C, delta_bias
 
