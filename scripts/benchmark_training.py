@@ -32,9 +32,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write everything here")
     arguments = parser.parse_args()
     with contextlib.suppress(ImportError):  # an earlier commit has no such function
-        from vimd_jax.memory import keep_freed_memory
+        from vimd_jax.memory import use_large_pages
 
-        keep_freed_memory()  # as the training program does
+        use_large_pages()  # as the training program does
     rows = []
     print(f"{'':<28}{'first':>9}{'step':>10}{'processor':>11}{'memory':>10}{'resident':>10}")
     for name in arguments.names:
