@@ -74,6 +74,10 @@ def measure(name: str, batch: int, repeats: int) -> dict:
     state = variables, optimizer.init(variables["params"])
     began = time.perf_counter()
     program = jax.jit(step, donate_argnums=0).lower(state, images, labels).compile()
+    with contextlib.suppress(ImportError):
+        from vimd_jax.memory import give_back
+
+        give_back()
     times, processor = [], []
     for _ in range(repeats + 1):
         used = time.process_time()

@@ -27,7 +27,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kernels.scan.inputs import ScanInputs, ScanOptions
 
-KEPT = "selective_scan"  # for policies of `jax.checkpoint`: results that the backward pass needs again
+STORED = "selective_scan"  # names what the backward pass needs of the forward pass, for policies of `jax.checkpoint`
 LONG, STATES = "b.c", "bc."  # of u, delta, z and y; of the initial and the last state
 
 
@@ -49,7 +49,7 @@ def differentiable(forward: Callable, backward: Callable, saved: str) -> Callabl
         return run(inputs, options, False)[:2]
 
     def run_and_save(inputs: ScanInputs, options: ScanOptions):
-        y, last_state, array = (checkpoint_name(x, KEPT) for x in run(inputs, options, True))
+        y, last_state, array = (checkpoint_name(x, STORED) for x in run(inputs, options, True))
         return (y, last_state), (inputs, array)
 
     def gradients(options: ScanOptions, residuals, cotangents):

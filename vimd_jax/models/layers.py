@@ -11,6 +11,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from kernels import depthwise_convolution
+from kernels.scan.differentiation import STORED as SCANNED
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -23,20 +24,6 @@ uniform_fan_in = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 rms_norm = partial(nn.RMSNorm, epsilon=1e-5, dtype=jnp.float32)
 layer_norm = partial(nn.LayerNorm, epsilon=1e-5, use_fast_variance=False, dtype=jnp.float32)
-
-
-def stored(x: jax.Array) -> jax.Array:
-    """Marks an array for `recomputing`: a product's output that more is computed from than it takes to store."""
-    return checkpoint_name(x, STORED)
-
-
-def recomputing(layer: type[nn.Module], everything: bool) -> type[nn.Module]:
-    """A layer whose backward pass computes cheap operations again, which takes less time than storing their results.
-
-    It keeps its input, what `stored` marks and the results of scans; with `everything` recomputed, its input alone.
-    """
-    policy = None if everything else jax.checkpoint_policies.save_only_these_names(STORED, "selective_scan")
-    return nn.remat(layer, prevent_cse=False, policy=policy)
 
 
 def uniform(bound: float) -> nn.initializers.Initializer:
@@ -69,6 +56,20 @@ def patch_embedding(
 
 
 portable = jax.make_user_context(False)  # `with portable(True):` traces programs that are the same on every platform
+
+
+def stored(x: jax.Array) -> jax.Array:
+    """Marks an array for `recomputing`: of a product's output, more is computed than it takes to store it."""
+    return x if portable.value else checkpoint_name(x, STORED)
+
+
+def recomputing(layer: type[nn.Module], everything: bool) -> type[nn.Module]:
+    """A layer whose backward pass computes cheap operations again, which takes less time than storing their results.
+
+    It stores its input, what `stored` marks and the results of scans; with `everything` recomputed, its input alone.
+    """
+    policy = None if everything else jax.checkpoint_policies.save_only_these_names(STORED, SCANNED)
+    return nn.remat(layer, prevent_cse=False, policy=policy)
 
 
 def on_cpu(cpu: Callable[..., jax.Array], default: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
