@@ -18,16 +18,19 @@ from vimd_jax.models.network import input_images
 
 SMALL = {"embed_dim": 16, "depth": 2, "image_size": 32, "patch_size": 8, "stride": 8, "num_classes": 3}
 STUDENT = {"classifier": "vim_tiny", "sr_channels": 4, "sr_num_blocks": 1, **SMALL}
-NETWORKS = {
+STAGES = {"dims": (8, 16), "depths": (1, 1), "num_classes": 3, "image_size": 32}
+NETWORKS = {  # of every family
     "vim_tiny": SMALL,
-    "srvm_tiny": STUDENT,
-    "vmamba_tiny": {"dims": (8, 16), "depths": (1, 1), "num_classes": 3, "image_size": 32},
     "local_vim_tiny": SMALL,
+    "v2m_tiny": SMALL,
+    "vmamba_tiny": STAGES,
+    "vmamba2_tiny": STAGES,
+    "local_vmamba_tiny": STAGES,
+    "efficient_vmamba_tiny": STAGES | {"dims": (8, 8, 8, 8), "depths": (1, 1, 1, 1)},
+    "srvm_tiny": STUDENT,
     "upernet_vim_tiny": SMALL | {"depth": 4, "head_channels": 8, "auxiliary_channels": 8},
     "srresnet_x4": {"channels": 4, "num_blocks": 1},
 }
-# What jax2onnx makes of a program takes several seconds to convert.
-FOR_ONNX = ["srvm_tiny", "local_vim_tiny", "upernet_vim_tiny", "srresnet_x4"]
 
 RELOAD = """
 import sys
@@ -83,7 +86,7 @@ def test_stablehlo_needs_only_jax(name, tmp_path):
     np.testing.assert_allclose(np.load(tmp_path / "answers.npy"), answers(network, images), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", FOR_ONNX)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_onnx_runtime_gives_the_same(name):
     pytest.importorskip("jax2onnx")
     runtime, network = pytest.importorskip("onnxruntime"), trained(name)

@@ -72,13 +72,13 @@ def to_onnx(trained: TrainedModel, weights: str = "float32") -> bytes:
         from onnx_ir import to_proto
     except ImportError as error:
         raise ValueError(f'ONNX needs the extra "onnx" ({error}): pip install "vimd-jax[onnx]"') from error
-    from vimd_jax.onnx_graph import symbolic_sizes_by_name, tidied
+    from vimd_jax.onnx_graph import symbolic_sizes, tidied
 
     images = _images(trained)
     # Traced here, not by jax2onnx, whose own versions of JAX's functions do not go with Flax's loops.
     with portable(True):
-        program = jax.make_jaxpr(program_of(trained, weights, scan="plain"))(images)
-    with symbolic_sizes_by_name():
+        program = jax.make_jaxpr(program_of(trained, weights, "plain", "plain"))(images)
+    with symbolic_sizes():
         model = jax2onnx.to_onnx(
             jaxpr_as_fun(program),
             [images],
@@ -90,13 +90,15 @@ def to_onnx(trained: TrainedModel, weights: str = "float32") -> bytes:
     return to_proto(tidied(model)).SerializeToString()
 
 
-def program_of(trained: TrainedModel, weights: str = "float32", scan: str = "sequential") -> Program:
+def program_of(
+    trained: TrainedModel, weights: str = "float32", scan: str = "sequential", convolution: str = "shifted"
+) -> Program:
     """The function of images that is exported: probabilities of a classifier or of every pixel, or restored images."""
     model, variables = trained.model, stored(trained.variables, weights)
 
     def program(images: jax.Array) -> jax.Array:
         restored = jax.tree.map(lambda x: x(), variables)
-        with kernels.use(scan=scan, convolution="plain"):
+        with kernels.use(scan=scan, convolution=convolution):
             if not trained.class_names:
                 return model.apply(restored, images)
             scores = model.segment(restored, images) if model.dense else model.apply(restored, images)

@@ -18,7 +18,6 @@ import contextlib
 import logging
 import math
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import jax
@@ -28,7 +27,7 @@ from ml_collections import ConfigDict
 
 import kernels
 from kernels.choice import implementation_in_use
-from vimd_jax import report
+from vimd_jax import __version__, report
 from vimd_jax.checkpoints import training_state
 from vimd_jax.checkpoints.format import checksum_of, read_description, save_model
 from vimd_jax.checkpoints.trained_model import TrainedModel
@@ -339,7 +338,7 @@ def save_if_best(
         return
     if (folder / "network.json").exists() and score <= read_description(folder)["provenance"].get("score", -math.inf):
         return
-    provenance = {"library": f"vimd_jax {version('vimd-jax')}", "stage": config.stage, "step": step, "score": score}
+    provenance = {"library": f"vimd_jax {__version__}", "stage": config.stage, "step": step, "score": score}
     if nets.task.maps:  # how predict prepares an image, and draws its label map
         provenance["size_limits"] = list(config.dataset.size_limits)
         provenance["colours"] = None if colours is None else colours.tobytes().hex()

@@ -2,7 +2,7 @@
 
     native   C++ through `jax.ffi`: CPU, where it was compiled
     shifted  a sum of shifted products: any backend
-    plain    the same in fewer operations, for export and without a fast gradient
+    plain    one grouped convolution: any backend, for programs that another runtime executes (ONNX)
 
 Each is a module beside this one with convolve(inputs: ConvolutionInputs, options: ConvolutionOptions) -> y like u.
 """

@@ -100,7 +100,8 @@ def _group_size(inputs: ScanInputs) -> int | None:
 
 def on_devices(function: Callable, arguments: Any, results: Any, group_size: int | None, options: tuple) -> Callable:
     """Makes function(*arrays, *options) run split over devices wherever the arrays, of the given layouts, are split."""
-    if jax.sharding.get_abstract_mesh().manual_axes:  # in `jax.shard_map` the arrays are parts already
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.manual_axes or not mesh.empty and mesh.size == 1:  # in `jax.shard_map` the arrays are parts already
         call = lambda *arrays: function(*arrays, *options)  # noqa: E731
     else:
         call = _partitioned(function, arguments, results, group_size, options)

@@ -17,7 +17,7 @@ import numpy as np
 from flax import linen as nn
 
 from vimd_jax.models.isotropic import Isotropic, Rotation, out_projection
-from vimd_jax.models.layers import ChannelGate, layer_norm, rms_norm, stored, uniform, uniform_fan_in
+from vimd_jax.models.layers import ChannelGate, layer_norm, portable, rms_norm, stored, uniform, uniform_fan_in
 from vimd_jax.models.mamba import EXPAND, GroupedShortConv, GroupedSSM
 from vimd_jax.models.network import Network
 from vimd_jax.models.positions import class_token_positions, resize_positions, rotary_angles
@@ -130,7 +130,8 @@ class LocalVim(Isotropic):
                 for directions in layer_directions(self.directions, self.depth)
             ]
         )
-        return order if np.any(order.tokens == PADDING) or self.moves(grid) else order._replace(places=None)
+        gathers = portable.value or self.moves(grid) or np.any(order.tokens == PADDING)
+        return order if gathers else order._replace(places=None)
 
     @nn.nowrap
     def moves(self, grid: tuple[int, int]) -> bool:
@@ -198,7 +199,7 @@ class Mixer(nn.Module):
         )
         if order.places is None:
             y = ssm(conv(x, order.tokens), order.tokens, z)
-        else:  # padding is convolved and scanned, too, and results may move
+        else:  # what runs anywhere gathers once; padding is convolved and scanned, too; results may move
             gate = nn.silu(z.astype(jnp.float32))
             gate = to_tokens(to_sequences(gate, order), order) if self.moves else gate
             y = to_tokens(ssm(conv(to_sequences(x, order))), order) * gate

@@ -147,11 +147,12 @@ class ShortConv(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps x (batch, length, channels) to the same shape and dtype."""
-        channels = x.shape[-1]
+        batch, length, channels = x.shape
         kernel = self.param("kernel", uniform_fan_in, (CONV_WIDTH, 1, channels), jnp.float32)
         bias = self.param("bias", uniform(CONV_WIDTH**-0.5), (channels,), jnp.float32)
         taps, before = (kernel[::-1, 0], 0) if self.reverse else (kernel[:, 0], CONV_WIDTH - 1)
-        return depthwise_convolution(x[:, None], taps[None], bias, before=(0, before), silu=True)[:, 0]
+        line = x.reshape(batch, 1, length, channels)
+        return depthwise_convolution(line, taps[None], bias, before=(0, before), silu=True).reshape(x.shape)
 
 
 class GroupedShortConv(nn.Module):

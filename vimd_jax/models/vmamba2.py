@@ -126,7 +126,8 @@ class UngatedSS2D(SS2D):
         dim = x.shape[-1]
         u = projection(self.expand * dim, self.dtype, "in_proj")(x)
         u = DepthwiseConv(use_bias=False, silu=True, name="conv")(u)
-        y = self.merge(self.scan(u.reshape(len(u), -1, u.shape[-1]), order))
+        batch, rows, columns, channels = u.shape
+        y = self.merge(self.scan(u.reshape(batch, rows * columns, channels), order))
         return projection(dim, self.dtype, "out_proj")(layer_norm(name="norm")(y).reshape(u.shape))
 
 
