@@ -40,6 +40,7 @@ from vimd_jax.errors import Stopped, TrainingError
 from vimd_jax.evaluate import Measurement
 from vimd_jax.load import load_model
 from vimd_jax.log import extra, readable_errors
+from vimd_jax.memory import give_back
 from vimd_jax.tasks.task import check_source
 from vimd_jax.training import hidden_map, parallel, plots, roles, steps, workdirs
 from vimd_jax.training.evaluation import check_restorer, evaluate, passes, save_panel
@@ -224,7 +225,11 @@ def _train(config: ConfigDict, workdir: Path, data: Splits, stop: StopRequest, u
             began = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter() - began
-            state, metrics = train_step(state, replicated_frozen, parallel.shard(batch))
+            arguments = state, replicated_frozen, parallel.shard(batch)
+            if step == first_step + 1:
+                train_step.lower(*arguments).compile()
+                give_back()
+            state, metrics = train_step(*arguments)
             stop.must_save = True
             names = [data.train.name(index) for index in batch["index"]]
             progress.add(step, metrics, names, int(batch["skipped"].sum()), waited)

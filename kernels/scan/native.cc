@@ -487,7 +487,8 @@ struct Scan {
   const float *A, *B, *C, *D, *delta_bias, *initial_state;
   std::vector<float> exponents;  // A / log(2), transposed to (state, width)
   const int32_t* order;  // (groups, length): the position of each step, negative where there is none; null if it counts
-  bool shared, constant_B, constant_C, softplus, reverse;  // shared: all groups read the same u and z
+  bool shared_u, shared_z;  // all groups read the same
+  bool constant_B, constant_C, softplus, reverse;
 
   int64_t chunks() const { return (length + kChunk - 1) / kChunk; }
   int64_t blocks() const { return (channels + kLanes - 1) / kLanes; }
@@ -670,9 +671,9 @@ template <class T, bool kBackward>
 void Read(const Task& task, const Chunk& chunk, const Chunk& next, int64_t block,
           std::initializer_list<const T*> others, Steps& steps, Gradients* grads = nullptr) {
   const Scan& scan = task.scan;
-  const T* u = task.Block<const T>(scan.u, block, scan.shared);
+  const T* u = task.Block<const T>(scan.u, block, scan.shared_u);
   const T* delta = task.Block<const T>(scan.delta, block);
-  const T* z = task.Block<const T>(scan.z, block, scan.shared);
+  const T* z = task.Block<const T>(scan.z, block, scan.shared_z);
   const int lanes = task.Lanes(block);
   const int fetched = block * kLanes * sizeof(T) % kCacheLine == 0 ? next.count : 0;
   const Vec bias = task.Parameter(scan.delta_bias, block), D = task.Parameter(scan.D, block);
@@ -964,19 +965,25 @@ Scan MakeScan(Arrays& arrays, int64_t ranges, bool softplus, bool reverse) {
   scan.positions = shape[rank - 2];
   scan.length = order.element_count() ? order.dimensions().back() : scan.positions;
   scan.rows = static_cast<int64_t>(delta.element_count()) / (scan.positions * scan.channels);
-  scan.shared = u.dimensions()[rank - 3] == scan.batch;
+  const auto shared = [&](const ffi::AnyBuffer& x) {
+    return x.dimensions().size() == rank && x.dimensions()[rank - 3] == scan.batch;
+  };
+  scan.shared_u = shared(u);
+  scan.shared_z = shared(z);
   scan.constant_B = B.dimensions().size() < rank;
   scan.constant_C = C.dimensions().size() < rank;
   scan.ranges = ranges;
-  const int64_t sources = scan.shared ? scan.batch : scan.groups * scan.batch;
-  const std::vector<int64_t> source{sources, scan.positions, scan.channels}, matrix{scan.state, scan.width};
-  scan.u = arrays.Take("u", u, u.element_type(), source);
+  const std::vector<int64_t> matrix{scan.state, scan.width};
+  const auto source = [&](bool shared) -> std::vector<int64_t> {
+    return {shared ? scan.batch : scan.groups * scan.batch, scan.positions, scan.channels};
+  };
+  scan.u = arrays.Take("u", u, u.element_type(), source(scan.shared_u));
   scan.delta = arrays.Take("delta", delta, u.element_type(), scan.sequences());
   scan.A = arrays.Floats("A", A, {scan.width, scan.state});
   scan.B = arrays.Floats("B", B, scan.constant_B ? matrix : scan.matrices());
   scan.C = arrays.Floats("C", C, scan.constant_C ? matrix : scan.matrices());
   scan.D = arrays.MaybeFloats("D", get(5), {scan.width});
-  scan.z = z.element_count() ? arrays.Take("z", z, u.element_type(), source) : nullptr;
+  scan.z = z.element_count() ? arrays.Take("z", z, u.element_type(), source(scan.shared_z)) : nullptr;
   scan.delta_bias = arrays.MaybeFloats("delta_bias", get(7), {scan.width});
   if (order.element_count()) {
     scan.order = static_cast<const int32_t*>(arrays.Take("order", order, ffi::DataType::S32, {scan.groups, scan.length}));
