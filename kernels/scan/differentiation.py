@@ -23,7 +23,7 @@ from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
 from kernels.scan.inputs import ScanInputs, ScanOptions
 
@@ -130,7 +130,8 @@ def _partitioned(function: Callable, arguments: Any, results: Any, group_size: i
             return jax.lax.psum(x, [name for axis in lacking for name in split[axis]])
 
         def part(*arrays):
-            return jax.tree.map(total, alone(*arrays), results)
+            with use_abstract_mesh(AbstractMesh((), ())):  # parts are not split, whatever mesh is set
+                return jax.tree.map(total, alone(*arrays), results)
 
         return mesh, part, jax.tree.map(sharding, results), jax.tree.map(sharding, arguments)
 
