@@ -32,9 +32,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write everything here")
     arguments = parser.parse_args()
     with contextlib.suppress(ImportError):  # an earlier commit has no such function
-        from vimd_jax.memory import keep_freed_memory
+        from vimd_jax.memory import use_large_pages
 
-        keep_freed_memory()  # as the training program does
+        use_large_pages()  # as the training program does
     rows = []
     print(f"{'':<28}{'first':>9}{'step':>10}{'processor':>11}{'memory':>10}{'resident':>10}")
     for name in arguments.names:
@@ -74,6 +74,10 @@ def measure(name: str, batch: int, repeats: int) -> dict:
     state = variables, optimizer.init(variables["params"])
     began = time.perf_counter()
     program = jax.jit(step, donate_argnums=0).lower(state, images, labels).compile()
+    with contextlib.suppress(ImportError):
+        from vimd_jax.memory import give_back
+
+        give_back()
     times, processor = [], []
     for _ in range(repeats + 1):
         used = time.process_time()

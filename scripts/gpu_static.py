@@ -9,12 +9,12 @@ sequence (`ptx/`); ptxas says how many registers it takes. This needs the packag
 and nothing else of CUDA. XLA has its own copy of Triton, of another version, so a real run may differ slightly.
 
 The table gives the cost of one state update: what all threads execute, divided by batch × length × channels × state.
-Instructions are those of PTX but for moves, which registers take over; "load/store" counts the cycles, times 32, for
-which a kernel holds the path to memory: one for each line of 128 bytes of global memory, for each 128 bytes of shared
-memory or more if lanes meet in a bank, and for each shuffle. Bounds are the minimal times that a GPU of the
-architecture needs to issue all instructions, to compute all exponentials and reciprocals (MUFU), for the load/store
-path, and to move each array that a kernel reads or writes once. They ignore latency and idle processors, so no kernel
-reaches its bounds.
+Instructions are those of PTX but for moves and for constants in addresses, which ptxas makes part of others, and an
+addition of 64 bits is two; "load/store" counts the cycles, times 32, for which a kernel holds the path to memory: one
+for each line of 128 bytes of global memory, for each 128 bytes of shared memory or more if lanes meet in a bank, and
+for each shuffle. Bounds are the minimal times that a GPU of the architecture needs to issue all instructions, to
+compute all exponentials and reciprocals (MUFU), for the load/store path, and to move each array that a kernel reads or
+writes once. They ignore latency and idle processors, so no kernel reaches its bounds.
 """
 
 import argparse
@@ -33,7 +33,7 @@ import numpy as np
 from ptx.compiler import Compiled, Kernel, compile_kernel, pallas_kernels, triton_kernel
 from ptx.machine import Machine
 from ptx.memory import Array, Report
-from ptx.parser import parse
+from ptx.parser import fold_offsets, parse
 
 from kernels.scan import pallas, triton
 from kernels.scan.inputs import ScanInputs, ScanOptions
@@ -143,7 +143,8 @@ def measure(kernel: Kernel, architecture: int, shape: Shape, batch: int) -> list
     registers, spilled = usage(compiled, architecture)
     arrays = [Array(np.zeros(x.shape, x.dtype)) for x in kernel.arguments]
     arrays += [Array(np.zeros(x.shape, x.dtype), output=True) for x in kernel.outputs]
-    machine = Machine(parse(compiled.ptx), kernel.grid, kernel.threads, compiled.shared, programs=blocks // batch)
+    program, programs = fold_offsets(parse(compiled.ptx)), blocks // batch
+    machine = Machine(program, kernel.grid, kernel.threads, compiled.shared, programs)
     counts = {name: 32 * batch * x for name, x in count(machine.run(arrays)).items()} | dict(bytes=kernel.bytes)
     rates = device.issue, device.special, device.load_store, device.bandwidth
     names = ("instructions", "MUFU", "load/store", "bytes")
@@ -178,7 +179,8 @@ def count(report: Report) -> dict[str, int]:
     shared = sum(n for (space, figure), n in memory.items() if space.startswith("shared") and figure == "cycles")
     cycles = sum(n for (_, figure), n in memory.items() if figure == "cycles")
     shuffles = sum(n for name, n in executed.items() if name.startswith("shfl"))
-    total = sum(executed.values()) - moves
+    wide = sum(n for name, n in executed.items() if name in ("add.s64", "sub.s64"))
+    total = sum(executed.values()) - moves + wide
     return {"instructions": total, "MUFU": special, "load/store": cycles + shuffles, "shared memory": shared}
 
 

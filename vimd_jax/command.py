@@ -19,7 +19,7 @@ from vimd_jax import log as logs
 from vimd_jax.compilation_cache import keep_programs
 from vimd_jax.configs import find_config
 from vimd_jax.errors import Stopped
-from vimd_jax.memory import keep_freed_memory
+from vimd_jax.memory import use_large_pages
 from vimd_jax.training import parallel
 
 log = logging.getLogger(__name__)
@@ -44,6 +44,7 @@ def run(main: Callable[[ConfigDict, Path], None], define_flags: Callable[[], Non
       main: takes the values of --config and --workdir.
       define_flags: defines the others. Importing a program defines none.
     """
+    use_large_pages()
     others = set(flags.FLAGS)
     config = config_flags.DEFINE_config_file("config", None, "A config file, or the name of one of configs/.")
     flags.FLAGS["config"].parser = _ConfigParser("config")
@@ -56,7 +57,6 @@ def run(main: Callable[[ConfigDict, Path], None], define_flags: Callable[[], Non
     for name in set(flags.FLAGS) - others:
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
     keep_programs()
-    keep_freed_memory()
     app.run(lambda _: main(config.value, Path(workdir.value).expanduser()), flags_parser=_parse)
 
 

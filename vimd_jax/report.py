@@ -10,13 +10,12 @@ import argparse
 import json
 import logging
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from vimd_jax import intervals, page
+from vimd_jax import __version__, intervals, page
 from vimd_jax.arguments import parse_path
 from vimd_jax.checkpoints.format import read_description
 from vimd_jax.data.pipeline import network_view, read_or_skip
@@ -62,7 +61,7 @@ def report(runs: Sequence[Run]) -> str:
     links = "".join(f'<a href="#run{i}">{page.text(run.title)}</a>' for i, run in enumerate(runs)) if several else ""
     parts = [
         f"<header><h1>{page.text(title)}</h1>",
-        page.note(f"Best network of each run on its test images. vimd_jax {version('vimd-jax')}."),
+        page.note(f"Best network of each run on its test images. vimd_jax {__version__}."),
         f"<nav>{links}</nav></header>",
         page.section("Scores", scores_table(runs)),
         page.section("Differences", *differences(runs)),

@@ -18,7 +18,6 @@ import contextlib
 import logging
 import math
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import jax
@@ -28,7 +27,7 @@ from ml_collections import ConfigDict
 
 import kernels
 from kernels.choice import implementation_in_use
-from vimd_jax import report
+from vimd_jax import __version__, report
 from vimd_jax.checkpoints import training_state
 from vimd_jax.checkpoints.format import checksum_of, read_description, save_model
 from vimd_jax.checkpoints.trained_model import TrainedModel
@@ -41,6 +40,7 @@ from vimd_jax.errors import Stopped, TrainingError
 from vimd_jax.evaluate import Measurement
 from vimd_jax.load import load_model
 from vimd_jax.log import extra, readable_errors
+from vimd_jax.memory import give_back
 from vimd_jax.tasks.task import check_source
 from vimd_jax.training import hidden_map, parallel, plots, roles, steps, workdirs
 from vimd_jax.training.evaluation import check_restorer, evaluate, passes, save_panel
@@ -225,7 +225,11 @@ def _train(config: ConfigDict, workdir: Path, data: Splits, stop: StopRequest, u
             began = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter() - began
-            state, metrics = train_step(state, replicated_frozen, parallel.shard(batch))
+            arguments = state, replicated_frozen, parallel.shard(batch)
+            if step == first_step + 1:
+                train_step.lower(*arguments).compile()
+                give_back()
+            state, metrics = train_step(*arguments)
             stop.must_save = True
             names = [data.train.name(index) for index in batch["index"]]
             progress.add(step, metrics, names, int(batch["skipped"].sum()), waited)
@@ -334,7 +338,7 @@ def save_if_best(
         return
     if (folder / "network.json").exists() and score <= read_description(folder)["provenance"].get("score", -math.inf):
         return
-    provenance = {"library": f"vimd_jax {version('vimd-jax')}", "stage": config.stage, "step": step, "score": score}
+    provenance = {"library": f"vimd_jax {__version__}", "stage": config.stage, "step": step, "score": score}
     if nets.task.maps:  # how predict prepares an image, and draws its label map
         provenance["size_limits"] = list(config.dataset.size_limits)
         provenance["colours"] = None if colours is None else colours.tobytes().hex()

@@ -31,6 +31,7 @@ def depthwise_convolution(
     *,
     before: tuple[int, int],
     silu: bool = False,
+    order: jax.Array | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """Convolves each channel of a map with its own filter, and applies SiLU if asked.
@@ -46,20 +47,27 @@ def depthwise_convolution(
       bias: (channels,); None for 0.
       before: zeros before the first row and before the first column.
       silu: apply x · sigmoid(x) to the result.
+      order: (groups, rows * columns) integers, each position once in every group: groups of channels convolve the map
+        in orders of their own. Position r * columns + c of a group's map is read from and written to the position
+        named there, so that x and the result lie alike. x may have channels // groups, which every group reads.
       implementation: "native", "shifted" or "plain"; None takes the one named by `kernels.use`, else the fastest that
         can run.
 
     Returns:
-      The map, with the shape and dtype of x.
+      The map, (batch, rows, columns, channels) in the dtype of x.
 
     Raises:
       ValueError: a shape is wrong, or the implementation is unknown or cannot run here.
     """
-    if x.ndim != 4 or kernel.ndim != 3 or kernel.shape[2] != x.shape[3]:
+    groups = 1 if order is None else len(order)
+    if x.ndim != 4 or kernel.ndim != 3 or kernel.shape[2] not in (x.shape[3], groups * x.shape[3]):
         raise ValueError(f"kernel: shape is {kernel.shape}, expected (rows, columns, channels) for x of {x.shape}")
-    batch, rows, columns, channels = x.shape
+    batch, rows, columns, _ = x.shape
+    channels = kernel.shape[2]
+    if order is not None and (order.shape[1:] != (rows * columns,) or channels % groups):
+        raise ValueError(f"order: shape is {order.shape}, expected (groups, {rows * columns}), groups of {channels}")
     bias = jnp.zeros(channels, jnp.float32) if bias is None else bias.astype(jnp.float32)
-    flat = x.reshape(batch, rows * columns, channels)
+    flat = x.reshape(batch, rows * columns, -1)
     weights = (vary_like(array, x) for array in (kernel.astype(jnp.float32), bias))
     options = ConvolutionOptions(rows, tuple(before), silu)
 
@@ -69,4 +77,5 @@ def depthwise_convolution(
     sharding = jax.typeof(flat).sharding
     if explicit := sharding.mesh.explicit_axes:
         convolve = auto_axes(convolve, axes=explicit, out_sharding=sharding)
-    return convolve(ConvolutionInputs(flat, *weights)).reshape(x.shape)
+    order = None if order is None else jnp.asarray(order, jnp.int32)
+    return convolve(ConvolutionInputs(flat, *weights, order)).reshape(batch, rows, columns, channels)

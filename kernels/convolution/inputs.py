@@ -6,9 +6,12 @@ from typing import Any, NamedTuple
 class ConvolutionInputs(NamedTuple):
     """The arrays, or a shape, a layout or a gradient for each of them."""
 
-    u: Any  # (batch, rows * columns, channels), float32 or a half
+    u: Any  # (batch, rows * columns, channels), or channels / groups that all groups read; float32 or a half
     kernel: Any  # (filter's rows, filter's columns, channels) float32
     bias: Any  # (channels,) float32
+    order: Any = None  # (groups, rows * columns) int32, see `depthwise_convolution`
+
+    groups = property(lambda self: 1 if self.order is None else self.order.shape[0])
 
 
 class ConvolutionOptions(NamedTuple):

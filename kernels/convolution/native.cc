@@ -91,9 +91,17 @@ V Sigmoid(V x) { return 1.0f / (1.0f + Exp(-x)); }
 
 // ---------------------------------------------------------------------------------------------------------------------
 
+// Groups of channels are convolved like images of their own, each in its own order of positions: arrays are (groups *
+// batch, positions, channels), with `channels` those of one group; `width` are all, the last axis of everything else.
 struct Shape {
-  int64_t batch, rows, columns, channels, top, left;  // the last two: zeros before the first row and column
+  int64_t images, batch, rows, columns, channels, width;
+  int64_t top, left;  // zeros before the first row and column
   bool silu;
+  bool shared;           // all groups read the same x
+  const int32_t* order;  // (groups, positions): where each position of a group's map is; null if it is there
+
+  int64_t positions() const { return rows * columns; }
+  int64_t groups() const { return width / channels; }
 };
 
 // The last kRows rows of a range of channels, each with zeros before and after its columns.
@@ -125,9 +133,9 @@ inline void ForChannels(int64_t channels, Body body) {
 template <class T, int kRows, int kColumns>
 class Task {
  public:
-  Task(const Shape& shape, int64_t channels, const T* x, const float* kernel, const float* bias)
-      : shape_(shape), channels_(channels), x_(x), kernel_(kernel), bias_(bias),
-        inputs_(shape.rows, shape.columns, channels, shape.left), row_(shape.columns * channels) {}
+  Task(const Shape& shape, int64_t group, int64_t channels, const T* x, const float* kernel, const float* bias)
+      : shape_(shape), channels_(channels), order_(shape.order ? shape.order + group * shape.positions() : nullptr),
+        x_(x), kernel_(kernel), bias_(bias), inputs_(shape.rows, shape.columns, channels, shape.left), row_(shape.columns * channels) {}
 
   void Forward(T* y) {
     for (int64_t row = 0; row < shape_.rows; ++row) {
@@ -158,7 +166,7 @@ class Task {
       }
     }
     for (int tap = 0; tap < kRows * kColumns; ++tap)
-      std::copy_n(sums.data() + tap * channels_, channels_, dkernel + tap * shape_.channels);
+      std::copy_n(sums.data() + tap * channels_, channels_, dkernel + tap * shape_.width);
     std::copy_n(sums.data() + kRows * kColumns * channels_, channels_, dbias);
   }
 
@@ -170,15 +178,22 @@ class Task {
   }
 
   void Read(const T* from, int64_t row, float* to) const {
-    from += row * shape_.columns * shape_.channels;
-    for (int64_t w = 0; w < shape_.columns; ++w, from += shape_.channels, to += channels_)
-      for (int64_t c = 0; c < channels_; ++c) to[c] = ToFloat(from[c]);
+    for (int64_t w = 0; w < shape_.columns; ++w, to += channels_) {
+      const T* position = from + At(row, w);
+      for (int64_t c = 0; c < channels_; ++c) to[c] = ToFloat(position[c]);
+    }
   }
 
   void Write(const float* from, T* to, int64_t row) const {
-    to += row * shape_.columns * shape_.channels;
-    for (int64_t w = 0; w < shape_.columns; ++w, from += channels_, to += shape_.channels)
-      for (int64_t c = 0; c < channels_; ++c) FromFloat(from[c], to + c);
+    for (int64_t w = 0; w < shape_.columns; ++w, from += channels_) {
+      T* position = to + At(row, w);
+      for (int64_t c = 0; c < channels_; ++c) FromFloat(from[c], position + c);
+    }
+  }
+
+  int64_t At(int64_t row, int64_t column) const {
+    const int64_t position = row * shape_.columns + column;
+    return (order_ ? order_[position] : position) * shape_.channels;
   }
 
   // The convolution of the rows from `first` on, with the filter or the flipped filter.
@@ -192,7 +207,7 @@ class Task {
       for (int i = 0; i < kRows; ++i)
         for (int j = 0; j < kColumns; ++j) {
           const int tap = i * kColumns + j;
-          taps[i][j] = Load<V>(kernel_ + (kFlipped ? kRows * kColumns - 1 - tap : tap) * shape_.channels + c);
+          taps[i][j] = Load<V>(kernel_ + (kFlipped ? kRows * kColumns - 1 - tap : tap) * shape_.width + c);
         }
       const V offset = bias ? Load<V>(bias + c) : zero;
       for (int64_t w = 0; w < shape_.columns; ++w) {
@@ -238,6 +253,7 @@ class Task {
 
   const Shape& shape_;
   const int64_t channels_;
+  const int32_t* order_;
   const T* x_;
   const float *kernel_, *bias_;
   Rows<kRows, kColumns> inputs_;
@@ -260,9 +276,9 @@ struct Team {
 // Calls run(image, first channel, channels) for every task.
 template <class Run>
 void ForEachTask(ffi::ThreadPool& pool, const Shape& shape, Run run) {
-  const int64_t range = shape.batch * shape.channels < 1024 ? 32 : 64, ranges = (shape.channels + range - 1) / range;
-  const int64_t tasks = shape.batch * ranges;
-  const bool small = shape.batch * shape.rows * shape.columns * shape.channels < (1 << 15);
+  const int64_t range = shape.images * shape.channels < 1024 ? 32 : 64, ranges = (shape.channels + range - 1) / range;
+  const int64_t tasks = shape.images * ranges;
+  const bool small = shape.images * shape.positions() * shape.channels < (1 << 15);
   const auto team = std::make_shared<Team>();
   const auto work = [&, team = team.get()] {
     for (int64_t task; (task = team->next.fetch_add(1)) < tasks;) {
@@ -288,21 +304,63 @@ void ForEachTask(ffi::ThreadPool& pool, const Shape& shape, Run run) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The door to XLA: x (batch, rows columns, channels) in float32 or bfloat16, kernel (rows, columns, channels) and bias
-// (channels,) in float32. native.py makes the shapes of the results.
+// The door to XLA: x (groups * batch or batch, positions, channels) in float32 or bfloat16, kernel (rows, columns, width)
+// and bias (width,) in float32, and an order (groups, positions) or nothing. native.py makes the shapes of the results.
 
 using Floats = ffi::Buffer<ffi::F32>;
+using Order = ffi::Buffer<ffi::S32>;
 template <class T>
 using Kind = T*;
 
+// Whether every group's order names each position once; otherwise results would be missing, or written by two tasks.
+bool VisitsAll(const Shape& shape) {
+  std::vector<bool> visited;
+  for (int64_t i = 0; shape.order && i < shape.groups() * shape.positions(); ++i) {
+    if (i % shape.positions() == 0) visited.assign(shape.positions(), false);
+    const int32_t position = shape.order[i];
+    if (position < 0 || position >= shape.positions() || visited[position]) return false;
+    visited[position] = true;
+  }
+  return true;
+}
+
+// The shape of a call by its arrays, of which `result` is y or the gradient of x; no images if they do not fit together.
+Shape ShapeOf(const ffi::AnyBuffer& x, const Floats& kernel, const Floats& bias, const Order& order,
+              const ffi::AnyBuffer& result, int64_t rows, int64_t top, int64_t left, bool silu) {
+  const auto size = result.dimensions(), source = x.dimensions(), filter = kernel.dimensions();
+  if (size.size() != 3 || source.size() != 3 || filter.size() != 3 || rows < 1 || size[1] % rows) return {};
+  Shape shape{};
+  shape.rows = rows;
+  shape.columns = size[1] / rows;
+  shape.channels = size[2];
+  shape.width = filter[2];
+  shape.top = top;
+  shape.left = left;
+  shape.silu = silu;
+  if (!shape.channels || shape.width % shape.channels || source[1] != size[1] || source[2] != size[2] ||
+      static_cast<int64_t>(bias.element_count()) != shape.width)
+    return {};
+  shape.batch = size[0] / shape.groups();
+  shape.shared = source[0] == shape.batch;
+  if (size[0] % shape.groups() || !(shape.shared || source[0] == size[0])) return {};
+  if (order.element_count()) {
+    if (static_cast<int64_t>(order.element_count()) != shape.groups() * shape.positions()) return {};
+    shape.order = order.typed_data();
+    if (!VisitsAll(shape)) return {};
+  }
+  shape.images = size[0];
+  return shape;
+}
+
 // Calls perform(Kind<T>, rows of the filter, columns of the filter) with the last two as types.
 template <class Perform>
-ffi::Error Dispatch(const ffi::AnyBuffer& x, const Floats& kernel, const Floats& bias, Perform perform) {
-  const auto sizes = kernel.dimensions();
-  const auto is = [&](int64_t rows, int64_t columns) { return sizes[0] == rows && sizes[1] == columns; };
-  if (x.dimensions().size() != 3 || sizes.size() != 3 || !(is(3, 3) || is(1, 4)) || sizes[2] != x.dimensions()[2] ||
-      static_cast<int64_t>(bias.element_count()) != sizes[2])
-    return ffi::Error::InvalidArgument("depthwise convolution: shape of x, kernel or bias");
+ffi::Error Dispatch(const Shape& shape, const ffi::AnyBuffer& x, const Floats& kernel, Perform perform) {
+  const auto is = [&](int64_t rows, int64_t columns) {
+    return kernel.dimensions()[0] == rows && kernel.dimensions()[1] == columns;
+  };
+  if (x.element_count() && !shape.images)
+    return ffi::Error::InvalidArgument("depthwise convolution: shape of an array, or an order that visits a position twice");
+  if (!(is(3, 3) || is(1, 4))) return ffi::Error::InvalidArgument("depthwise convolution: shape of kernel");
   const auto of_type = [&](auto kind) {
     if (is(3, 3)) perform(kind, std::integral_constant<int, 3>(), std::integral_constant<int, 3>());
     else perform(kind, std::integral_constant<int, 1>(), std::integral_constant<int, 4>());
@@ -315,49 +373,50 @@ ffi::Error Dispatch(const ffi::AnyBuffer& x, const Floats& kernel, const Floats&
   }
 }
 
-Shape ShapeOf(const ffi::AnyBuffer& x, int64_t rows, int64_t top, int64_t left, bool silu) {
-  const auto size = x.dimensions();
-  return {size[0], rows, rows ? size[1] / rows : 0, size[2], top, left, silu};
-}
-
-ffi::Error ForwardCall(ffi::ThreadPool pool, ffi::AnyBuffer x, Floats kernel, Floats bias,
-                       ffi::Result<ffi::AnyBuffer> y, int64_t rows, int64_t top, int64_t left, bool silu) {
-  return Dispatch(x, kernel, bias, [&](auto kind, auto kernel_rows, auto kernel_columns) {
-    using T = std::remove_pointer_t<decltype(kind)>;
-    const Shape shape = ShapeOf(x, rows, top, left, silu);
-    ForEachTask(pool, shape, [&](int64_t image, int64_t first, int64_t channels) {
-      const int64_t start = image * shape.rows * shape.columns * shape.channels + first;
-      Task<T, kernel_rows.value, kernel_columns.value> task(
-          shape, channels, static_cast<const T*>(x.untyped_data()) + start, kernel.typed_data() + first,
-          bias.typed_data() + first);
-      task.Forward(static_cast<T*>(y->untyped_data()) + start);
-    });
+// Calls run(a task, where its x starts, where its result does, its image, its first channel of all) for every task.
+template <class T, int kRows, int kColumns, class Run>
+void ForEachPart(ffi::ThreadPool& pool, const Shape& shape, const ffi::AnyBuffer& x, const Floats& kernel,
+                 const Floats& bias, Run run) {
+  ForEachTask(pool, shape, [&](int64_t image, int64_t first, int64_t channels) {
+    const int64_t size = shape.positions() * shape.channels, group = image / shape.batch;
+    const int64_t source = shape.shared ? image % shape.batch : image, start = group * shape.channels + first;
+    Task<T, kRows, kColumns> task(shape, group, channels, static_cast<const T*>(x.untyped_data()) + source * size + first,
+                                  kernel.typed_data() + start, bias.typed_data() + start);
+    run(task, image * size + first, image % shape.batch, start);
   });
 }
 
-ffi::Error BackwardCall(ffi::ThreadPool pool, ffi::AnyBuffer x, Floats kernel, Floats bias, ffi::AnyBuffer dy,
-                        ffi::Result<ffi::AnyBuffer> dx, ffi::Result<Floats> dkernel, ffi::Result<Floats> dbias,
-                        int64_t rows, int64_t top, int64_t left, bool silu) {
-  return Dispatch(x, kernel, bias, [&](auto kind, auto kernel_rows, auto kernel_columns) {
+ffi::Error ForwardCall(ffi::ThreadPool pool, ffi::AnyBuffer x, Floats kernel, Floats bias, Order order,
+                       ffi::Result<ffi::AnyBuffer> y, int64_t rows, int64_t top, int64_t left, bool silu) {
+  const Shape shape = ShapeOf(x, kernel, bias, order, *y, rows, top, left, silu);
+  return Dispatch(shape, x, kernel, [&](auto kind, auto kernel_rows, auto kernel_columns) {
     using T = std::remove_pointer_t<decltype(kind)>;
-    const Shape shape = ShapeOf(x, rows, top, left, silu);
-    ForEachTask(pool, shape, [&](int64_t image, int64_t first, int64_t channels) {
-      const int64_t start = image * shape.rows * shape.columns * shape.channels + first;
-      Task<T, kernel_rows.value, kernel_columns.value> task(
-          shape, channels, static_cast<const T*>(x.untyped_data()) + start, kernel.typed_data() + first,
-          bias.typed_data() + first);
-      const int64_t taps = kernel_rows.value * kernel_columns.value;
-      task.Backward(static_cast<const T*>(dy.untyped_data()) + start, static_cast<T*>(dx->untyped_data()) + start,
-                    dkernel->typed_data() + image * taps * shape.channels + first,
-                    dbias->typed_data() + image * shape.channels + first);
-    });
+    ForEachPart<T, kernel_rows.value, kernel_columns.value>(
+        pool, shape, x, kernel, bias,
+        [&](auto& task, int64_t at, int64_t, int64_t) { task.Forward(static_cast<T*>(y->untyped_data()) + at); });
+  });
+}
+
+ffi::Error BackwardCall(ffi::ThreadPool pool, ffi::AnyBuffer x, Floats kernel, Floats bias, Order order,
+                        ffi::AnyBuffer dy, ffi::Result<ffi::AnyBuffer> dx, ffi::Result<Floats> dkernel,
+                        ffi::Result<Floats> dbias, int64_t rows, int64_t top, int64_t left, bool silu) {
+  const Shape shape = ShapeOf(x, kernel, bias, order, *dx, rows, top, left, silu);
+  return Dispatch(shape, x, kernel, [&](auto kind, auto kernel_rows, auto kernel_columns) {
+    using T = std::remove_pointer_t<decltype(kind)>;
+    const int64_t taps = kernel_rows.value * kernel_columns.value;
+    ForEachPart<T, kernel_rows.value, kernel_columns.value>(
+        pool, shape, x, kernel, bias, [&](auto& task, int64_t at, int64_t sequence, int64_t channel) {
+          task.Backward(static_cast<const T*>(dy.untyped_data()) + at, static_cast<T*>(dx->untyped_data()) + at,
+                        dkernel->typed_data() + sequence * taps * shape.width + channel,
+                        dbias->typed_data() + sequence * shape.width + channel);
+        });
   });
 }
 
 }  // namespace
 
 #define OPTIONS .Attr<int64_t>("rows").Attr<int64_t>("top").Attr<int64_t>("left").Attr<bool>("silu")
-#define ARRAYS .Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().Arg<Floats>().Arg<Floats>()
+#define ARRAYS .Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().Arg<Floats>().Arg<Floats>().Arg<Order>()
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(vimd_depthwise_convolution_forward, ForwardCall,
                               ffi::Ffi::Bind() ARRAYS.Ret<ffi::AnyBuffer>() OPTIONS);

@@ -1,4 +1,7 @@
-"""Depthwise convolution in C++ (native.cc) through `jax.ffi`: CPU."""
+"""Depthwise convolution in C++ (native.cc) through `jax.ffi`: CPU.
+
+There, groups of channels are images of their own, (groups * batch, positions, channels), as in the native scan.
+"""
 
 import functools
 from pathlib import Path
@@ -8,14 +11,12 @@ import jax.numpy as jnp
 
 from kernels import build
 from kernels.convolution.inputs import ConvolutionInputs, ConvolutionOptions
-from kernels.scan.differentiation import LONG, on_devices, refuse_forward_mode
+from kernels.scan.differentiation import LONG, join, on_devices, refuse_forward_mode, split, sum_groups
 from kernels.scan.inputs import vary_like
 
 SOURCE = Path(__file__).with_name("native.cc")
 FORWARD, BACKWARD = "vimd_depthwise_convolution_forward", "vimd_depthwise_convolution_backward"
 FILTERS = (3, 3), (1, 4)  # rows and columns
-
-_LAYOUT = ConvolutionInputs(u=LONG, kernel="..c", bias="c")
 
 
 def why_unavailable(platform: str, inputs: ConvolutionInputs | None) -> str | None:
@@ -31,38 +32,59 @@ def why_unavailable(platform: str, inputs: ConvolutionInputs | None) -> str | No
 
 def convolve(inputs: ConvolutionInputs, options: ConvolutionOptions) -> jax.Array:
     """See `kernels.convolution.api`."""
-    return refuse_forward_mode(lambda inputs: _in_reverse_mode(inputs, options))(inputs)
+    order = inputs.order  # integers have no tangents
+    return refuse_forward_mode(lambda inputs: _in_reverse_mode(inputs._replace(order=order), options))(
+        inputs._replace(order=None)
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _in_reverse_mode(inputs: ConvolutionInputs, options: ConvolutionOptions) -> jax.Array:
-    return on_devices(_forward, (_LAYOUT,), LONG, None, (options,))(inputs)
+    layout, size = _layout(inputs)
+    return on_devices(_forward, (layout,), LONG, size, (options,))(inputs)
 
 
 def _forward(inputs: ConvolutionInputs, options: ConvolutionOptions) -> jax.Array:
-    return _call(FORWARD, _like(inputs.u), inputs, options)
+    return join(_call(FORWARD, _result(inputs), inputs, (), options), inputs.groups)
 
 
 def _backward(inputs: ConvolutionInputs, dy: jax.Array, options: ConvolutionOptions) -> ConvolutionInputs:
     """Computes the gradients of the inputs; the sums over the batch are left to XLA."""
-    images = len(inputs.u)
-    results = _like(inputs.u), *(jax.ShapeDtypeStruct((images, *x.shape), jnp.float32) for x in inputs[1:])
-    du, *of_images = _call(BACKWARD, results, (*inputs, dy), options)
+    batch, groups, y = len(inputs.u), inputs.groups, _result(inputs)
+    weights = (jax.ShapeDtypeStruct((batch, *x.shape), jnp.float32) for x in (inputs.kernel, inputs.bias))
+    du, *of_images = _call(BACKWARD, (y, *weights), inputs, (split(dy, groups),), options)
+    shared = inputs.u.shape[2] < inputs.kernel.shape[2]
+    du = sum_groups(du, groups) if shared else join(du, groups)
     return ConvolutionInputs(du, *(x.sum(0) for x in of_images))
 
 
-_in_reverse_mode.defvjp(
-    lambda inputs, options: (_in_reverse_mode(inputs, options), inputs),
-    lambda options, *arrays: (on_devices(_backward, (_LAYOUT, LONG), _LAYOUT, None, (options,))(*arrays),),
-)
+def _gradients(options: ConvolutionOptions, inputs: ConvolutionInputs, dy: jax.Array) -> tuple[ConvolutionInputs]:
+    layout, size = _layout(inputs)
+    return (on_devices(_backward, (layout, LONG), layout._replace(order=None), size, (options,))(inputs, dy),)
 
 
-def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+_in_reverse_mode.defvjp(lambda inputs, options: (_in_reverse_mode(inputs, options), inputs), _gradients)
 
 
-def _call(target: str, results, arrays: tuple, options: ConvolutionOptions):
+def _layout(inputs: ConvolutionInputs) -> tuple[ConvolutionInputs, int | None]:
+    """The layout of the inputs, and the channels in each of several groups."""
+    channels, groups = inputs.kernel.shape[2], inputs.groups
+    source = LONG if inputs.u.shape[2] == channels else "b.."
+    order = None if inputs.order is None else "g." if groups > 1 else ".."
+    return ConvolutionInputs(source, "..c", "c", order), channels // groups if groups > 1 else None
+
+
+def _result(inputs: ConvolutionInputs) -> jax.ShapeDtypeStruct:
+    batch, positions, _ = inputs.u.shape
+    shape = inputs.groups * batch, positions, inputs.kernel.shape[2] // inputs.groups
+    return jax.ShapeDtypeStruct(shape, inputs.u.dtype)
+
+
+def _call(target: str, results, inputs: ConvolutionInputs, others: tuple, options: ConvolutionOptions):
+    u = split(inputs.u, inputs.u.shape[2] * inputs.groups // inputs.kernel.shape[2])
+    order = jnp.zeros((0,), jnp.int32) if inputs.order is None else inputs.order
     top, left = options.before
     call = jax.ffi.ffi_call(target, results, vmap_method="sequential")
-    outputs = call(*arrays, rows=options.rows, top=top, left=left, silu=options.silu)
-    return jax.tree.map(lambda x: vary_like(x, arrays[0]), outputs)
+    flags = dict(rows=options.rows, top=top, left=left, silu=options.silu)
+    outputs = call(u, inputs.kernel, inputs.bias, order, *others, **flags)
+    return jax.tree.map(lambda x: vary_like(x, inputs.u), outputs)

@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from kernels.convolution.inputs import ConvolutionInputs, ConvolutionOptions
+from kernels.convolution.shifted import in_order
 
 
+@in_order
 def convolve(inputs: ConvolutionInputs, options: ConvolutionOptions) -> jax.Array:
     """See `kernels.convolution.api`. The gradient is JAX's own, and slow."""
     batch, tokens, channels = inputs.u.shape

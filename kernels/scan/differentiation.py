@@ -17,6 +17,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive
@@ -25,6 +27,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kernels.scan.inputs import ScanInputs, ScanOptions
 
+STORED = "selective_scan"  # names what the backward pass needs of the forward pass, for policies of `jax.checkpoint`
 LONG, STATES = "b.c", "bc."  # of u, delta, z and y; of the initial and the last state
 
 
@@ -46,7 +49,7 @@ def differentiable(forward: Callable, backward: Callable, saved: str) -> Callabl
         return run(inputs, options, False)[:2]
 
     def run_and_save(inputs: ScanInputs, options: ScanOptions):
-        y, last_state, array = run(inputs, options, True)
+        y, last_state, array = (checkpoint_name(x, STORED) for x in run(inputs, options, True))
         return (y, last_state), (inputs, array)
 
     def gradients(options: ScanOptions, residuals, cotangents):
@@ -84,8 +87,9 @@ def refuse_forward_mode(function: Callable) -> Callable:
 def _layout(inputs: ScanInputs) -> ScanInputs:
     group = "g" if inputs.groups > 1 else "."
     B, C = ("c." if x.ndim == 2 else f"b.{group}." for x in (inputs.B, inputs.C))
-    source = LONG if inputs.u.shape[2] == inputs.channels else "b.."  # of u and z, which all groups may read
-    layout = ScanInputs(source, LONG, "c.", B, C, "c", source, "c", initial_state=STATES, order=f"{group}.")
+    # All groups may read the same u and z.
+    u, z = (LONG if x is None or x.shape[2] == inputs.channels else "b.." for x in (inputs.u, inputs.z))
+    layout = ScanInputs(u, LONG, "c.", B, C, "c", z, "c", initial_state=STATES, order=f"{group}.")
     return ScanInputs(*(None if x is None else axes for x, axes in zip(inputs, layout)))
 
 
@@ -96,7 +100,8 @@ def _group_size(inputs: ScanInputs) -> int | None:
 
 def on_devices(function: Callable, arguments: Any, results: Any, group_size: int | None, options: tuple) -> Callable:
     """Makes function(*arrays, *options) run split over devices wherever the arrays, of the given layouts, are split."""
-    if jax.sharding.get_abstract_mesh().manual_axes:  # in `jax.shard_map` the arrays are parts already
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.manual_axes or not mesh.empty and mesh.size == 1:  # in `jax.shard_map` the arrays are parts already
         call = lambda *arrays: function(*arrays, *options)  # noqa: E731
     else:
         call = _partitioned(function, arguments, results, group_size, options)
@@ -114,7 +119,7 @@ def _partitioned(function: Callable, arguments: Any, results: Any, group_size: i
         return function(*arrays, *options)
 
     def partition(mesh: Mesh, shapes, _):
-        long = next(x for x, layout in zip(shapes[0], arguments[0]) if layout == LONG)
+        long = next((x for x, layout in zip(shapes[0], arguments[0]) if layout == LONG), shapes[0][0])
         split = _mesh_axes(mesh, long, group_size)
 
         def sharding(layout):
@@ -156,6 +161,23 @@ def _mesh_axes(mesh: Mesh, long, group_size: int | None) -> dict[str, tuple[str,
 
     channels = whole(2, long.shape[2] // (group_size or 1))
     return dict(b=whole(0, long.shape[0]), c=channels, g=channels)
+
+
+def split(x: jax.Array, groups: int) -> jax.Array:
+    """(batch, positions, groups * channels) or (…, groups, channels) -> (groups * batch, positions, channels)."""
+    parts = x.reshape(*x.shape[:2], groups, -1)
+    return jnp.moveaxis(parts, 2, 0).reshape(-1, x.shape[1], parts.shape[3])
+
+
+def join(x: jax.Array, groups: int) -> jax.Array:
+    """(groups * batch, positions, channels) -> (batch, positions, groups * channels)."""
+    parts = x.reshape(groups, -1, *x.shape[1:])
+    return jnp.moveaxis(parts, 0, 2).reshape(*parts.shape[1:3], -1)
+
+
+def sum_groups(x: jax.Array, groups: int) -> jax.Array:
+    """(groups * batch, positions, channels) -> (batch, positions, channels): the gradient of what all groups read."""
+    return functools.reduce(jnp.add, x.reshape(groups, -1, *x.shape[1:]))  # one loop; XLA takes far longer for a sum
 
 
 def _rule(arguments: Any, results: Any, group_size: int | None) -> str:

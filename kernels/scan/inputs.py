@@ -66,8 +66,9 @@ def check(inputs: ScanInputs) -> None:
     channels, state = A
     if channels % order[0]:
         raise ValueError(f"order: shape is {order}, expected (groups, length) with groups dividing {channels} channels")
-    delta = *u[:2], channels
-    expected = dict(delta=delta, z=u, D=(channels,), delta_bias=(channels,), initial_state=(u[0], channels, state))
+    delta, shared = (*u[:2], channels), (*u[:2], channels // order[0])
+    z = shared if getattr(inputs.z, "shape", None) == shared else delta
+    expected = dict(delta=delta, z=z, D=(channels,), delta_bias=(channels,), initial_state=(u[0], channels, state))
     for name, shape in expected.items():
         array = getattr(inputs, name)
         if array is not None and array.shape != shape:

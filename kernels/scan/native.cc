@@ -10,6 +10,11 @@
 // writes its own results (sums over the batch and the ranges are left to the caller). So the results are the same to
 // the bit whatever the number of threads.
 
+#if defined(__aarch64__) && !defined(__clang__)
+// Left to itself, GCC moves instructions so far apart that the registers do not suffice.
+#pragma GCC optimize("no-schedule-insns", "rename-registers")
+#endif
+
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
@@ -59,6 +64,11 @@ constexpr int kMaxStates = 8;
 #define EVEN_LANES 0, 2, 4, 6
 #define ODD_LANES 1, 3, 5, 7
 #endif
+#if defined(__aarch64__)
+constexpr int kTogether = 4;  // states computed side by side, each hiding the latency of the others
+#else
+constexpr int kTogether = 1;  // processors and compilers see to it themselves
+#endif
 #define UNROLL _Pragma("GCC unroll 16")  // so that arrays of vectors are registers
 
 constexpr int kCacheLine = 64;
@@ -72,6 +82,15 @@ typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
 typedef uint16_t MemoryHalves __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
 
 inline Vec Splat(float x) { return x - Vec{}; }
+
+// sum + x y, which on ARM overwrites the sum; left to itself, GCC may choose the other product of h a + x y to add to.
+inline Vec MultiplyAdd(Vec sum, Vec x, Vec y) {
+#if defined(__aarch64__)
+  return (Vec)vfmaq_f32((float32x4_t)sum, (float32x4_t)x, (float32x4_t)y);
+#else
+  return sum + x * y;
+#endif
+}
 
 // The order of the operands lets a NaN in x come out again. Compilers do not find these instructions by themselves.
 #if defined(__AVX512F__)
@@ -165,16 +184,33 @@ inline float32x4_t MultiplyAdd(float32x4_t accumulator, float32x4_t x, float32x4
   return accumulator;
 }
 
-// Power with Mantissa in Estrin's form: a multiply-add overwrites its addend, so that each constant one costs a copy.
-inline Vec Exp2(Vec x) {
+// A multiply-add overwrites its addend. Constant ones are read from memory each time (hence volatile): a copy from
+// another register would take the place of arithmetic, while loads have units of their own.
+constexpr struct {
+  float third[4], first[4], one[4];
+} kAddends alignas(16) = {{0.0555073374f, 0.0555073374f, 0.0555073374f, 0.0555073374f},
+                          {0.6931469776f, 0.6931469776f, 0.6931469776f, 0.6931469776f},
+                          {1, 1, 1, 1}};
+inline float32x4_t Addend(const float* constant) { return *(const volatile float32x4_t*)constant; }
+
+// Power with Mantissa in Estrin's form.
+template <int N>
+inline void Exp2(Vec (&x)[N]) {
   constexpr float32x4_t factors{0.2402224208f, 0.0096715128f, 0.0013264727f, 0};
-  x = AtMost(AtLeast(x, -127.0f), 128.0f);
-  const Vec shifted = x + kShift;
-  const float32x4_t f = (float32x4_t)(x - (shifted - kShift)), square = f * f;
-  float32x4_t high = MultiplyAdd<1>((float32x4_t)Splat(0.0555073374f), f, factors);
-  high = MultiplyAdd<2>(high, square, factors);
-  const float32x4_t q = MultiplyAdd<0>((float32x4_t)Splat(0.6931469776f), f, factors);
-  return (Vec)(f * (q + square * high) + 1.0f) * (Vec)((Bits)shifted << 23);
+  Vec shifted[N];
+  float32x4_t f[N], square[N], high[N], q[N], mantissa[N];
+  UNROLL for (int i = 0; i < N; ++i) x[i] = AtLeast(x[i], -127.0f);
+  UNROLL for (int i = 0; i < N; ++i) x[i] = AtMost(x[i], 128.0f);
+  UNROLL for (int i = 0; i < N; ++i) shifted[i] = x[i] + kShift;
+  UNROLL for (int i = 0; i < N; ++i) f[i] = (float32x4_t)(shifted[i] - kShift);
+  UNROLL for (int i = 0; i < N; ++i) f[i] = (float32x4_t)x[i] - f[i];
+  UNROLL for (int i = 0; i < N; ++i) high[i] = MultiplyAdd<1>(Addend(kAddends.third), f[i], factors);
+  UNROLL for (int i = 0; i < N; ++i) q[i] = MultiplyAdd<0>(Addend(kAddends.first), f[i], factors);
+  UNROLL for (int i = 0; i < N; ++i) square[i] = f[i] * f[i];
+  UNROLL for (int i = 0; i < N; ++i) high[i] = MultiplyAdd<2>(high[i], square[i], factors);
+  UNROLL for (int i = 0; i < N; ++i) q[i] = vfmaq_f32(q[i], square[i], high[i]);
+  UNROLL for (int i = 0; i < N; ++i) mantissa[i] = vfmaq_f32(Addend(kAddends.one), f[i], q[i]);
+  UNROLL for (int i = 0; i < N; ++i) x[i] = (Vec)mantissa[i] * (Vec)((Bits)shifted[i] << 23);
 }
 #else
 inline Vec Exp2(Vec x) {
@@ -189,6 +225,13 @@ inline Vec Exp(Vec x) {
   x = AtLeast(x, -88.0f);
   const Vec shifted = x * kLog2e + kShift, n = shifted - kShift;
   return Power(((x - n * 0.693359375f) + n * 2.12194440e-4f) * kLog2e, shifted);
+}
+#endif
+
+#if !defined(__aarch64__)
+template <int N>
+inline void Exp2(Vec (&x)[N]) {
+  UNROLL for (int i = 0; i < N; ++i) x[i] = Exp2(x[i]);
 }
 #endif
 
@@ -245,6 +288,8 @@ inline Vec FromBfloat16(Halves x) {
 #elif defined(__AVX2__) && !defined(__AVX512F__)  // here byte by byte, 0x80 is 0
   const __m256i from = (__m256i)(Bits{EVEN_LANES} * 0x01010000 + 0x01008080);
   return (Vec)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256((__m128i)x), from);
+#elif defined(__aarch64__)
+  return (Vec)vshll_n_u16((uint16x4_t)x, 16);
 #else
   return (Vec)(__builtin_convertvector(x, Bits) << 16);
 #endif
@@ -361,62 +406,57 @@ struct Gradients {
   Vec delta[kChunk], u[kChunk];                 // outgoing
 };
 
-// A is in units of log(2): A[n] * log2(e).
-template <int N, bool kSplat>
-void Forward(int count, Steps& steps, Matrix B, Matrix C, const Vec* A, Vec* state) {
+// Of one step and state: the decay exp(delta A), and what it leaves of the state before. They are neighbours because
+// ARM stores two registers at the price of one.
+struct Kept {
+  Vec decay, carried;
+};
+
+// From the first step to the last, with kKeep keeping what the adjoint recurrence needs. A is in units of log(2):
+// A[n] * log2(e).
+template <int N, bool kSplat, bool kKeep>
+void Forward(int count, Steps& steps, Matrix B, Matrix C, const Vec* A, Vec* state, Kept* __restrict kept) {
+  constexpr int kPart = std::min(N, kTogether);
   Vec h[N];
   UNROLL for (int n = 0; n < N; ++n) h[n] = state[n];
   for (int k = 0; k < count; ++k) {
     const Vec delta = steps.delta[k], input = steps.input[k];
     Vec y = steps.y[k];
-    UNROLL for (int n = 0; n < N; ++n) {
-      h[n] = Exp2(delta * A[n]) * h[n] + input * B.Get<kSplat>(k, n);
-      y += h[n] * C.Get<kSplat>(k, n);
+    UNROLL for (int first = 0; first < N; first += kPart) {
+      Vec decay[kPart];
+      UNROLL for (int i = 0; i < kPart; ++i) decay[i] = delta * A[first + i];
+      Exp2(decay);
+      UNROLL for (int i = 0; i < kPart; ++i) h[first + i] *= decay[i];
+      if constexpr (kKeep)
+        UNROLL for (int i = 0; i < kPart; ++i) kept[k * N + first + i] = {decay[i], h[first + i]};
+      UNROLL for (int n = first; n < first + kPart; ++n) h[n] = MultiplyAdd(h[n], input, B.Get<kSplat>(k, n));
+      UNROLL for (int n = first; n < first + kPart; ++n) y = MultiplyAdd(y, h[n], C.Get<kSplat>(k, n));
     }
     steps.y[k] = y;
   }
   UNROLL for (int n = 0; n < N; ++n) state[n] = h[n];
 }
 
-// Forward again, keeping decay = exp(delta A) and carried = decay * h of every step.
-template <int N, bool kSplat>
-void Replay(int count, Steps& steps, Matrix B, Matrix C, const Vec* A, const Vec* state, Vec* decays, Vec* carried) {
-  Vec h[N];
-  UNROLL for (int n = 0; n < N; ++n) h[n] = state[n];
-  for (int k = 0; k < count; ++k) {
-    const Vec delta = steps.delta[k], input = steps.input[k];
-    Vec y = steps.y[k];
-    UNROLL for (int n = 0; n < N; ++n) {
-      const Vec decay = Exp2(delta * A[n]);
-      decays[k * N + n] = decay;
-      h[n] *= decay;
-      carried[k * N + n] = h[n];
-      h[n] += input * B.Get<kSplat>(k, n);
-      y += h[n] * C.Get<kSplat>(k, n);
-    }
-    steps.y[k] = y;
-  }
-}
-
 // The adjoint recurrence, from the last step to the first. dB and dC of step k are at k * dB_stride and k * dC_stride.
 template <int N, bool kSplat>
-void Adjoint(int count, const Steps& steps, Gradients& grads, Matrix B, Matrix C, const Vec* A, const Vec* decays,
-             const Vec* carried, Vec* d_state, Vec* dA, Vec* dB, int64_t dB_stride, Vec* dC, int64_t dC_stride) {
+void Adjoint(int count, const Steps& steps, Gradients& grads, Matrix B, Matrix C, const Vec* A, const Kept* kept,
+             Vec* d_state, Vec* dA, Vec* dB, int64_t dB_stride, Vec* dC, int64_t dC_stride) {
   Vec dh[N];
   UNROLL for (int n = 0; n < N; ++n) dh[n] = d_state[n];
   for (int k = count - 1; k >= 0; --k) {
-    const Vec delta = steps.delta[k], input = steps.input[k], core = grads.core[k];
+    const Vec delta = steps.delta[k], input = steps.input[k], core = grads.core[k], product = core * input;
     Vec through_decay{}, through_input{};
     UNROLL for (int n = 0; n < N; ++n) {
-      const Vec b = B.Get<kSplat>(k, n), kept = carried[k * N + n];
+      const Vec b = B.Get<kSplat>(k, n), carried = kept[k * N + n].carried;
       dh[n] += core * C.Get<kSplat>(k, n);
-      dC[k * dC_stride + n] += core * (kept + input * b);
+      Vec& sum = dC[k * dC_stride + n];
+      sum = MultiplyAdd(MultiplyAdd(sum, core, carried), product, b);
       dB[k * dB_stride + n] += dh[n] * input;
       through_input += dh[n] * b;
-      const Vec d_exponent = dh[n] * kept;
+      const Vec d_exponent = dh[n] * carried;
       through_decay += d_exponent * A[n];
       dA[n] += d_exponent * delta;
-      dh[n] *= decays[k * N + n];
+      dh[n] *= kept[k * N + n].decay;
     }
     grads.delta[k] += kLn2 * through_decay + steps.u[k] * through_input;
     grads.u[k] += delta * through_input;
@@ -447,7 +487,8 @@ struct Scan {
   const float *A, *B, *C, *D, *delta_bias, *initial_state;
   std::vector<float> exponents;  // A / log(2), transposed to (state, width)
   const int32_t* order;  // (groups, length): the position of each step, negative where there is none; null if it counts
-  bool shared, constant_B, constant_C, softplus, reverse;  // shared: all groups read the same u and z
+  bool shared_u, shared_z;  // all groups read the same
+  bool constant_B, constant_C, softplus, reverse;
 
   int64_t chunks() const { return (length + kChunk - 1) / kChunk; }
   int64_t blocks() const { return (channels + kLanes - 1) / kLanes; }
@@ -630,9 +671,9 @@ template <class T, bool kBackward>
 void Read(const Task& task, const Chunk& chunk, const Chunk& next, int64_t block,
           std::initializer_list<const T*> others, Steps& steps, Gradients* grads = nullptr) {
   const Scan& scan = task.scan;
-  const T* u = task.Block<const T>(scan.u, block, scan.shared);
+  const T* u = task.Block<const T>(scan.u, block, scan.shared_u);
   const T* delta = task.Block<const T>(scan.delta, block);
-  const T* z = task.Block<const T>(scan.z, block, scan.shared);
+  const T* z = task.Block<const T>(scan.z, block, scan.shared_z);
   const int lanes = task.Lanes(block);
   const int fetched = block * kLanes * sizeof(T) % kCacheLine == 0 ? next.count : 0;
   const Vec bias = task.Parameter(scan.delta_bias, block), D = task.Parameter(scan.D, block);
@@ -689,8 +730,9 @@ void ForwardTask(const Scan& scan, const ForwardResults& results, int64_t index,
       Read<T, false>(task, chunk, next, block, {y}, steps);
       ForStates<kMaxStates>(scan.state, [&](auto states, int64_t first) {
         constexpr int kStates = decltype(states)::value;
-        const auto forward = scan.splat() ? Forward<kStates, true> : Forward<kStates, false>;
-        forward(chunk.count, steps, B.Get(block, first), C.Get(block, first), A + block * scan.state + first, h + first);
+        const auto forward = scan.splat() ? Forward<kStates, true, false> : Forward<kStates, false, false>;
+        forward(chunk.count, steps, B.Get(block, first), C.Get(block, first), A + block * scan.state + first, h + first,
+                nullptr);
       });
       for (int k = 0; k < chunk.count; ++k)
         StoreStep(y, chunk.at[k], scan.z ? steps.y[k] * steps.gate[k] : steps.y[k], lanes);
@@ -721,8 +763,7 @@ void BackwardTask(const Scan& scan, const Incoming& incoming, const BackwardResu
   MatrixReader B(task, scan.B, scan.constant_B, arena), C(task, scan.C, scan.constant_C, arena);
   MatrixGradient dB(task, results.B, scan.constant_B, arena), dC(task, results.C, scan.constant_C, arena);
   Vec* start = arena.Zeros(kMaxStates);
-  Vec* decays = arena.Zeros(kChunk * kMaxStates);
-  Vec* carried = arena.Zeros(kChunk * kMaxStates);
+  Kept* kept = reinterpret_cast<Kept*>(arena.Zeros(2 * kChunk * kMaxStates));
   Steps steps;
   Gradients grads;
   for (Chunk chunk = task.Steps(scan.chunks() - 1), next; chunk.number >= 0; chunk = next) {
@@ -749,10 +790,10 @@ void BackwardTask(const Scan& scan, const Incoming& incoming, const BackwardResu
         const Matrix b = B.Get(block, first), c = C.Get(block, first);
         for (int n = 0; n < kStates; ++n)
           start[n] = Load(incoming.starts + task.StartAt(chunk.number, first + n, block), lanes);
-        const auto replay = scan.splat() ? Replay<kStates, true> : Replay<kStates, false>;
-        replay(chunk.count, steps, b, c, A + at, start, decays, carried);
+        const auto again = scan.splat() ? Forward<kStates, true, true> : Forward<kStates, false, true>;
+        again(chunk.count, steps, b, c, A + at, start, kept);
         const auto adjoint = scan.splat() ? Adjoint<kStates, true> : Adjoint<kStates, false>;
-        adjoint(chunk.count, steps, grads, b, c, A + at, decays, carried, d_state + at, dA + at, dB.At(block, first),
+        adjoint(chunk.count, steps, grads, b, c, A + at, kept, d_state + at, dA + at, dB.At(block, first),
                 dB.stride(), dC.At(block, first), dC.stride());
       });
       for (int k = chunk.count - 1; k >= 0; --k) {
@@ -924,19 +965,25 @@ Scan MakeScan(Arrays& arrays, int64_t ranges, bool softplus, bool reverse) {
   scan.positions = shape[rank - 2];
   scan.length = order.element_count() ? order.dimensions().back() : scan.positions;
   scan.rows = static_cast<int64_t>(delta.element_count()) / (scan.positions * scan.channels);
-  scan.shared = u.dimensions()[rank - 3] == scan.batch;
+  const auto shared = [&](const ffi::AnyBuffer& x) {
+    return x.dimensions().size() == rank && x.dimensions()[rank - 3] == scan.batch;
+  };
+  scan.shared_u = shared(u);
+  scan.shared_z = shared(z);
   scan.constant_B = B.dimensions().size() < rank;
   scan.constant_C = C.dimensions().size() < rank;
   scan.ranges = ranges;
-  const int64_t sources = scan.shared ? scan.batch : scan.groups * scan.batch;
-  const std::vector<int64_t> source{sources, scan.positions, scan.channels}, matrix{scan.state, scan.width};
-  scan.u = arrays.Take("u", u, u.element_type(), source);
+  const std::vector<int64_t> matrix{scan.state, scan.width};
+  const auto source = [&](bool shared) -> std::vector<int64_t> {
+    return {shared ? scan.batch : scan.groups * scan.batch, scan.positions, scan.channels};
+  };
+  scan.u = arrays.Take("u", u, u.element_type(), source(scan.shared_u));
   scan.delta = arrays.Take("delta", delta, u.element_type(), scan.sequences());
   scan.A = arrays.Floats("A", A, {scan.width, scan.state});
   scan.B = arrays.Floats("B", B, scan.constant_B ? matrix : scan.matrices());
   scan.C = arrays.Floats("C", C, scan.constant_C ? matrix : scan.matrices());
   scan.D = arrays.MaybeFloats("D", get(5), {scan.width});
-  scan.z = z.element_count() ? arrays.Take("z", z, u.element_type(), source) : nullptr;
+  scan.z = z.element_count() ? arrays.Take("z", z, u.element_type(), source(scan.shared_z)) : nullptr;
   scan.delta_bias = arrays.MaybeFloats("delta_bias", get(7), {scan.width});
   if (order.element_count()) {
     scan.order = static_cast<const int32_t*>(arrays.Take("order", order, ffi::DataType::S32, {scan.groups, scan.length}));

@@ -7,12 +7,13 @@ but A ends in all channels, the states and the matrices that are constant in tim
 
 import functools
 from pathlib import Path
+from platform import machine
 
 import jax
 import jax.numpy as jnp
 
 from kernels import build
-from kernels.scan.differentiation import differentiable
+from kernels.scan.differentiation import differentiable, join, split, sum_groups
 from kernels.scan.inputs import ScanInputs, ScanOptions, vary_like, zeros
 
 SOURCE = Path(__file__).with_name("native.cc")
@@ -20,7 +21,8 @@ FORWARD, BACKWARD = "vimd_selective_scan_forward", "vimd_selective_scan_backward
 CHUNK = 16  # steps between two kept states
 # A group's channels are cut into ranges of no fewer and no more than these, for about so many tasks in all: long rows
 # are read faster, but too few tasks leave cores idle. Each range computes its own part of the gradients of B and C.
-RANGE_CHANNELS = 64, 512
+# On ARM the fewest are 48, so that one sequence of 192 or 384 channels is even work for four cores.
+RANGE_CHANNELS = 48 if machine() in ("aarch64", "arm64") else 64, 512
 TASKS = 16
 
 _float32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
@@ -39,7 +41,7 @@ def forward(inputs: ScanInputs, options: ScanOptions, save: bool) -> tuple:
     chunks = -(-inputs.length // CHUNK) if save else 0
     results = _like_delta(inputs), _float32((batch, state, channels)), _float32((batch, chunks, state, channels))
     y, last_state, starts = _call(FORWARD, results, inputs, (_swap(inputs.initial_state),), options)
-    return _join(y, inputs.groups), _swap(last_state), starts if save else None
+    return join(y, inputs.groups), _swap(last_state), starts if save else None
 
 
 def backward(inputs: ScanInputs, starts, dy, d_last_state, options: ScanOptions) -> ScanInputs:
@@ -59,21 +61,21 @@ def backward(inputs: ScanInputs, starts, dy, d_last_state, options: ScanOptions)
         delta_bias=nothing if inputs.delta_bias is None else vectors,
         initial_state=states,
     )
-    incoming = _split(dy, groups), _swap(d_last_state), starts
+    incoming = split(dy, groups), _swap(d_last_state), starts
     grads = ScanInputs(*_call(BACKWARD, partial[:-1], inputs, incoming, options))
 
     def source(x, grad):
         """The gradient of u or z, which all groups may have read."""
         if x is None:
             return None
-        return _join(grad, groups) if x.shape[2] == inputs.channels else grad.reshape(groups, *x.shape).sum(0)
+        return join(grad, groups) if x.shape[2] == inputs.channels else sum_groups(grad, groups)
 
     def matrix(x, grad):
-        return _swap(grad.sum(0)) if x.ndim == 2 else _join(grad.sum(1), groups).reshape(x.shape)
+        return _swap(grad.sum(0)) if x.ndim == 2 else join(grad.sum(1), groups).reshape(x.shape)
 
     return ScanInputs(
         u=source(inputs.u, grads.u),
-        delta=_join(grads.delta, groups),
+        delta=join(grads.delta, groups),
         A=grads.A.sum(0),
         B=matrix(inputs.B, grads.B),
         C=matrix(inputs.C, grads.C),
@@ -96,9 +98,9 @@ def _ranges(inputs: ScanInputs) -> int:
 def _call(target: str, results: tuple, inputs: ScanInputs, others: tuple, options: ScanOptions):
     """Absent arrays are passed as empty ones; vmapped axes come first, as native.cc expects them."""
     groups, width = inputs.groups, inputs.channels // inputs.groups
-    u, z = (x if x is None else _split(x, x.shape[2] // width) for x in (inputs.u, inputs.z))
-    B, C = (_swap(x) if x.ndim == 2 else _split(x, groups) for x in (inputs.B, inputs.C))
-    delta = _split(inputs.delta, groups)
+    u, z = (x if x is None else split(x, x.shape[2] // width) for x in (inputs.u, inputs.z))
+    B, C = (_swap(x) if x.ndim == 2 else split(x, groups) for x in (inputs.B, inputs.C))
+    delta = split(inputs.delta, groups)
     order = jnp.zeros((0,), jnp.int32) if inputs.order is None else inputs.order
     arrays = u, delta, inputs.A, B, C, inputs.D, z, inputs.delta_bias, order, *others
     arrays = [zeros((0,), like=u) if x is None else x for x in arrays]
@@ -108,19 +110,7 @@ def _call(target: str, results: tuple, inputs: ScanInputs, others: tuple, option
 
 
 def _like_delta(inputs: ScanInputs) -> jax.ShapeDtypeStruct:
-    return jax.eval_shape(lambda x: _split(x, inputs.groups), inputs.delta)
-
-
-def _split(x: jax.Array, groups: int) -> jax.Array:
-    """(batch, positions, groups * channels) or (…, groups, channels) -> (groups * batch, positions, channels)."""
-    parts = x.reshape(*x.shape[:2], groups, -1)
-    return jnp.moveaxis(parts, 2, 0).reshape(-1, x.shape[1], parts.shape[3])
-
-
-def _join(x: jax.Array, groups: int) -> jax.Array:
-    """(groups * batch, positions, channels) -> (batch, positions, groups * channels)."""
-    parts = x.reshape(groups, -1, *x.shape[1:])
-    return jnp.moveaxis(parts, 0, 2).reshape(*parts.shape[1:3], -1)
+    return jax.eval_shape(lambda x: split(x, inputs.groups), inputs.delta)
 
 
 def _swap(x: jax.Array | None) -> jax.Array | None:

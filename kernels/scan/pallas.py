@@ -28,6 +28,7 @@ these each program computes the state at which its own chunk starts. The adjoint
 
 import dataclasses
 import functools
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -49,6 +50,7 @@ THREADS = 128  # of a program at most; a multiprocessor has registers for two su
 PROCESSORS = 132  # of an H100 or H200; fewer programs than two for each are cut into chunks of time
 VECTOR = 4  # numbers of 32 bits that one instruction moves
 LOG2_E = math.log2(math.e)
+LARGEST = 62.0  # exponent of 2 in a gate's denominator: the product of two, and its reciprocal, are normal numbers
 # log(1 + x) / x on [0, 1] at Chebyshev nodes; with the rounding of float32 the relative error is 2e-7.
 LOG1P = (
     *(0.9999999403953552, -0.4999944567680359, 0.3331812024116516, -0.2483539879322052, 0.19076880812644958),
@@ -241,7 +243,11 @@ def _spec(x, **axes: int) -> pl.BlockSpec:
     """Gives a program its own index along the axes of `batch`, `group` and `block`, and all of the others."""
     programs = {axis: ("block", "chunk", "group", "batch").index(name) for name, axis in axes.items()}
     shape = [None if axis in programs else size for axis, size in enumerate(x.shape)]
-    return pl.BlockSpec(shape, lambda *ids: tuple(ids[programs[i]] if i in programs else 0 for i in range(len(shape))))
+
+    def index(*ids):  # the minimum changes nothing, but tells the compiler that offsets fit into 32 bits
+        return tuple(jnp.minimum(ids[programs[i]], n - 1) if i in programs else 0 for i, n in enumerate(x.shape))
+
+    return pl.BlockSpec(shape, index)
 
 
 def _input_spec(x) -> pl.BlockSpec:
@@ -269,15 +275,16 @@ def _summary_kernel(plan: Plan, options: ScanOptions, inputs: ScanInputs, d_outp
     def window(index, whole, carry):
         h, total = carry
         tiles = program.tiles(program.load_window(index, whole), index, whole)
-        for tile in tiles if forward else reversed(tiles):
+        tiles = [*zip(tiles, program.steps(index))]
+        for tile, steps in tiles if forward else reversed(tiles):
             if forward:
                 added, matrix = tile.delta * tile.u, program.B
             else:
-                dy = program.load(d_output, tile.first, whole).astype(jnp.float32)
+                dy = program.load(d_output, steps.own, whole).astype(jnp.float32)
                 added, matrix = program.gate(dy, tile), program.C
             rows = [*enumerate(program.rows(added, tile.delta))]
             for lane, (row, delta) in rows if forward else reversed(rows):
-                decay, x = program.decay(delta), row * matrix(tile.first + lane)
+                decay, x = program.decay(delta), row * matrix(steps.first + lane)
                 h = decay * h + x if forward else decay * (h + x)
             total += tile.delta
         return h, total
@@ -297,16 +304,17 @@ def _forward_kernel(plan: Plan, options: ScanOptions, inputs: ScanInputs, summar
         following = jnp.minimum(index + 1, plan.windows - 1)
         loaded = program.load_window(following, whole)
         h, tiles, B, C = carry
-        for number, tile in enumerate(tiles):
+        for tile, gate, steps in zip(tiles, program.gates(tiles), program.steps(index)):
             y = []
             for lane, (delta, delta_u) in enumerate(program.rows(tile.delta, tile.delta * tile.u)):
-                last = (number + 1) * program.steps == plan.window and lane == program.steps - 1
-                ahead = [matrix(tile.first + lane + 1, not last) for matrix in (program.B, program.C)]
+                last = tile is tiles[-1] and lane == program.lanes - 1
+                step = following * plan.window if last else steps.first + lane + 1
+                ahead = program.B(step), program.C(step)
                 h = program.decay(delta) * h + delta_u * B
                 y.append(_sum(_split(h * C, 0)))
                 B, C = ahead
             (y,) = program.sum_states(y)
-            program.store(outputs["y"], program.gate(program.add_skip(y, tile), tile), tile.first, whole)
+            program.store(outputs["y"], program.add_skip(y, tile) * gate, steps.own, whole)
         return h, program.tiles(loaded, following, whole), B, C
 
     def start(h, index, whole):
@@ -344,10 +352,10 @@ def _backward_kernel(
         h = lax.fori_loop(index - passed, index, lambda before, h: _advance(program, before, whole, h)[1][-1].after, h)
         tiles, history = _advance(program, index, whole, h)
         dB, dC = [], []
-        for tile in reversed(tiles):
-            sums = _pull_back_tile(program, tile, whole, history, d_output, dB, dC, gradients, sums)
+        for tile, steps in reversed([*zip(tiles, program.steps(index))]):
+            sums = _pull_back_tile(program, tile, steps, whole, history, d_output, dB, dC, gradients, sums)
             if len(dB) >= ROWS or not history:
-                sums = _add_rows(program, rows, tile.first, dB, dC, sums)
+                sums = _add_rows(program, rows, steps.first, dB, dC, sums)
                 dB, dC = [], []
         return sums
 
@@ -389,36 +397,36 @@ class Step(NamedTuple):
 def _advance(program, index, whole: bool, h) -> tuple[list, list[Step]]:
     """The tiles and the steps of a window, from the state `h` before it."""
     tiles, history = program.tiles(program.load_window(index, whole), index, whole), []
-    for tile in tiles:
+    for tile, steps in zip(tiles, program.steps(index)):
         for lane, (delta, delta_u) in enumerate(program.rows(tile.delta, tile.delta * tile.u)):
-            decay, B = program.decay(delta), program.B(tile.first + lane)
+            decay, B = program.decay(delta), program.B(steps.first + lane)
             before, h = h, decay * h + delta_u * B
             history.append(Step(before, h, decay, delta))
     return tiles, history
 
 
-def _pull_back_tile(program, tile, whole, history, d_output, dB, dC, gradients: ScanInputs, sums: Sums) -> Sums:
+def _pull_back_tile(program, tile, steps, whole, history, d_output, dB, dC, gradients: ScanInputs, sums: Sums) -> Sums:
     """Goes back over one tile: stores the gradients of u, delta and z there and returns the new sums."""
-    d_gated = program.load(d_output, tile.first, whole).astype(jnp.float32)
+    d_gated = program.load(d_output, steps.own, whole).astype(jnp.float32)
     dy = program.gate(d_gated, tile)
-    y, d_input, d_rate, dh, dA = _pull_back_steps(program, tile, history, dy, dB, dC, sums.dh, sums.dA)
+    y, d_input, d_rate, dh, dA = _pull_back_steps(program, tile, steps.first, history, dy, dB, dC, sums.dh, sums.dA)
     if tile.z is not None:
         sigmoid = program.sigmoid(tile.z)
         d_silu = sigmoid + tile.z * sigmoid * (1 - sigmoid)
         (y,) = program.sum_states(y)
-        program.store(gradients.z, d_gated * program.add_skip(y, tile) * d_silu, tile.first, whole)
+        program.store(gradients.z, d_gated * program.add_skip(y, tile) * d_silu, steps.own, whole)
     d_input, d_rate = program.sum_states(d_input, d_rate)
     du = d_input * tile.delta
-    program.store(gradients.u, du if program.D is None else du + dy * program.D, tile.first, whole)
+    program.store(gradients.u, du if program.D is None else du + dy * program.D, steps.own, whole)
     d_delta = d_input * tile.u + d_rate * (1 / LOG2_E)
     if program.options.delta_softplus:
         d_delta *= program.sigmoid(tile.raw)
-    d_delta = d_delta if whole else jnp.where(program.inside(tile.first), d_delta, 0.0)
-    program.store(gradients.delta, d_delta, tile.first, whole)
+    d_delta = d_delta if whole else jnp.where(program.inside(steps.first), d_delta, 0.0)
+    program.store(gradients.delta, d_delta, steps.own, whole)
     return sums._replace(dh=dh, dA=dA, dD=sums.dD + dy * tile.u, d_bias=sums.d_bias + d_delta)
 
 
-def _pull_back_steps(program, tile, history, dy, dB, dC, dh, dA):
+def _pull_back_steps(program, tile, first, history, dy, dB, dC, dh, dA):
     """Runs the adjoint recurrence over the steps of one tile, which it takes off the history.
 
     With a_t = exp(Δ_t A) and g_t the gradient of h_t: g_t = dy_t C_t + a_{t+1} g_{t+1}, dC_t = Σ_c dy_t h_t,
@@ -430,9 +438,9 @@ def _pull_back_steps(program, tile, history, dy, dB, dC, dh, dA):
       `dh` before the tile; `dA`.
     """
     rows, y, d_input, d_rate = program.rows(dy, tile.delta * tile.u), [], [], []
-    for lane in reversed(range(program.steps)):
+    for lane in reversed(range(program.lanes)):
         (dy, delta_u), step = rows[lane], history.pop()
-        B, C = program.B(tile.first + lane), program.C(tile.first + lane)
+        B, C = program.B(first + lane), program.C(first + lane)
         y.insert(0, _sum(_split(step.after * C, 0)))
         dC.insert(0, dy * step.after)
         dh = dh + dy * C
@@ -448,11 +456,17 @@ def _pull_back_steps(program, tile, history, dy, dB, dC, dh, dA):
 class Tile(NamedTuple):
     """Consecutive steps of a program's channels, one on each state lane: (1, groups, state lanes, channel lanes)."""
 
-    first: jax.Array  # number of the first step
     u: jax.Array
     raw: jax.Array  # the step sizes before softplus
     delta: jax.Array  # the step sizes; 0 after the end of the sequence, where the state must stay as it is
     z: jax.Array | None
+
+
+class Steps(NamedTuple):
+    """Numbers of the steps of a tile."""
+
+    first: jax.Array
+    own: jax.Array  # of each thread
 
 
 class Elements(NamedTuple):
@@ -475,11 +489,11 @@ class Program:
 
     def __init__(self, plan: Plan, options: ScanOptions, inputs: ScanInputs):
         self.plan, self.options, self.inputs = plan, options, inputs
-        registers, _, self.steps, _ = plan.shape
+        registers, _, self.lanes, _ = plan.shape
         self.of_tile, self.of_matrix = self._elements(1), self._elements(registers)
         self.state_lane = self._iota(2)
         self.state = self.state_lane * registers + self._iota(0)
-        self.padded = registers * self.steps != plan.state
+        self.padded = registers * self.lanes != plan.state
         self.chunk = pl.program_id(1) if plan.chunks > 1 else 0
         self.zero_tile = jnp.zeros((1, *plan.shape[1:]), jnp.float32)
         self.log2_decay = self._load_matrix(inputs.A) * LOG2_E  # exp(Δ A) = exp2(Δ A log2(e)), one instruction
@@ -492,7 +506,7 @@ class Program:
         rest, part = _divide(lax.iota(jnp.int32, registers * plan.threads), vector)
         number, thread = _divide(rest, plan.threads)
         rest, channel_lane = _divide(thread, plan.shape[3])
-        group, state_lane = _divide(rest, self.steps)
+        group, state_lane = _divide(rest, self.lanes)
         channel = pl.program_id(0) * plan.block + group * plan.shape[3] + channel_lane
         mask = channel < plan.channels if plan.channels % plan.block else None
         return Elements(number * vector + part, state_lane, pl.program_id(2) * plan.channels + channel, mask)
@@ -530,21 +544,25 @@ class Program:
 
     def load_window(self, window, whole: bool) -> list[tuple]:
         """u, delta and z of one window as they are in memory, for each of its tiles."""
-        arrays, start = (self.inputs.u, self.inputs.delta, self.inputs.z), window * self.plan.window
-        firsts = range(0, self.plan.window, self.steps)
-        return [tuple(self._load_last(x, start + first, whole) for x in arrays) for first in firsts]
+        arrays = self.inputs.u, self.inputs.delta, self.inputs.z
+        return [tuple(self._load_last(x, steps.own, whole) for x in arrays) for steps in self.steps(window)]
 
     def tiles(self, loaded: list[tuple], window, whole: bool) -> list[Tile]:
         """The tiles of one window, in order, from what `load_window` returned."""
-        start = window * self.plan.window
-        return [self._tile(*x, start + i * self.steps, whole) for i, x in enumerate(loaded)]
+        return [self._tile(*x, steps.first, whole) for x, steps in zip(loaded, self.steps(window))]
+
+    def steps(self, window) -> list[Steps]:
+        """The steps of each tile of a window; constants are added last, to become part of loads and stores."""
+        first, tiles = window * self.plan.window, range(0, self.plan.window, self.lanes)
+        own = first + self.of_tile.state_lane
+        return [Steps(first + i, own + i) for i in tiles]
 
     def _tile(self, u, raw, z, first, whole: bool) -> Tile:
         u, raw, z = (None if x is None else x.astype(jnp.float32) for x in (u, raw, z))
         if self.delta_bias is not None:
             raw += self.delta_bias
         delta = self.softplus(raw) if self.options.delta_softplus else raw
-        return Tile(first, u, raw, delta if whole else jnp.where(self.inside(first), delta, 0.0), z)
+        return Tile(u, raw, delta if whole else jnp.where(self.inside(first), delta, 0.0), z)
 
     def softplus(self, x) -> jax.Array:
         """log(1 + exp(x)) without a branch; above 20 it is x in float32, as the contract says."""
@@ -554,7 +572,21 @@ class Program:
 
     def sigmoid(self, x) -> jax.Array:
         """1 / (1 + exp(-x))."""
-        return self._instruction("rcp", jnp.reciprocal, 1 + self.exp2(x * -LOG2_E))
+        return self._reciprocal(1 + self.exp2(x * -LOG2_E))
+
+    def _reciprocal(self, x) -> jax.Array:
+        return self._instruction("rcp", jnp.reciprocal, x)
+
+    def gates(self, tiles: list[Tile]) -> list:
+        """silu(z) of each tile; two tiles share a reciprocal, of which a GPU computes few: 1 / a = b / (a b)."""
+        if tiles[0].z is None:
+            return [1.0] * len(tiles)
+        parts = [1 + self.exp2(jnp.minimum(tile.z * -LOG2_E, LARGEST)) for tile in tiles]
+        sigmoids = []
+        for first, second in itertools.zip_longest(parts[::2], parts[1::2]):
+            inverse = self._reciprocal(first if second is None else first * second)
+            sigmoids += [inverse] if second is None else [inverse * second, inverse * first]
+        return [tile.z * x for tile, x in zip(tiles, sigmoids)]
 
     def exp2(self, x) -> jax.Array:
         """2ˣ by one instruction, where `jnp.exp2` would take four to keep results below 1e-38."""
@@ -578,13 +610,13 @@ class Program:
         """y silu(z)."""
         return y if tile.z is None else y * (tile.z * self.sigmoid(tile.z))
 
-    def B(self, step, exists: bool = True) -> jax.Array:
-        """B_t, to broadcast over channels, or B where it is constant; `exists` says that the step is in some window."""
-        return self._load_row(self.inputs.B, step, exists) if self.constant_B is None else self.constant_B
+    def B(self, step) -> jax.Array:
+        """B_t, to broadcast over channels, or B where it is constant."""
+        return self._load_row(self.inputs.B, step) if self.constant_B is None else self.constant_B
 
-    def C(self, step, exists: bool = True) -> jax.Array:
-        """C_t, to broadcast over channels, or C where it is constant; `exists` says that the step is in some window."""
-        return self._load_row(self.inputs.C, step, exists) if self.constant_C is None else self.constant_C
+    def C(self, step) -> jax.Array:
+        """C_t, to broadcast over channels, or C where it is constant."""
+        return self._load_row(self.inputs.C, step) if self.constant_C is None else self.constant_C
 
     def rows(self, *tiles) -> list[list]:
         """Splits tiles, as many as a power of two, into rows for each step, to broadcast over the state."""
@@ -593,20 +625,20 @@ class Program:
     def sum_states(self, *rows: list) -> list:
         """Inverts `rows`: from lists over the steps, the sums over the state lanes, each list's as a tile."""
         total = _sum(_split(_stack([x for steps in zip(*rows) for x in steps]), 2))
-        total = jnp.moveaxis(total.reshape(*total.shape[:-1], self.steps, len(rows)), 4, 2)
+        total = jnp.moveaxis(total.reshape(*total.shape[:-1], self.lanes, len(rows)), 4, 2)
         return _unstack(total.reshape(*self.zero_tile.shape, len(rows)))
 
     def inside(self, first) -> jax.Array:
         """Tells which steps of the tile that begins at `first` exist."""
         return self.state_lane < self.plan.length - first
 
-    def load(self, reference, first, whole: bool) -> jax.Array | None:
-        """The tile of (length, channels) that begins at a step; 0 where nothing exists; None if there is no array."""
-        return None if reference is None else self._load_elements(*self._tile_access(reference, first, whole))
+    def load(self, reference, step, whole: bool) -> jax.Array | None:
+        """The tile of (length, channels) at these steps; 0 where nothing exists; None if there is no array."""
+        return None if reference is None else self._load_elements(*self._tile_access(reference, step, whole))
 
-    def store(self, reference, tile, first, whole: bool) -> None:
-        """Stores the tile of (length, channels) that begins at a step, where it exists."""
-        self._store_elements(*self._tile_access(reference, first, whole), tile)
+    def store(self, reference, tile, step, whole: bool) -> None:
+        """Stores the tile of (length, channels) at these steps, where it exists."""
+        self._store_elements(*self._tile_access(reference, step, whole), tile)
 
     def load_states(self, reference, *index, condition=None) -> jax.Array:
         """The states in (…, channels, state), zeros if there is no such array or the condition is not met."""
@@ -643,9 +675,8 @@ class Program:
         """Index of a step in the matrices, which `pad` has brought to whole windows."""
         return self.plan.padded_length - 1 - step if self.options.reverse else step
 
-    def _tile_access(self, reference, first, whole: bool):
-        step = first + self.of_tile.state_lane
-        mask = None if whole else self.of_tile.state_lane < self.plan.length - first
+    def _tile_access(self, reference, step, whole: bool):
+        mask = None if whole else step < self.plan.length
         return reference.at[self._position(step, whole), self.of_tile.channel], _both(self.of_tile.mask, mask)
 
     def _matrix_access(self, reference, *index):
@@ -662,16 +693,14 @@ class Program:
             return None
         return self._load_elements(reference.at[*index, self.of_tile.channel], self.of_tile.mask)
 
-    def _load_last(self, reference, first, whole: bool):
+    def _load_last(self, reference, step, whole: bool):
         """Like `load`, but after the end of the sequence it is its last step."""
         if reference is None:
             return None
-        step = first + self.of_tile.state_lane
         step = self._position(step if whole else jnp.minimum(step, self.plan.length - 1), True)
         return self._load_elements(reference.at[step, self.of_tile.channel], self.of_tile.mask)
 
-    def _load_row(self, reference, step, exists: bool):
-        step = step if exists else jnp.minimum(step, self.plan.padded_length - 1)
+    def _load_row(self, reference, step):
         mask = self.state < self.plan.state if self.padded else None
         return _load(reference.at[self._row(step), self.state], mask)
 

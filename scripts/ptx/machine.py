@@ -112,8 +112,8 @@ class Machine:
             value = self.values.get(operand)
         if value is None:
             raise Fault(f"{operand} is read before it is written")
-        if value.dtype.itemsize > kind.itemsize and kind.kind == "u":  # the lower bits, as for `st` and `cvt`
-            return value.astype(kind)
+        if value.dtype.itemsize > kind.itemsize and kind.kind in "ui":  # the lower bits, as for `st` and `cvt`
+            value = value.astype(BITS[kind.itemsize])
         return value.view(kind)
 
     def _set(self, name: str, value, mask) -> None:

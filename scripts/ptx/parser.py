@@ -1,7 +1,8 @@
 """Reads PTX, NVIDIA's portable assembly, as Triton writes it."""
 
 import re
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 
 import ml_dtypes
 import numpy as np
@@ -84,6 +85,40 @@ def parse(text: str) -> Kernel:
         elif statement := found["statement"]:
             _add(kernel, " ".join(statement.split()))
     return kernel
+
+
+def fold_offsets(kernel: Kernel) -> Kernel:
+    """Moves additions of constants into the addresses of loads and stores, as ptxas does."""
+    reads = Counter(name for block in kernel.blocks for instruction in block for name in _reads(instruction))
+    blocks = []
+    for block in kernel.blocks:
+        sums, folded, code = {}, Counter(), []
+        for instruction in block:
+            operands = [_fold(x, sums) if isinstance(x, Address) else x for x in instruction.operands]
+            folded.update(x.base for x, new in zip(instruction.operands, operands) if x is not new)
+            target = operands[0] if operands else None
+            sums = {name: address for name, address in sums.items() if target not in (name, address.base)}
+            if instruction.name == "add.s64" and isinstance(operands[2], int) and target != operands[1]:
+                sums[target] = Address(*operands[1:])
+            code.append(replace(instruction, operands=tuple(operands)))
+        needless = {name for name in folded if folded[name] == reads[name]}
+        blocks.append([x for x in code if x.name != "add.s64" or x.operands[0] not in needless])
+    return replace(kernel, blocks=blocks)
+
+
+def _fold(address: Address, sums: dict[str, Address]) -> Address:
+    found = sums.get(address.base)
+    return Address(found.base, found.offset + address.offset) if found else address
+
+
+def _reads(instruction: Instruction) -> list[str]:
+    """The registers that an instruction reads, but for its predicate."""
+    first, *others = instruction.operands or (None,)
+    read = []
+    for operand in others if isinstance(first, str) else (first, *others):
+        parts = operand if isinstance(operand, tuple) else (operand,)
+        read += [x.base if isinstance(x, Address) else x for x in parts if isinstance(x, str | Address)]
+    return read
 
 
 def _shared_variables(text: str) -> tuple[dict[str, int], int]:

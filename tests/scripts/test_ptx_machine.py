@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from ptx.machine import Machine
 from ptx.memory import Array, Fault
-from ptx.parser import Unknown, parse
+from ptx.parser import Unknown, fold_offsets, parse
 
 HEAD = """
 .version 8.0
@@ -50,6 +50,28 @@ def test_copies_and_counts_sectors():
     np.testing.assert_array_equal(y, np.arange(64))
     assert not kinds(report)
     assert report.memory["global load", "sectors"] == 8 and report.memory["global load", "bytes"] == 256
+
+
+def test_constants_become_part_of_addresses():
+    kernel = parse(
+        HEAD + "add.s64 %rd6, %rd4, 8; add.s64 %rd7, %rd5, 4; add.s64 %rd8, %rd7, 4; ld.global.b32 %r8, [%rd6 + 0];"
+        "st.global.b32 [%rd8 + 0], %r8; add.s64 %rd4, %rd4, 4; ret;\n}\n"
+    )
+    added = [[x.text for x in block if x.name == "add.s64"] for block in fold_offsets(kernel).blocks]
+    assert [text for text in added[0] if "%rd6" in text or "%rd8" in text] == []
+    assert "add.s64 %rd7, %rd5, 4" in added[0] and "add.s64 %rd4, %rd4, 4" in added[0]
+    results = []
+    for program in (kernel, fold_offsets(kernel)):
+        arrays = [Array(np.arange(66, dtype=np.float32)), Array(np.zeros(66, np.float32), output=True)]
+        Machine(program, (2, 1, 1), 32).run(arrays)
+        results.append(arrays[1].data)
+    np.testing.assert_array_equal(results[1], results[0])
+    np.testing.assert_array_equal(results[1][2:], np.arange(2, 66))
+
+
+def test_a_signed_source_is_the_lower_half_of_its_register():
+    y, _ = run("mov.b64 %rd6, 25769803775; cvt.s64.s32 %rd7, %rd6; cvt.u32.u64 %r8, %rd7; st.global.b32 [%rd5], %r8;")
+    assert (y.view(np.int32) == -1).all()
 
 
 def test_out_of_bounds():

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from vimd_jax.models.layers import check_images, drop_path, normalize_images, patch_embedding, rms_norm
+from vimd_jax.models.layers import check_images, drop_path, normalize_images, patch_embedding, recomputing, rms_norm
 from vimd_jax.models.network import Network, check_layers, square
 from vimd_jax.models.positions import (
     class_token_positions,
@@ -50,7 +50,8 @@ class Isotropic(Network):
       drop_path_rate: stochastic depth of the last layer while training; it grows linearly from 0 at the first.
       input_normalization: subtract ImageNet's mean and divide by its deviation first, as pretraining on ImageNet did.
       dtype: of the projections and their outputs, float32 or bfloat16.
-      remat: keep only each layer's input for the backward pass and recompute the layer there.
+      remat: keep only each layer's input for the backward pass and recompute the layer there. Otherwise training keeps
+        what takes long to compute, see `layers.recomputing`.
     """
 
     num_classes: int = 1000
@@ -197,7 +198,7 @@ class Isotropic(Network):
         check_images(images)
         grid = self.grid_of(images.shape[1:3])
         layers = nn.scan(
-            nn.remat(Layer, prevent_cse=False) if self.remat else Layer,
+            recomputing(Layer, everything=self.remat) if train or self.remat else Layer,
             variable_axes={"params": 0},
             split_rngs={"params": True, "drop_path": True},
             in_axes=(0, 0, nn.broadcast),

@@ -8,12 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from kernels import depthwise_convolution
+from kernels.scan.differentiation import STORED as SCANNED
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+STORED = "stored for the backward pass"  # a name for policies of `jax.checkpoint`
 DEVICES = "devices"  # name of the axis of devices that share a batch in training
 
 # PyTorch's default for the weight of a linear or convolution layer: uniform in ±1/√fan_in.
@@ -53,6 +56,20 @@ def patch_embedding(
 
 
 portable = jax.make_user_context(False)  # `with portable(True):` traces programs that are the same on every platform
+
+
+def stored(x: jax.Array) -> jax.Array:
+    """Marks an array for `recomputing`: of a product's output, more is computed than it takes to store it."""
+    return x if portable.value else checkpoint_name(x, STORED)
+
+
+def recomputing(layer: type[nn.Module], everything: bool) -> type[nn.Module]:
+    """A layer whose backward pass computes cheap operations again, which takes less time than storing their results.
+
+    It stores its input, what `stored` marks and the results of scans; with `everything` recomputed, its input alone.
+    """
+    policy = None if everything else jax.checkpoint_policies.save_only_these_names(STORED, SCANNED)
+    return nn.remat(layer, prevent_cse=False, policy=policy)
 
 
 def on_cpu(cpu: Callable[..., jax.Array], default: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:

@@ -13,14 +13,16 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from vimd_jax.models.isotropic import Isotropic, Rotation, out_projection
-from vimd_jax.models.layers import ChannelGate, layer_norm, rms_norm, uniform, uniform_fan_in
+from vimd_jax.models.layers import ChannelGate, layer_norm, portable, rms_norm, stored, uniform, uniform_fan_in
 from vimd_jax.models.mamba import EXPAND, GroupedShortConv, GroupedSSM
 from vimd_jax.models.network import Network
 from vimd_jax.models.positions import class_token_positions, resize_positions, rotary_angles
 from vimd_jax.models.scan_order import (
+    PADDING,
     LayerDirections,
     ScanOrder,
     VerticalReverse,
@@ -116,18 +118,25 @@ class LocalVim(Isotropic):
             depth=self.depth,
             state_size=self.state_size,
             search=self.directions is None,
-            moves=self.vertical_reverse == "published" and grid[0] != grid[1],
+            moves=self.moves(grid),
             dtype=self.dtype,
         )
 
     def layer_inputs(self, grid: tuple[int, int]) -> ScanOrder:
         """See `Isotropic`."""
-        return stack_orders(
+        order = stack_orders(
             [
                 local_scan_order(directions, grid, self.class_token, self.vertical_reverse)
                 for directions in layer_directions(self.directions, self.depth)
             ]
         )
+        gathers = portable.value or self.moves(grid) or np.any(order.tokens == PADDING)
+        return order if gathers else order._replace(places=None)
+
+    @nn.nowrap
+    def moves(self, grid: tuple[int, int]) -> bool:
+        """Whether results of vertical scans return to other tokens than their own, see `scan_order.reverse_map`."""
+        return self.vertical_reverse == "published" and grid[0] != grid[1]
 
     @nn.nowrap
     def grid_of(self, size: tuple[int, int], field: str = "images") -> tuple[int, int]:
@@ -178,9 +187,8 @@ class Mixer(nn.Module):
         """Maps x (batch, tokens, dim) to the same shape; `order` is that of the layer's directions."""
         dim = x.shape[-1]
         in_proj = nn.Dense(2 * EXPAND * dim, use_bias=False, kernel_init=normal, dtype=self.dtype, name="in_proj")
-        x, z = jnp.split(in_proj(x), 2, axis=-1)
-        gate = nn.silu(z.astype(jnp.float32))
-        gate = to_tokens(to_sequences(gate, order), order) if self.moves else gate
+        x, z = jnp.split(stored(in_proj(x)), 2, axis=-1)
+        conv = GroupedShortConv(name="conv")
         ssm = GroupedSSM(
             state_size=self.state_size,
             x_proj_init=normal,
@@ -189,7 +197,12 @@ class Mixer(nn.Module):
             dtype=self.dtype,
             name="ssm",
         )
-        y = to_tokens(ssm(GroupedShortConv(name="conv")(to_sequences(x, order))), order) * gate
+        if order.places is None:
+            y = ssm(conv(x, order.tokens), order.tokens, z)
+        else:  # what runs anywhere gathers once; padding is convolved and scanned, too; results may move
+            gate = nn.silu(z.astype(jnp.float32))
+            gate = to_tokens(to_sequences(gate, order), order) if self.moves else gate
+            y = to_tokens(ssm(conv(to_sequences(x, order))), order) * gate
         y = ChannelGate(axes=(2,), name="gate")(y)
         y = DirectionWeights(name="search")(y) if self.search else sum_visits(y)
         return out_projection(dim, self.depth, self.dtype)(y)

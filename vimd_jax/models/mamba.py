@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from kernels import depthwise_convolution, selective_scan
-from vimd_jax.models.layers import uniform, uniform_fan_in
+from vimd_jax.models.layers import stored, uniform, uniform_fan_in
 
 CONV_WIDTH = 4
 EXPAND = 2  # ratio of a mixer's channels to those of a token
@@ -65,13 +65,14 @@ class GroupedSSM(nn.Module):
     expand: float = EXPAND
 
     @nn.compact
-    def __call__(self, u: jax.Array, order: jax.Array | None = None) -> jax.Array:
+    def __call__(self, u: jax.Array, order: jax.Array | None = None, z: jax.Array | None = None) -> jax.Array:
         """Maps sequences u (directions, batch, length, channels) to the same shape.
 
-        With the token at each step of each direction as `order`, (directions, length), it maps tokens (batch, tokens,
-        channels) to results at these tokens, (directions, batch, tokens, channels).
+        With the token at each step of each direction as `order`, (directions, length), it maps tokens, (batch, tokens,
+        channels) for all directions or (directions, batch, tokens, channels), to results at these tokens, (directions,
+        batch, tokens, channels). A gate z (batch, tokens, channels) multiplies those of every direction by silu(z).
         """
-        groups, channels = len(u if order is None else order), u.shape[-1]
+        groups, channels, shared = len(u if order is None else order), u.shape[-1], u.ndim == 3
         rank, state = delta_rank(channels, self.expand), self.state_size
         x_proj = self.param("x_proj_kernel", self.x_proj_init, (groups, channels, rank + 2 * state), jnp.float32)
         dt_proj = self.param("dt_proj_kernel", self.dt_proj_init, (groups, rank, channels), jnp.float32)
@@ -80,9 +81,9 @@ class GroupedSSM(nn.Module):
         D = self.param("D", nn.initializers.ones, (groups, channels), jnp.float32)
 
         # Directions first, as the native scan takes them: neither it nor the products then transpose anything long.
-        subscripts = "kblc,kcr->kblr" if order is None else "blc,kcr->blkr"
-        projected = jnp.einsum(subscripts, u.astype(self.dtype), x_proj.astype(self.dtype))
-        projected = projected if order is None else jnp.moveaxis(projected, 2, 0)
+        subscripts = "blc,kcr->blkr" if shared else "kblc,kcr->kblr"
+        projected = stored(jnp.einsum(subscripts, u.astype(self.dtype), x_proj.astype(self.dtype)))
+        projected = jnp.moveaxis(projected, 2, 0) if shared else projected
         code, *matrices = jnp.split(projected, [rank, rank + state], axis=-1)
         delta = jnp.einsum("kblr,krc->kblc", code, dt_proj.astype(self.dtype))
 
@@ -91,11 +92,12 @@ class GroupedSSM(nn.Module):
             return jnp.moveaxis(x, 0, 2).reshape(*x.shape[1:3], -1)
 
         y = selective_scan(
-            last(u) if order is None else u,
+            u if shared else last(u),
             last(delta),
             A,
             *(jnp.moveaxis(x, 0, 2) for x in matrices),
             D=D.reshape(-1),
+            z=z,
             delta_bias=dt_bias.reshape(-1),
             delta_softplus=True,
             order=order,
@@ -121,8 +123,8 @@ def selective_projections(
     channels = u.shape[-1]
     rank = delta_rank(channels)
     width = rank + 2 * state_size
-    projected = nn.Dense(width, use_bias=False, kernel_init=uniform_fan_in, dtype=dtype, name="x_proj")(u)
-    code, B, C = jnp.split(projected, [rank, rank + state_size], axis=-1)
+    x_proj = nn.Dense(width, use_bias=False, kernel_init=uniform_fan_in, dtype=dtype, name="x_proj")
+    code, B, C = jnp.split(stored(x_proj(u)), [rank, rank + state_size], axis=-1)
     delta, delta_bias = DeltaProjection(channels, delta_bias_init, name="dt_proj")(code)
     return delta, B, C, delta_bias
 
@@ -157,12 +159,20 @@ class GroupedShortConv(nn.Module):
     """`ShortConv` for several scan directions at once, each with its own filters."""
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps x (directions, batch, length, channels) to the same shape and dtype."""
-        groups, channels = len(x), x.shape[-1]
+    def __call__(self, x: jax.Array, order: jax.Array | None = None) -> jax.Array:
+        """Maps sequences x (directions, batch, length, channels) to the same shape and dtype.
+
+        With an `order`, see `GroupedSSM`, it maps tokens (batch, tokens, channels) to (directions, batch, tokens,
+        channels).
+        """
+        groups, channels = len(x if order is None else order), x.shape[-1]
         kernel = self.param("kernel", uniform(CONV_WIDTH**-0.5), (groups, CONV_WIDTH, 1, channels), jnp.float32)
         bias = self.param("bias", uniform(CONV_WIDTH**-0.5), (groups, channels), jnp.float32)
         convolve = partial(depthwise_convolution, before=(0, CONV_WIDTH - 1), silu=True)
+        if order is not None:
+            taps = jnp.moveaxis(kernel[:, :, 0], 0, 1).reshape(1, CONV_WIDTH, -1)
+            y = convolve(x[:, None], taps, bias.reshape(-1), order=order)
+            return jnp.moveaxis(y.reshape(*x.shape[:2], groups, channels), 2, 0)
         directions = zip(x, kernel, bias, strict=True)
         return jnp.stack([convolve(of[:, None], taps[:, 0][None], offset)[:, 0] for of, taps, offset in directions])
 

@@ -17,7 +17,7 @@ from flax import linen as nn
 
 from kernels import selective_scan
 from vimd_jax.models.isotropic import Isotropic, out_projection
-from vimd_jax.models.layers import uniform_fan_in
+from vimd_jax.models.layers import stored, uniform_fan_in
 from vimd_jax.models.mamba import (
     EXPAND,
     DeltaProjection,
@@ -107,7 +107,7 @@ class Mixer(nn.Module):
         batch, tokens, dim = x.shape
         channels = EXPAND * dim
         in_proj = nn.Dense(2 * channels, use_bias=False, kernel_init=uniform_fan_in, dtype=self.dtype, name="in_proj")
-        x, z = jnp.split(in_proj(x).reshape(batch, *self.grid, 2 * channels), 2, axis=-1)
+        x, z = jnp.split(stored(in_proj(x)).reshape(batch, *self.grid, 2 * channels), 2, axis=-1)
         y = self.scan(x, z)
         y = (y / 2 if self.merge == "mean" else y).reshape(batch, tokens, channels)
         return out_projection(dim, self.depth, self.dtype)(y)
@@ -162,7 +162,7 @@ class LinePass(nn.Module):
         x_proj = nn.Dense(
             rank + self.state_size, use_bias=False, kernel_init=uniform_fan_in, dtype=self.dtype, name="x_proj"
         )
-        code, matrix = jnp.split(x_proj(u), [rank], axis=-1)
+        code, matrix = jnp.split(stored(x_proj(u)), [rank], axis=-1)
         delta, delta_bias = DeltaProjection(channels, self.delta_bias_init, name="dt_proj")(code)
         A = state_matrix(self, "A_log", channels, self.state_size)
         ones = jnp.ones_like(matrix)  # not a constant in time, whose vectors take the native scan longer to read

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from vimd_jax.models.isotropic import Isotropic, out_projection
-from vimd_jax.models.layers import uniform_fan_in
+from vimd_jax.models.layers import stored, uniform_fan_in
 from vimd_jax.models.mamba import EXPAND, SSM, inverse_softplus_of_steps
 
 
@@ -47,7 +47,7 @@ class Mixer(nn.Module):
         in_proj = nn.Dense(
             2 * EXPAND * dim, use_bias=False, kernel_init=uniform_fan_in, dtype=self.dtype, name="in_proj"
         )
-        y = self.scan(*jnp.split(in_proj(x), 2, axis=-1))
+        y = self.scan(*jnp.split(stored(in_proj(x)), 2, axis=-1))
         return out_projection(dim, self.depth, self.dtype)(y)
 
     def scan(self, x: jax.Array, z: jax.Array) -> jax.Array:

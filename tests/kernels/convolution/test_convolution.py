@@ -165,3 +165,37 @@ def check_shard_map() -> None:
 
     mapped = jax.shard_map(part, mesh=mesh, in_specs=parts, out_specs=(parts[0], parts[:3]))
     assert_close(jax.jit(mapped)(*arrays), expected(*arrays, before, True), 2e-6)
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_orders(implementation, shared):
+    """Groups that convolve a sequence in orders of their own give what each gives alone on a gathered sequence."""
+    groups, channels, length = 3, 20, 11
+    x, kernel, bias, dy = problem((2, 1, length, groups * channels), (1, 4))
+    x = x[..., :channels] if shared else x
+    order = np.stack([np.random.default_rng(seed).permutation(length) for seed in range(groups)])
+
+    def alone(x, kernel, bias):
+        parts = []
+        for group, steps in enumerate(order):
+            part = slice(group * channels, (group + 1) * channels)
+            own = x if shared else x[..., part]
+            y = depthwise_convolution(
+                own[:, :, steps], kernel[..., part], bias[part], before=(0, 3), silu=True, implementation="plain"
+            )
+            parts.append(y[:, :, np.argsort(steps)])
+        return jnp.concatenate(parts, axis=-1)
+
+    y, pull = jax.vjp(alone, x, kernel, bias)
+    options = dict(before=(0, 3), silu=True, order=order, implementation=implementation)
+    assert_close(results(x, kernel, bias, dy, **options), (y, pull(dy)), 5e-6)
+
+
+@pytest.mark.skipif(not build.compiler(), reason="no C++ compiler")
+def test_an_order_that_visits_a_position_twice():
+    arrays = jnp.ones((1, 1, 3, 2)), jnp.ones((1, 4, 2))
+    with pytest.raises(Exception, match="an order that visits a position twice"):
+        depthwise_convolution(*arrays, before=(0, 3), order=np.array([[0, 1, 1]]), implementation="native")
+    with pytest.raises(ValueError, match=r"^order: shape is \(1, 2\), expected \(groups, 3\)"):
+        depthwise_convolution(*arrays, before=(0, 3), order=np.array([[0, 1]]))

@@ -24,8 +24,8 @@ def make_order(padding: int) -> np.ndarray:
     return np.stack([generator.permutation(steps) for _ in range(GROUPS)]).astype(np.int32)
 
 
-def make_inputs(shared: bool, constant: str, dtype=jnp.float32) -> dict[str, jax.Array]:
-    """Random arguments with all that is optional; `shared`: all groups read the same u and z."""
+def make_inputs(shared: str | bool, constant: str, dtype=jnp.float32) -> dict[str, jax.Array]:
+    """Random arguments with all that is optional; `shared`: all groups read the same u and z, or "z" alone."""
     generator = np.random.default_rng(1)
 
     def normal(*shape, dtype=jnp.float32):
@@ -34,7 +34,7 @@ def make_inputs(shared: bool, constant: str, dtype=jnp.float32) -> dict[str, jax
     channels = GROUPS * CHANNELS
     matrix = BATCH, POSITIONS, GROUPS, STATE
     return dict(
-        u=normal(BATCH, POSITIONS, CHANNELS if shared else channels, dtype=dtype),
+        u=normal(BATCH, POSITIONS, CHANNELS if shared is True else channels, dtype=dtype),
         delta=normal(BATCH, POSITIONS, channels, dtype=dtype),
         A=-jnp.exp(normal(channels, STATE)),
         B=normal(*matrix, dtype=dtype),
@@ -70,7 +70,7 @@ def exact(inputs: dict, order: np.ndarray, reverse: bool) -> tuple[np.ndarray, n
 @pytest.mark.parametrize("implementation", [NATIVE, "sequential", "plain", "associative"])
 @pytest.mark.parametrize(
     ("padding", "shared", "constant", "reverse"),
-    [(0, True, "", False), (12, True, "", True), (12, False, "C", False), (0, False, "", True)],
+    [(0, True, "", False), (12, True, "", True), (12, False, "C", False), (0, False, "", True), (0, "z", "", False)],
 )
 def test_results_lie_where_the_inputs_do(implementation, padding, shared, constant, reverse):
     inputs, order = make_inputs(shared, constant), make_order(padding)
@@ -81,7 +81,9 @@ def test_results_lie_where_the_inputs_do(implementation, padding, shared, consta
 
 
 @needs_compiler
-@pytest.mark.parametrize(("padding", "shared", "constant"), [(0, True, ""), (12, True, "C"), (12, False, "")])
+@pytest.mark.parametrize(
+    ("padding", "shared", "constant"), [(0, True, ""), (12, True, "C"), (12, False, ""), (0, "z", "")]
+)
 def test_gradients_of_native_are_those_of_gathering(padding, shared, constant):
     inputs, order = make_inputs(shared, constant), make_order(padding)
 

@@ -283,7 +283,12 @@ def test_softplus_and_sigmoid_are_accurate():
     x = np.linspace(-80, 80, 20001, dtype=np.float32)
     exact = x.astype(np.float64)
     np.testing.assert_allclose(program.softplus(x), np.logaddexp(exact, 0), rtol=5e-6)
-    np.testing.assert_allclose(program.sigmoid(x), 1 / (1 + np.exp(-exact)), rtol=5e-6)
+    sigmoid = 1 / (1 + np.exp(-exact))
+    np.testing.assert_allclose(program.sigmoid(x), sigmoid, rtol=5e-6)
+    for number in (1, 2, 3):
+        gates = program.gates([pallas.Tile(x, x, x, z) for z in (x, x[::-1], 0.5 * x)[:number]])
+        expected = [exact * sigmoid, (exact * sigmoid)[::-1], exact / 2 / (1 + np.exp(-exact / 2))][:number]
+        np.testing.assert_allclose(gates, expected, rtol=5e-6, atol=2e-17)
 
 
 @pytest.mark.parametrize("channels", [384, 768, 1536])
