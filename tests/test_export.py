@@ -29,6 +29,7 @@ NETWORKS = {  # of every family
     "efficient_vmamba_tiny": STAGES | {"dims": (8, 8, 8, 8), "depths": (1, 1, 1, 1)},
     "srvm_tiny": STUDENT,
     "upernet_vim_tiny": SMALL | {"depth": 4, "head_channels": 8, "auxiliary_channels": 8},
+    "upernet_v2m_tiny": SMALL | {"depth": 4, "head_channels": 8, "auxiliary_channels": 8},
     "srresnet_x4": {"channels": 4, "num_blocks": 1},
 }
 

@@ -8,7 +8,7 @@ from jax import export
 from jax2onnx.converter.ir_context import IRContext
 from jax2onnx.converter.lower_dimexpr import LowerDimExpr
 from jax2onnx.converter.typing_support import SymbolicDimOrigin
-from onnx_ir import AttrGraph, AttrInt64, Model, Node, Value, _core, passes
+from onnx_ir import AttrGraph, AttrInt64, Graph, Model, Node, Value, _core, passes
 from onnx_ir.passes import common
 
 MATRIX_PRODUCT = re.compile(r"(\w*)(\w),\2(\w)->\1\3")  # Einsum's words for MatMul with a matrix
@@ -56,7 +56,19 @@ def tidied(model: Model) -> Model:
             if not value.is_graph_output():  # what ONNX infers anyway, while jax2onnx takes some integers for floats
                 value.type = value.shape = None
     tidy = passes.Sequential(common.IdentityEliminationPass(), common.RemoveUnusedNodesPass())
-    return tidy(model).model
+    model = tidy(model).model
+    for graph in model.graphs():
+        part_outputs(graph)
+    return model
+
+
+def part_outputs(graph: Graph) -> None:
+    """Copies a value that is an output twice: of a Scan's next state and entry in one, ONNX Runtime makes neither."""
+    for i, value in enumerate(graph.outputs):
+        if any(value is other for other in graph.outputs[:i]):
+            copy = Node("", "Identity", [value], outputs=[_like(value, f"_output_{i}")])
+            graph.append(copy)
+            graph.outputs[i] = copy.outputs[0]
 
 
 def replace_by_scan(loop: Node) -> None:
