@@ -171,7 +171,7 @@ class GroupedShortConv(nn.Module):
         convolve = partial(depthwise_convolution, before=(0, CONV_WIDTH - 1), silu=True)
         if order is not None:
             taps = jnp.moveaxis(kernel[:, :, 0], 0, 1).reshape(1, CONV_WIDTH, -1)
-            y = convolve(x[:, None], taps, bias.reshape(-1), order=order)
+            y = convolve(x[:, None], taps, bias.reshape(-1), order=order)[:, 0]
             return jnp.moveaxis(y.reshape(*x.shape[:2], groups, channels), 2, 0)
         directions = zip(x, kernel, bias, strict=True)
         return jnp.stack([convolve(of[:, None], taps[:, 0][None], offset)[:, 0] for of, taps, offset in directions])
