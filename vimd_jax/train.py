@@ -226,7 +226,7 @@ def _train(config: ConfigDict, workdir: Path, data: Splits, stop: StopRequest, u
             batch = next(batches)
             waited = time.perf_counter() - began
             arguments = state, replicated_frozen, parallel.shard(batch)
-            if step == first_step + 1:
+            if step == first_step + 1:  # what compiling needed is given back before the step needs its own memory
                 train_step.lower(*arguments).compile()
                 give_back()
             state, metrics = train_step(*arguments)

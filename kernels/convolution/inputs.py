@@ -11,7 +11,10 @@ class ConvolutionInputs(NamedTuple):
     bias: Any  # (channels,) float32
     order: Any = None  # (groups, rows * columns) int32, see `depthwise_convolution`
 
-    groups = property(lambda self: 1 if self.order is None else self.order.shape[0])
+    @property
+    def groups(self) -> int:
+        """Groups of channels, each with an order of its own."""
+        return 1 if self.order is None else self.order.shape[0]
 
 
 class ConvolutionOptions(NamedTuple):

@@ -172,7 +172,7 @@ def _mixed(config: ConfigDict, networks: Networks, key: jax.Array, batch: Batch)
 
 def make_train_step(
     config: ConfigDict, networks: Networks, optimizer: optax.GradientTransformation
-) -> Callable[[TrainState, Any, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+) -> jax.stages.Wrapped:
     """One optimiser step over all devices: (state, frozen, batch) -> (state, metrics), both replicated."""
     objective = _objective(config, networks)
 
