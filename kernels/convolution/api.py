@@ -68,7 +68,7 @@ def depthwise_convolution(
         raise ValueError(f"order: shape is {order.shape}, expected (groups, {rows * columns}), groups of {channels}")
     bias = jnp.zeros(channels, jnp.float32) if bias is None else bias.astype(jnp.float32)
     flat = x.reshape(batch, rows * columns, -1)
-    weights = (vary_like(array, x) for array in (kernel.astype(jnp.float32), bias))
+    kernel, bias = (vary_like(array, x) for array in (kernel.astype(jnp.float32), bias))
     options = ConvolutionOptions(rows, tuple(before), silu)
 
     def convolve(inputs):
@@ -78,4 +78,4 @@ def depthwise_convolution(
     if explicit := sharding.mesh.explicit_axes:
         convolve = auto_axes(convolve, axes=explicit, out_sharding=sharding)
     order = None if order is None else jnp.asarray(order, jnp.int32)
-    return convolve(ConvolutionInputs(flat, *weights, order)).reshape(batch, rows, columns, channels)
+    return convolve(ConvolutionInputs(flat, kernel, bias, order)).reshape(batch, rows, columns, channels)
