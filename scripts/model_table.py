@@ -95,11 +95,12 @@ def _tallies() -> Iterator[None]:
 
     def call(next_call, args, kwargs, context):
         module = context.module
-        if context.method_name == "__call__" and type(module) in TAPS:
-            args = (_tally.bind(args[0], products=args[0].size * TAPS[type(module)]), *args[1:])
         if context.method_name == "__call__" and isinstance(module, NORMS):
             args = (_tally.bind(args[0], normalized=args[0].size), *args[1:])
-        return next_call(*args, **kwargs)
+        result = next_call(*args, **kwargs)
+        if context.method_name == "__call__" and type(module) in TAPS:
+            result = _tally.bind(result, products=result.size * TAPS[type(module)])
+        return result
 
     with ExitStack() as stack:
         for name, module in list(sys.modules.items()):
