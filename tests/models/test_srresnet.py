@@ -9,7 +9,7 @@ import pytest
 from flax import linen as nn
 
 from vimd_jax.models.layers import Conv, convolve
-from vimd_jax.models.srresnet import BatchNorm, SRResNet, pixel_shuffle, winograd
+from vimd_jax.models.srresnet import BatchNorm, SRResNet, convolve_tiles, pixel_shuffle, winograd
 from weight_convert import convert_state_dict
 
 
@@ -129,3 +129,10 @@ def test_winograd_is_a_convolution(size):
     keys = jax.random.split(jax.random.key(0), 2)
     x, kernel = jax.random.normal(keys[0], (2, *size, 3)), jax.random.normal(keys[1], (3, 3, 3, 4))
     np.testing.assert_allclose(winograd(x, kernel), convolve(x, kernel), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(6, 8), (5, 7), (1, 2)])
+def test_convolve_tiles_is_a_convolution(size):
+    keys = jax.random.split(jax.random.key(0), 2)
+    x, kernel = jax.random.normal(keys[0], (2, *size, 4)), jax.random.normal(keys[1], (9, 9, 4, 3))
+    np.testing.assert_allclose(convolve_tiles(x, kernel), convolve(x, kernel), rtol=1e-4, atol=1e-5)

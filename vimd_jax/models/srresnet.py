@@ -69,7 +69,7 @@ class SRResNet(Network):
 
         for i in range(self.scale.bit_length() - 1):
             x = Doubling(self.channels, name=f"upsample_{i}")(x)
-        x = Conv(3, 9, convolve=convolve_to_few if portable.value else convolve, name="conv_out")(x)
+        x = Conv(3, 9, convolve=output_convolve(self.channels), name="conv_out")(x)
         return jnp.clip(x, 0.0, 1.0)
 
 
@@ -111,6 +111,34 @@ def trunk_convolve(train: bool) -> Callable[[jax.Array, jax.Array], jax.Array]:
     if train:
         return convolve
     return partial(on_cpu, winograd, convolve)
+
+
+def output_convolve(channels: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """The last convolution: `convolve_tiles` on a CPU for few input channels, where XLA's own (JAX 0.10) is slow."""
+    if portable.value:
+        return convolve_to_few
+    return partial(on_cpu, convolve_tiles, convolve) if channels < 32 else convolve
+
+
+def convolve_tiles(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`convolve` for few channels and features: the pixels of each 2×4 tile are features of one strided convolution.
+
+    With 16 channels and 3 features, both it and its gradient take a fifth of the time, for 48 % more multiplications.
+    """
+    rows, columns = 2, 4
+    size, _, inputs, features = kernel.shape
+    batch, height, width, _ = x.shape
+    moved = [
+        jnp.pad(kernel, ((i, rows - 1 - i), (j, columns - 1 - j), (0, 0), (0, 0)))
+        for i in range(rows)
+        for j in range(columns)
+    ]
+    padding = [(size // 2, size // 2 - side % -tile) for side, tile in ((height, rows), (width, columns))]
+    y = jax.lax.conv_general_dilated(
+        x, jnp.concatenate(moved, axis=3), (rows, columns), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    tiles = y.reshape(batch, *y.shape[1:3], rows, columns, features).swapaxes(2, 3)
+    return merge_tiles(tiles)[:, :height, :width]
 
 
 def convolve_to_few(x: jax.Array, kernel: jax.Array) -> jax.Array:
