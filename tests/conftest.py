@@ -13,6 +13,7 @@ from hub_server import TOKEN, HubServer, point_at
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(tempfile.gettempdir()) / f"vimd_jax_tests_{os.getuid()}")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.02"
+os.environ.setdefault("GLIBC_TUNABLES", "")  # without large pages, for which programs would start twice
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ import numpy as np
 from flax import linen as nn
 
 from vimd_jax.models.hierarchical import Block, Hierarchical
-from vimd_jax.models.layers import BatchNorm, ChannelGate, DepthwiseConv, layer_norm, uniform, uniform_fan_in
+from vimd_jax.models.layers import BatchNorm, ChannelGate, Dense, DepthwiseConv, layer_norm, uniform, uniform_fan_in
 from vimd_jax.models.scan_order import PADDING, ScanOrder, scan_order_of, stack_orders
 from vimd_jax.models.vmamba import SS2D
 
@@ -121,7 +121,7 @@ class InvertedResidual(Block):
         """See `Block`."""
         drop_rate, _ = inputs
         dim = x.shape[-1]
-        pointwise = partial(nn.Dense, use_bias=False, kernel_init=uniform_fan_in, dtype=self.dtype)
+        pointwise = partial(Dense, use_bias=False, kernel_init=uniform_fan_in, dtype=self.dtype)
         y = nn.relu(self.normalize("expand", pointwise(EXPANSION * dim, name="expand")(x))).astype(self.dtype)
         y = nn.relu(self.normalize("depthwise", DepthwiseConv(use_bias=False, name="depthwise")(y)))
         y = y * self.excitation(y.mean(axis=(1, 2), keepdims=True))
@@ -165,7 +165,7 @@ class Downsampling(nn.Module):
 
 def _pointwise(inputs: int, outputs: int, dtype: Any, name: str) -> nn.Dense:
     """A 1×1 convolution with bias, initialised as in PyTorch."""
-    return nn.Dense(outputs, kernel_init=uniform_fan_in, bias_init=uniform(inputs**-0.5), dtype=dtype, name=name)
+    return Dense(outputs, kernel_init=uniform_fan_in, bias_init=uniform(inputs**-0.5), dtype=dtype, name=name)
 
 
 @functools.cache

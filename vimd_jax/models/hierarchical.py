@@ -16,6 +16,7 @@ import numpy as np
 from flax import linen as nn
 
 from vimd_jax.models.layers import (
+    Dense,
     check_images,
     drop_path,
     layer_norm,
@@ -222,7 +223,7 @@ class Block(nn.Module):
 
     def mlp(self, x: jax.Array, ratio: float, dtype: Any) -> jax.Array:
         """A norm and an MLP of two linear layers, with `ratio` times the channels between them."""
-        dense = partial(nn.Dense, kernel_init=nn.initializers.normal(0.02), dtype=dtype)
+        dense = partial(Dense, kernel_init=nn.initializers.normal(0.02), dtype=dtype)
         hidden = dense(int(x.shape[-1] * ratio), name="mlp_in")(layer_norm(name="mlp_norm")(x))
         return dense(x.shape[-1], name="mlp_out")(nn.gelu(hidden, approximate=False))
 
@@ -254,4 +255,4 @@ class PatchMerging(nn.Module):
 
 def projection(dim: int, dtype: Any, name: str) -> nn.Dense:
     """A linear layer without bias, initialised as in these networks."""
-    return nn.Dense(dim, use_bias=False, kernel_init=nn.initializers.normal(0.02), dtype=dtype, name=name)
+    return Dense(dim, use_bias=False, kernel_init=nn.initializers.normal(0.02), dtype=dtype, name=name)

@@ -16,7 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from vimd_jax.models.layers import check_images, drop_path, normalize_images, patch_embedding, recomputing, rms_norm
+from vimd_jax.models.layers import (
+    Dense,
+    check_images,
+    drop_path,
+    normalize_images,
+    patch_embedding,
+    recomputing,
+    rms_norm,
+)
 from vimd_jax.models.network import Network, check_layers, square
 from vimd_jax.models.positions import (
     class_token_positions,
@@ -289,4 +297,4 @@ class Layer(nn.Module):
 def out_projection(dim: int, depth: int, dtype: Any) -> nn.Dense:
     """The mixer's output projection, initialised by PyTorch's default divided by the square root of the depth."""
     shrunk = nn.initializers.variance_scaling(1 / (3 * depth), "fan_in", "uniform")
-    return nn.Dense(dim, use_bias=False, kernel_init=shrunk, dtype=dtype, name="out_proj")
+    return Dense(dim, use_bias=False, kernel_init=shrunk, dtype=dtype, name="out_proj")

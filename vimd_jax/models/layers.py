@@ -58,6 +58,19 @@ def patch_embedding(
 portable = jax.make_user_context(False)  # `with portable(True):` traces programs that are the same on every platform
 
 
+def multiply_rows(x: jax.Array, kernel: jax.Array, dimension_numbers: Any = None, precision: Any = None) -> jax.Array:
+    """Multiplies vectors (…, inputs) with a kernel (inputs, features), all as rows of one matrix; for `nn.Dense`, too.
+
+    For the gradient of the kernel, XLA sums over a single dimension then; over several, it first copies the cotangents.
+    """
+    rows = x if portable.value else x.reshape(-1, x.shape[-1])
+    y = jax.lax.dot_general(rows, kernel, (((rows.ndim - 1,), (0,)), ((), ())), precision)
+    return y.reshape(*x.shape[:-1], kernel.shape[1])
+
+
+Dense = partial(nn.Dense, dot_general=multiply_rows)
+
+
 def stored(x: jax.Array) -> jax.Array:
     """Marks an array for `recomputing`: of a product's output, more is computed than it takes to store it."""
     return x if portable.value else checkpoint_name(x, STORED)

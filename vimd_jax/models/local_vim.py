@@ -17,7 +17,7 @@ import numpy as np
 from flax import linen as nn
 
 from vimd_jax.models.isotropic import Isotropic, Rotation, out_projection
-from vimd_jax.models.layers import ChannelGate, layer_norm, portable, rms_norm, stored, uniform, uniform_fan_in
+from vimd_jax.models.layers import ChannelGate, Dense, layer_norm, portable, rms_norm, stored, uniform, uniform_fan_in
 from vimd_jax.models.mamba import EXPAND, GroupedShortConv, GroupedSSM
 from vimd_jax.models.network import Network
 from vimd_jax.models.positions import class_token_positions, resize_positions, rotary_angles
@@ -186,7 +186,7 @@ class Mixer(nn.Module):
     def __call__(self, x: jax.Array, order: ScanOrder) -> jax.Array:
         """Maps x (batch, tokens, dim) to the same shape; `order` is that of the layer's directions."""
         dim = x.shape[-1]
-        in_proj = nn.Dense(2 * EXPAND * dim, use_bias=False, kernel_init=normal, dtype=self.dtype, name="in_proj")
+        in_proj = Dense(2 * EXPAND * dim, use_bias=False, kernel_init=normal, dtype=self.dtype, name="in_proj")
         x, z = jnp.split(stored(in_proj(x)), 2, axis=-1)
         conv = GroupedShortConv(name="conv")
         ssm = GroupedSSM(

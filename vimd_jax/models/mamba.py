@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from kernels import depthwise_convolution, selective_scan
-from vimd_jax.models.layers import stored, uniform, uniform_fan_in
+from vimd_jax.models.layers import Dense, multiply_rows, stored, uniform, uniform_fan_in
 
 CONV_WIDTH = 4
 EXPAND = 2  # ratio of a mixer's channels to those of a token
@@ -123,7 +123,7 @@ def selective_projections(
     channels = u.shape[-1]
     rank = delta_rank(channels)
     width = rank + 2 * state_size
-    x_proj = nn.Dense(width, use_bias=False, kernel_init=uniform_fan_in, dtype=dtype, name="x_proj")
+    x_proj = Dense(width, use_bias=False, kernel_init=uniform_fan_in, dtype=dtype, name="x_proj")
     code, B, C = jnp.split(stored(x_proj(u)), [rank, rank + state_size], axis=-1)
     delta, delta_bias = DeltaProjection(channels, delta_bias_init, name="dt_proj")(code)
     return delta, B, C, delta_bias
@@ -188,7 +188,7 @@ class DeltaProjection(nn.Module):
         """Maps code (batch, length, rank) to step sizes without bias (batch, length, channels) and the bias."""
         kernel = self.param("kernel", uniform_fan_in, (code.shape[-1], self.channels), jnp.float32)
         bias = self.param("bias", self.bias_init, (self.channels,), jnp.float32)
-        return code @ kernel.astype(code.dtype), bias
+        return multiply_rows(code, kernel.astype(code.dtype)), bias
 
 
 def log_of_counting(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:

@@ -17,7 +17,7 @@ from flax import linen as nn
 
 from kernels import selective_scan
 from vimd_jax.models.isotropic import Isotropic, out_projection
-from vimd_jax.models.layers import stored, uniform_fan_in
+from vimd_jax.models.layers import Dense, stored, uniform_fan_in
 from vimd_jax.models.mamba import (
     EXPAND,
     DeltaProjection,
@@ -106,7 +106,7 @@ class Mixer(nn.Module):
         """Maps x (batch, tokens, dim), with tokens in row order, to the same shape."""
         batch, tokens, dim = x.shape
         channels = EXPAND * dim
-        in_proj = nn.Dense(2 * channels, use_bias=False, kernel_init=uniform_fan_in, dtype=self.dtype, name="in_proj")
+        in_proj = Dense(2 * channels, use_bias=False, kernel_init=uniform_fan_in, dtype=self.dtype, name="in_proj")
         x, z = jnp.split(stored(in_proj(x)).reshape(batch, *self.grid, 2 * channels), 2, axis=-1)
         y = self.scan(x, z)
         y = (y / 2 if self.merge == "mean" else y).reshape(batch, tokens, channels)
@@ -159,7 +159,7 @@ class LinePass(nn.Module):
         batch, lines, length, channels = shape = x.shape
         u = ShortConv(reverse, name="conv")(x.reshape(batch * lines, length, channels))
         rank = delta_rank(channels)
-        x_proj = nn.Dense(
+        x_proj = Dense(
             rank + self.state_size, use_bias=False, kernel_init=uniform_fan_in, dtype=self.dtype, name="x_proj"
         )
         code, matrix = jnp.split(stored(x_proj(u)), [rank], axis=-1)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from vimd_jax.models.isotropic import Isotropic, out_projection
-from vimd_jax.models.layers import stored, uniform_fan_in
+from vimd_jax.models.layers import Dense, stored, uniform_fan_in
 from vimd_jax.models.mamba import EXPAND, SSM, inverse_softplus_of_steps
 
 
@@ -44,9 +44,7 @@ class Mixer(nn.Module):
     def __call__(self, x: jax.Array, inputs: None = None) -> jax.Array:
         """Maps x (batch, tokens, dim) to the same shape."""
         dim = x.shape[-1]
-        in_proj = nn.Dense(
-            2 * EXPAND * dim, use_bias=False, kernel_init=uniform_fan_in, dtype=self.dtype, name="in_proj"
-        )
+        in_proj = Dense(2 * EXPAND * dim, use_bias=False, kernel_init=uniform_fan_in, dtype=self.dtype, name="in_proj")
         y = self.scan(*jnp.split(stored(in_proj(x)), 2, axis=-1))
         return out_projection(dim, self.depth, self.dtype)(y)
 
