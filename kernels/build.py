@@ -5,8 +5,9 @@ that is not in the cache. It is `$CXX` (with `$CXXFLAGS`), or else the first of 
 
 Libraries are kept in `$XDG_CACHE_HOME/vimd_jax` (usually ~/.cache/vimd_jax), or in a folder of this user among the
 temporary files where that cannot be written. Their names are derived from what decides the result: the source, the
-flags, the processor, the C library and the version of XLA's foreign function interface. With `-march` or `-mcpu` in
-`$CXXFLAGS` the library is for that processor instead of this one, and loads wherever `$CXXFLAGS` is the same.
+headers, the flags, the processor, the C library and the version of XLA's foreign function interface. With `-march` or
+`-mcpu` in `$CXXFLAGS` the library is for that processor instead of this one, and loads wherever `$CXXFLAGS` is the
+same.
 
 A library that another user could have written is not loaded, and a folder that others can write is not used.
 """
@@ -34,6 +35,8 @@ import jax
 
 # Explicit flags instead of -ffast-math, which would let the compiler assume that NaN and infinity do not happen.
 FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fPIC", "-shared"]
+
+HEADERS = sorted(Path(__file__).parent.glob("*.h"))  # that sources may include
 
 COMPILE_SECONDS = 300  # a compiler that takes longer is stopped
 KEPT = 8  # libraries of a source file, the last ones used
@@ -163,7 +166,7 @@ def _ingredients(source: Path, macros: tuple[str, ...]) -> list[str]:
     versions = re.findall(r"#define (XLA_FFI_API_(?:MAJOR|MINOR) \d+)", interface)
     system = [*platform.libc_ver(), platform.system(), platform.machine()]
     target = [processor()] if _for_this_processor() else []
-    return [source.read_text(), *_flags(macros), *versions, *system, *target]
+    return [*(file.read_text() for file in [source, *HEADERS]), *_flags(macros), *versions, *system, *target]
 
 
 def _run(command: list[str]) -> str:

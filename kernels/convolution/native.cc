@@ -9,16 +9,13 @@
 // the taps over images), so that they are the same to the bit whatever the number of threads.
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <condition_variable>
 #include <cstdint>
 #include <cstring>
-#include <memory>
-#include <mutex>
 #include <string>
 #include <vector>
 
+#include "../threads.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -262,45 +259,16 @@ class Task {
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Threads: XLA's own pool. The calling thread takes part and waits only for helpers that have begun, so that it never
-// depends on a pool that is busy, or that a fork has left without threads.
-
-struct Team {
-  std::mutex mutex;
-  std::condition_variable left;
-  std::atomic<int64_t> next{0};
-  int64_t active = 0;
-  bool closed = false;
-};
-
 // Calls run(image, first channel, channels) for every task.
 template <class Run>
 void ForEachTask(ffi::ThreadPool& pool, const Shape& shape, Run run) {
   const int64_t range = shape.images * shape.channels < 1024 ? 32 : 64, ranges = (shape.channels + range - 1) / range;
   const int64_t tasks = shape.images * ranges;
   const bool small = shape.images * shape.positions() * shape.channels < (1 << 15);
-  const auto team = std::make_shared<Team>();
-  const auto work = [&, team = team.get()] {
-    for (int64_t task; (task = team->next.fetch_add(1)) < tasks;) {
-      const int64_t first = task % ranges * range;
-      run(task / ranges, first, std::min(range, shape.channels - first));
-    }
-  };
-  for (int64_t i = 1; !small && i < std::min(tasks, pool.num_threads()); ++i) {
-    pool.Schedule([team, &work] {
-      std::unique_lock<std::mutex> lock(team->mutex);
-      if (team->closed) return;  // the call is over, and `work` with it
-      ++team->active;
-      lock.unlock();
-      work();
-      lock.lock();
-      if (--team->active == 0) team->left.notify_one();
-    });
-  }
-  work();
-  std::unique_lock<std::mutex> lock(team->mutex);
-  team->closed = true;
-  team->left.wait(lock, [&] { return team->active == 0; });
+  RunTasks(pool, tasks, small ? 1 : std::min(tasks, pool.num_threads()), [&](int64_t task, int64_t) {
+    const int64_t first = task % ranges * range;
+    run(task / ranges, first, std::min(range, shape.channels - first));
+  });
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

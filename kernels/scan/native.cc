@@ -16,14 +16,11 @@
 #endif
 
 #include <algorithm>
-#include <atomic>
-#include <condition_variable>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <type_traits>
 #include <utility>
@@ -35,6 +32,7 @@
 #include <arm_neon.h>
 #endif
 
+#include "../threads.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -828,17 +826,7 @@ int64_t ArenaVectors(const Scan& scan) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Threads: XLA's own pool. The calling thread takes part and waits only for helpers that have begun, so that it never
-// depends on a pool that is busy, or that a fork has left without threads.
-
-struct Team {
-  std::mutex mutex;
-  std::condition_variable left;
-  std::atomic<int64_t> next{0};
-  int64_t joined = 1, active = 0;
-  bool closed = false;
-};
-
+// Calls run(task, arena) for every task, with memory to work in that no other task has at the same time.
 template <class Run>
 ffi::Error ForEachTask(ffi::ThreadPool& pool, const Scan& scan, Run run) {
   const int64_t tasks = scan.tasks(), arena = ArenaVectors(scan) * kLanes;
@@ -847,27 +835,7 @@ ffi::Error ForEachTask(ffi::ThreadPool& pool, const Scan& scan, Run run) {
   const std::unique_ptr<float, decltype(&std::free)> memory(
       static_cast<float*>(std::aligned_alloc(sizeof(Vec), threads * arena * sizeof(float))), &std::free);
   if (!memory) return ffi::Error(ffi::ErrorCode::kResourceExhausted, "selective scan: no memory to work in");
-
-  const auto team = std::make_shared<Team>();
-  const auto work = [&, team = team.get()](int64_t member) {
-    for (int64_t task; (task = team->next.fetch_add(1)) < tasks;) run(task, Arena(memory.get() + member * arena));
-  };
-  for (int64_t i = 1; i < threads; ++i) {
-    pool.Schedule([team, &work] {
-      std::unique_lock<std::mutex> lock(team->mutex);
-      if (team->closed) return;  // the call is over, and `work` with it
-      const int64_t member = team->joined++;
-      ++team->active;
-      lock.unlock();
-      work(member);
-      lock.lock();
-      if (--team->active == 0) team->left.notify_one();
-    });
-  }
-  work(0);
-  std::unique_lock<std::mutex> lock(team->mutex);
-  team->closed = true;
-  team->left.wait(lock, [&] { return team->active == 0; });
+  RunTasks(pool, tasks, threads, [&](int64_t task, int64_t member) { run(task, Arena(memory.get() + member * arena)); });
   return ffi::Error::Success();
 }
 

@@ -49,8 +49,12 @@ def test_a_build_is_cached_by_all_that_goes_into_it(source, empty_cache, tmp_pat
     assert library == build._build(source) and library.read_text() == "library\n"
     assert (tmp_path / "log").read_text() == "once\n"
     monkeypatch.setenv("CXXFLAGS", "-g")
-    assert build._build(source) != library
-    assert (tmp_path / "log").read_text() == "once\nonce\n"
+    with_debugging = build._build(source)
+    header = tmp_path / "answer.h"
+    header.write_text("#define ANSWER 42")
+    monkeypatch.setattr(build, "HEADERS", [header])
+    assert len({library, with_debugging, build._build(source)}) == 3
+    assert (tmp_path / "log").read_text() == "once\n" * 3
 
 
 def test_builds_at_the_same_time_never_show_half_a_file(source, empty_cache, tmp_path, monkeypatch):
