@@ -118,6 +118,8 @@ def get_config(folder: str) -> ConfigDict:
     config, given = stages[arm.stage].copy_and_resolve_references(), dict(map(parse_option, study["set"]))
     if unknown := set(given).difference(*(flat(stage.to_dict()) for stage in stages.values())):
         raise ValueError(f"--set: no stage of {study['config']} has a field {min(unknown)}.")
+    if starts := [name for name in given if name.endswith(".init")]:
+        raise ValueError(f"--set: {starts[0]} is for the arms to say, they differ in what they start from.")
     changes = {name: value for name, value in given.items() if name in flat(config.to_dict())} | arm.changes
     changes |= {name: str(path.parent / changes[name]) for name in changes if name.endswith(".init") and changes[name]}
     changes |= {"seed": int(path.parent.name.removeprefix("seed")), "selection": "validation"}
@@ -299,7 +301,8 @@ def settings(study: Path, given: dict[str, Any]) -> dict[str, Any]:
     given = {name: value for name, value in given.items() if value is not None}
     known = json.loads(path.read_text()) if path.exists() else {"data": "", "generic": "", "set": [], "seeds": 3}
     for name in given.keys() & known.keys() - {"arms", "seeds"}:
-        if any(study.glob("seed*")) and given[name] != known[name]:
+        added = name == "generic" and not known[name]  # no run has needed it
+        if any(study.glob("seed*")) and given[name] != known[name] and not added:
             raise ValueError(f"--{name}: {study} was begun with {known[name]!r}, choose another --study.")
     chosen = known | given
     if missing := {"config", "epochs"} - chosen.keys():

@@ -30,6 +30,7 @@ NETWORKS = {  # of every family
     "srvm_tiny": STUDENT,
     "upernet_vim_tiny": SMALL | {"depth": 4, "head_channels": 8, "auxiliary_channels": 8},
     "upernet_v2m_tiny": SMALL | {"depth": 4, "head_channels": 8, "auxiliary_channels": 8},
+    "srresnet_x2": {"channels": 4, "num_blocks": 1},
     "srresnet_x4": {"channels": 4, "num_blocks": 1},
 }
 

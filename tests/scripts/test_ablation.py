@@ -115,12 +115,21 @@ def test_a_run_can_start_as_soon_as_what_it_needs_is_there(tmp_path):
     train.check(config, folder)
 
 
+def test_other_images_can_be_added_later_but_not_changed(tmp_path):
+    study(tmp_path)
+    (tmp_path / "seed0").mkdir()
+    study(tmp_path, generic="flowers", arms=["sr-generic"])
+    with pytest.raises(ValueError, match="--generic: .* was begun with 'flowers'"):
+        study(tmp_path, generic="cars")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--arms", "plane"], "error: --arms: there is no arm 'plane', choose from teacher, plain, "),
         (["--arms", "sr-generic"], "error: --arms: sr-generic needs --generic"),
         (["--set", "optimiser.b1=0.8"], "error: --set: no stage of quickstart has a field optimiser.b1."),
+        (["--set", "sr.init=pretrained"], "error: --set: sr.init is for the arms"),
         (["--epochs", "3"], "error: --epochs: "),
         (["--seeds", "0"], "error: --seeds is 0"),
     ],

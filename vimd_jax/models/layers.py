@@ -62,6 +62,7 @@ def multiply_rows(x: jax.Array, kernel: jax.Array, dimension_numbers: Any = None
     """Multiplies vectors (…, inputs) with a kernel (inputs, features), all as rows of one matrix; for `nn.Dense`, too.
 
     For the gradient of the kernel, XLA sums over a single dimension then; over several, it first copies the cotangents.
+    Vectors that are split over devices stay so along the first axis, the batch, alone.
     """
     rows = x if portable.value else x.reshape(-1, x.shape[-1])
     y = jax.lax.dot_general(rows, kernel, (((rows.ndim - 1,), (0,)), ((), ())), precision)

@@ -133,7 +133,7 @@ def convolve_tiles(x: jax.Array, kernel: jax.Array) -> jax.Array:
         for i in range(rows)
         for j in range(columns)
     ]
-    padding = [(size // 2, size // 2 - side % -tile) for side, tile in ((height, rows), (width, columns))]
+    padding = [(size // 2, size // 2 + tile - 1) for tile in (rows, columns)]  # for sides that may be symbolic
     y = jax.lax.conv_general_dilated(
         x, jnp.concatenate(moved, axis=3), (rows, columns), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
