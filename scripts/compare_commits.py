@@ -41,7 +41,7 @@ def main() -> None:
         pairs = [(other[name], this[name]) for other, this in rounds]
         other, this = (statistics.median(column) for column in zip(*pairs))
         ratio = statistics.median(this / other for other, this in pairs)
-        print(f"{name:<60}{1e3 * other:>6.1f} ms{1e3 * this:>6.1f} ms{ratio:>8.3f}")
+        print(f"{name:<60}{1e3 * other:>8.1f} ms{1e3 * this:>8.1f} ms{ratio:>8.3f}")
 
 
 def times(checkout: Path, benchmark: list[str], programs: str) -> dict[str, float]:

@@ -1,8 +1,9 @@
 // Depthwise convolution for CPUs, forward and backward, called by XLA through its foreign function interface (see
 // native.py).
 //
-// A task is one image times a range of channels. It walks down the rows and keeps the last ones, as many as the filter
-// has, in float32 with zeros at both ends, so that the loops need neither bounds nor conversions. A vector register
+// A task is one image times a range of channels, and forward also of columns. It walks down the rows and keeps the last
+// ones, as many as the filter has, in float32 with the neighbouring columns or zeros at both ends, so that the loops need
+// neither bounds nor conversions. A vector register
 // holds neighbouring channels; the taps stay in registers along a row. The backward pass computes a row of the output
 // again, then the gradient before the activation, what the row adds to the gradients of the taps, and the next complete
 // row of the input's gradient; nothing else reaches memory. Every task writes its own results (the caller sums those of
@@ -101,20 +102,19 @@ struct Shape {
   int64_t groups() const { return width / channels; }
 };
 
-// The last kRows rows of a range of channels, each with zeros before and after its columns.
+// The last kRows rows of a range of channels and columns, each with the kColumns - 1 columns that a filter reads beyond it.
 template <int kRows, int kColumns>
 class Rows {
  public:
-  Rows(int64_t rows, int64_t columns, int64_t channels, int64_t before)
-      : count_(rows), channels_(channels), pitch_((columns + kColumns - 1) * channels), first_(before * channels),
-        data_((kRows + 1) * pitch_) {}
-  // Row i from its first zeros, all zeros where there is no such row.
+  Rows(int64_t rows, int64_t columns, int64_t channels)
+      : count_(rows), pitch_((columns + kColumns - 1) * channels), data_((kRows + 1) * pitch_) {}
+  // Row i from the first column that is read, all zeros where there is no such row.
   const float* Padded(int64_t i) const { return data_.data() + Slot(i) * pitch_; }
-  float* Columns(int64_t i) { return data_.data() + Slot(i) * pitch_ + first_; }
+  float* Padded(int64_t i) { return data_.data() + Slot(i) * pitch_; }
 
  private:
   int64_t Slot(int64_t i) const { return i < 0 || i >= count_ ? kRows : i % kRows; }
-  const int64_t count_, channels_, pitch_, first_;
+  const int64_t count_, pitch_;
   std::vector<float> data_;
 };
 
@@ -126,13 +126,19 @@ inline void ForChannels(int64_t channels, Body body) {
   for (; c < channels; ++c) body(0.0f, c);
 }
 
-// One image and range of channels. Pointers are to its first element.
+// A range of channels or of columns.
+struct Range {
+  int64_t first, count;
+};
+
+// One image and ranges of channels and columns. Pointers are to its first channel.
 template <class T, int kRows, int kColumns>
 class Task {
  public:
-  Task(const Shape& shape, int64_t group, int64_t channels, const T* x, const float* kernel, const float* bias)
-      : shape_(shape), channels_(channels), order_(shape.order ? shape.order + group * shape.positions() : nullptr),
-        x_(x), kernel_(kernel), bias_(bias), inputs_(shape.rows, shape.columns, channels, shape.left), row_(shape.columns * channels) {}
+  Task(const Shape& shape, int64_t group, int64_t channels, Range columns, const T* x, const float* kernel, const float* bias)
+      : shape_(shape), channels_(channels), columns_(columns),
+        order_(shape.order ? shape.order + group * shape.positions() : nullptr), x_(x), kernel_(kernel), bias_(bias),
+        inputs_(shape.rows, columns.count, channels), row_(columns.count * channels) {}
 
   void Forward(T* y) {
     for (int64_t row = 0; row < shape_.rows; ++row) {
@@ -142,15 +148,16 @@ class Task {
     }
   }
 
+  // Of all columns.
   void Backward(const T* dy, T* dx, float* dkernel, float* dbias) {
-    Rows<kRows, kColumns> gradients(shape_.rows, shape_.columns, channels_, kColumns - 1 - shape_.left);
+    Rows<kRows, kColumns> gradients(shape_.rows, columns_.count, channels_);
     std::vector<float> sums((kRows * kColumns + 1) * channels_);
     const int64_t above = kRows - 1 - shape_.top;  // the flipped filter's rows of zeros
     for (int64_t row = 0; row < shape_.rows + shape_.top; ++row) {
       if (row < shape_.rows) {
         ReadInputs(row);
-        float* gradient = gradients.Columns(row);
-        Read(dy, row, gradient);
+        float* gradient = gradients.Padded(row) + (kColumns - 1 - shape_.left) * channels_;
+        Read(dy, row, columns_, gradient);
         if (shape_.silu) {
           Convolve<false>(inputs_, row - shape_.top, bias_, false, row_.data());
           TimesSlope(row_.data(), gradient);
@@ -170,20 +177,23 @@ class Task {
  private:
   // Reads the rows that the output's next row needs and no earlier one did.
   void ReadInputs(int64_t row) {
-    const int64_t last = std::min(row - shape_.top + kRows, shape_.rows);
-    for (; read_ < last; ++read_) Read(x_, read_, inputs_.Columns(read_));
+    const int64_t last = std::min(row - shape_.top + kRows, shape_.rows), start = columns_.first - shape_.left;
+    const int64_t first = std::max<int64_t>(start, 0);
+    const int64_t count = std::min(start + columns_.count + kColumns - 1, shape_.columns) - first;
+    for (; read_ < last; ++read_)
+      Read(x_, read_, {first, count}, inputs_.Padded(read_) + (first - start) * channels_);
   }
 
-  void Read(const T* from, int64_t row, float* to) const {
-    for (int64_t w = 0; w < shape_.columns; ++w, to += channels_) {
-      const T* position = from + At(row, w);
+  void Read(const T* from, int64_t row, Range columns, float* to) const {
+    for (int64_t w = 0; w < columns.count; ++w, to += channels_) {
+      const T* position = from + At(row, columns.first + w);
       for (int64_t c = 0; c < channels_; ++c) to[c] = ToFloat(position[c]);
     }
   }
 
   void Write(const float* from, T* to, int64_t row) const {
-    for (int64_t w = 0; w < shape_.columns; ++w, from += channels_) {
-      T* position = to + At(row, w);
+    for (int64_t w = 0; w < columns_.count; ++w, from += channels_) {
+      T* position = to + At(row, columns_.first + w);
       for (int64_t c = 0; c < channels_; ++c) FromFloat(from[c], position + c);
     }
   }
@@ -207,7 +217,7 @@ class Task {
           taps[i][j] = Load<V>(kernel_ + (kFlipped ? kRows * kColumns - 1 - tap : tap) * shape_.width + c);
         }
       const V offset = bias ? Load<V>(bias + c) : zero;
-      for (int64_t w = 0; w < shape_.columns; ++w) {
+      for (int64_t w = 0; w < columns_.count; ++w) {
         V sum = offset;
         for (int i = 0; i < kRows; ++i)
           for (int j = 0; j < kColumns; ++j) sum += taps[i][j] * Load<V>(from[i] + (w + j) * channels_ + c);
@@ -250,6 +260,7 @@ class Task {
 
   const Shape& shape_;
   const int64_t channels_;
+  const Range columns_;
   const int32_t* order_;
   const T* x_;
   const float *kernel_, *bias_;
@@ -259,15 +270,28 @@ class Task {
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Calls run(image, first channel, channels) for every task.
+
+int64_t RangesOf(int64_t total, int64_t width) { return (total + width - 1) / width; }
+Range RangeOf(int64_t total, int64_t width, int64_t i) { return {i * width, std::min(width, total - i * width)}; }
+
+// The most that a task has.
+struct Grain {
+  int64_t channels, columns;
+};
+// Its rows fit the fastest cache.
+Grain ForwardGrain(const Shape&) { return {64, 32}; }
+// All columns, since their sums are of all; therefore fewer channels, if there are few tasks.
+Grain BackwardGrain(const Shape& shape) { return {shape.images * shape.channels < 1024 ? 32 : 64, shape.columns}; }
+
+// Calls run(image, channels, columns) for every task.
 template <class Run>
-void ForEachTask(ffi::ThreadPool& pool, const Shape& shape, Run run) {
-  const int64_t range = shape.images * shape.channels < 1024 ? 32 : 64, ranges = (shape.channels + range - 1) / range;
-  const int64_t tasks = shape.images * ranges;
+void ForEachTask(ffi::ThreadPool& pool, const Shape& shape, Grain most, Run run) {
+  const int64_t ranges = RangesOf(shape.channels, most.channels), bands = RangesOf(shape.columns, most.columns);
+  const int64_t tasks = shape.images * ranges * bands;
   const bool small = shape.images * shape.positions() * shape.channels < (1 << 15);
   RunTasks(pool, tasks, small ? 1 : std::min(tasks, pool.num_threads()), [&](int64_t task, int64_t) {
-    const int64_t first = task % ranges * range;
-    run(task / ranges, first, std::min(range, shape.channels - first));
+    run(task / bands / ranges, RangeOf(shape.channels, most.channels, task / bands % ranges),
+        RangeOf(shape.columns, most.columns, task % bands));
   });
 }
 
@@ -341,16 +365,17 @@ ffi::Error Dispatch(const Shape& shape, const ffi::AnyBuffer& x, const Floats& k
   }
 }
 
-// Calls run(a task, where its x starts, where its result does, its image, its first channel of all) for every task.
+// Calls run(a task, where its result starts, its image, its first channel of all) for every task.
 template <class T, int kRows, int kColumns, class Run>
-void ForEachPart(ffi::ThreadPool& pool, const Shape& shape, const ffi::AnyBuffer& x, const Floats& kernel,
+void ForEachPart(ffi::ThreadPool& pool, const Shape& shape, Grain most, const ffi::AnyBuffer& x, const Floats& kernel,
                  const Floats& bias, Run run) {
-  ForEachTask(pool, shape, [&](int64_t image, int64_t first, int64_t channels) {
+  ForEachTask(pool, shape, most, [&](int64_t image, Range channels, Range columns) {
     const int64_t size = shape.positions() * shape.channels, group = image / shape.batch;
-    const int64_t source = shape.shared ? image % shape.batch : image, start = group * shape.channels + first;
-    Task<T, kRows, kColumns> task(shape, group, channels, static_cast<const T*>(x.untyped_data()) + source * size + first,
+    const int64_t source = shape.shared ? image % shape.batch : image, start = group * shape.channels + channels.first;
+    Task<T, kRows, kColumns> task(shape, group, channels.count, columns,
+                                  static_cast<const T*>(x.untyped_data()) + source * size + channels.first,
                                   kernel.typed_data() + start, bias.typed_data() + start);
-    run(task, image * size + first, image % shape.batch, start);
+    run(task, image * size + channels.first, image % shape.batch, start);
   });
 }
 
@@ -360,7 +385,7 @@ ffi::Error ForwardCall(ffi::ThreadPool pool, ffi::AnyBuffer x, Floats kernel, Fl
   return Dispatch(shape, x, kernel, [&](auto kind, auto kernel_rows, auto kernel_columns) {
     using T = std::remove_pointer_t<decltype(kind)>;
     ForEachPart<T, kernel_rows.value, kernel_columns.value>(
-        pool, shape, x, kernel, bias,
+        pool, shape, ForwardGrain(shape), x, kernel, bias,
         [&](auto& task, int64_t at, int64_t, int64_t) { task.Forward(static_cast<T*>(y->untyped_data()) + at); });
   });
 }
@@ -373,7 +398,7 @@ ffi::Error BackwardCall(ffi::ThreadPool pool, ffi::AnyBuffer x, Floats kernel, F
     using T = std::remove_pointer_t<decltype(kind)>;
     const int64_t taps = kernel_rows.value * kernel_columns.value;
     ForEachPart<T, kernel_rows.value, kernel_columns.value>(
-        pool, shape, x, kernel, bias, [&](auto& task, int64_t at, int64_t sequence, int64_t channel) {
+        pool, shape, BackwardGrain(shape), x, kernel, bias, [&](auto& task, int64_t at, int64_t sequence, int64_t channel) {
           task.Backward(static_cast<const T*>(dy.untyped_data()) + at, static_cast<T*>(dx->untyped_data()) + at,
                         dkernel->typed_data() + sequence * taps * shape.width + channel,
                         dbias->typed_data() + sequence * shape.width + channel);
