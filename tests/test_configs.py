@@ -32,7 +32,6 @@ OTHERS = [
     "student_cub:released",
     "teacher_cub:logged",
     "quickstart:baseline",
-    "small_classifier:local_vim_search",
 ]
 
 SMALL = {"embed_dim": 16, "depth": 2, "patch_size": 16, "stride": 16, "channels": 4, "num_blocks": 1}

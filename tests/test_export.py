@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -75,8 +76,14 @@ def operators(model: bytes) -> set[str]:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_stablehlo_needs_only_jax(name, tmp_path):
-    network, file = trained(name), tmp_path / "net.stablehlo"
+def test_stablehlo_gives_the_same(name):
+    network = trained(name)
+    program, images = jax.export.deserialize(bytearray(export.to_stablehlo(network))), images_for(network, 3)
+    np.testing.assert_allclose(program.call(images), answers(network, images), atol=1e-5)
+
+
+def test_stablehlo_needs_only_jax(tmp_path):
+    network, file = trained("srvm_tiny"), tmp_path / "net.stablehlo"
     file.write_bytes(export.to_stablehlo(network))
     images = images_for(network, 3)
     np.save(tmp_path / "images.npy", images)
