@@ -3,8 +3,7 @@
 //
 // A task is one image times a range of channels, and forward also of columns. It walks down the rows and keeps the last
 // ones, as many as the filter has, in float32 with the neighbouring columns or zeros at both ends, so that the loops need
-// neither bounds nor conversions. A vector register
-// holds neighbouring channels; the taps stay in registers along a row. The backward pass computes a row of the output
+// neither bounds nor conversions. A vector register holds neighbouring channels; the taps stay in registers along a row. The backward pass computes a row of the output
 // again, then the gradient before the activation, what the row adds to the gradients of the taps, and the next complete
 // row of the input's gradient; nothing else reaches memory. Every task writes its own results (the caller sums those of
 // the taps over images), so that they are the same to the bit whatever the number of threads.
@@ -278,8 +277,7 @@ Range RangeOf(int64_t total, int64_t width, int64_t i) { return {i * width, std:
 struct Grain {
   int64_t channels, columns;
 };
-// Its rows fit the fastest cache.
-Grain ForwardGrain(const Shape&) { return {64, 32}; }
+constexpr Grain kForwardGrain{64, 32};  // whose rows fit the fastest cache
 // All columns, since their sums are of all; therefore fewer channels, if there are few tasks.
 Grain BackwardGrain(const Shape& shape) { return {shape.images * shape.channels < 1024 ? 32 : 64, shape.columns}; }
 
@@ -385,7 +383,7 @@ ffi::Error ForwardCall(ffi::ThreadPool pool, ffi::AnyBuffer x, Floats kernel, Fl
   return Dispatch(shape, x, kernel, [&](auto kind, auto kernel_rows, auto kernel_columns) {
     using T = std::remove_pointer_t<decltype(kind)>;
     ForEachPart<T, kernel_rows.value, kernel_columns.value>(
-        pool, shape, ForwardGrain(shape), x, kernel, bias,
+        pool, shape, kForwardGrain, x, kernel, bias,
         [&](auto& task, int64_t at, int64_t, int64_t) { task.Forward(static_cast<T*>(y->untyped_data()) + at); });
   });
 }
